@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if not wanted and not config.json:
         print(
-            f"{config.images}: {pluralize(captioned, 'picture has', 'pictures have')} captions; nothing to do.",
+            f"{config.images}: {pluralize(captioned, 'image has', 'images have')} captions; nothing to do.",
             file=sys.stderr,
         )
         return 0
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     if config.json:
         print(json.dumps({"written": config.write, "captions": done, "failed": failed, "empty": silent}, indent=2))
     verb = "written" if config.write else "shown; --write writes them"
-    kept = f"{pluralize(captioned, 'picture')} had one already, kept as it is"
+    kept = f"{pluralize(captioned, 'image')} had one already, kept as it is"
     print(f"{len(done)} of {len(wanted)} captions {verb}; {kept}.", file=sys.stderr)
     return 1 if failed else 0
 
@@ -150,7 +150,7 @@ def pictures_without(images: Path) -> tuple[dict[Path, ListedPicture], int, list
             else:
                 wanted.setdefault(files[0], found)
     if not wanted and not captioned and not silent:
-        raise DataError(f"{images}: no pictures in it. Put PNG or JPEG files there.")
+        raise DataError(f"{images}: no images in it. Put PNG or JPEG files there.")
     return wanted, len(captioned), list(silent.values())
 
 

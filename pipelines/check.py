@@ -153,14 +153,14 @@ def _write_checksums(config: Config) -> Path:
 
 def _progress(done: int, total: int) -> None:
     if done % 50 == 0 or done == total:
-        print(f"\r{done:,} of {total:,} pictures", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        print(f"\r{done:,} of {total:,} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def render(report: Report) -> str:
     """The report as text: what training will see, what stops it, what to look at."""
     good = sum(1 for look in report.looks if not look.error)
     lines = [
-        f"{report.path}: {good:,} of {len(report.looks):,} pictures can be learned from, "
+        f"{report.path}: {good:,} of {len(report.looks):,} images can be learned from, "
         f"{pluralize(report.samples, 'sample')} an epoch, for {report.needs.name} at {report.resolution} px",
     ]
     shapes = ", ".join(f"{width} x {height}: {count:,}" for (width, height), count in report.buckets.items())
@@ -209,7 +209,7 @@ def _mend(report: Report, config: Config) -> Mended:
     for places in _same(report, duplicates(report.looks)[0]):
         # The first that somebody wrote a caption for, or the first.
         first = next((place for place in places if report.captioned[place]), places[0])
-        reason = f"the same picture as {report.labels[first]}"
+        reason = f"the same image as {report.labels[first]}"
         # Not the first itself, which several sources may hold.
         others = (report.looks[place].path for place in places)
         leave_out |= {path: reason for path in others if abspath(path) != abspath(report.looks[first].path)}

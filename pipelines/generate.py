@@ -178,7 +178,7 @@ def _prompts(config: Config) -> list[str]:
         raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
     if mistaken := [text for text in prompts if text.lower().endswith(SUFFIXES) and isfile(text)]:
         raise ConfigError(
-            f"{mistaken[0]}: a picture, and no prompt. sfumato inspect {mistaken[0]} tells the command that draws it "
+            f"{mistaken[0]}: an image, and no prompt. sfumato inspect {mistaken[0]} tells the command that draws it "
             "again; --image begins from it."
         )
     if mistaken := [text for text in prompts if text.lower().endswith(".txt") and isfile(text)]:

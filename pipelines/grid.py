@@ -237,7 +237,7 @@ def draw_grid(config: Config) -> Path:
                 _save(config, setup, picture, paths[place], rows[place[1]][place[0]], how)
                 there.add(paths[place])
             _write_sheet(config, x, y, rows, paths, there)
-            say(f"{sum(path in there for path in paths.values())} of {len(paths)} pictures")
+            say(f"{sum(path in there for path in paths.values())} of {len(paths)} images")
     return config.output / "grid.png"
 
 

@@ -90,10 +90,10 @@ def rows_of(base: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str
         alike = replace(way, options="", fused=False, optimizer="adamw")
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, alone.device) / GIB for step in steps]
-    yield "encoding pictures, before the first step", [forecast.encoding_memory(base, adapting) / GIB]
-    yield "drawing a picture", [forecast.drawing_memory(base, alone) / GIB]
+    yield "encoding images, before the first step", [forecast.encoding_memory(base, adapting) / GIB]
+    yield "drawing an image", [forecast.drawing_memory(base, alone) / GIB]
     if alone.device == "gpu":
-        yield "drawing a picture with --offload", [forecast.drawing_memory(base, alone, offload=True) / GIB]
+        yield "drawing an image with --offload", [forecast.drawing_memory(base, alone, offload=True) / GIB]
     if (count := forecast.samples_at_once(base, adapting)) > 1:
         yield f"drawing samples of a training, {count} at once", [forecast.drawing_memory(base, adapting, count) / GIB]
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
         cells = [f"{gib:.1f}{'*' if config.within and gib > config.within else ' '}" for gib in row]
         line = f"{name:<54}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 27), strict=False))
         print(line.rstrip(), flush=True)
-    print("\nDreamBooth's steps hold a picture of the class beside each of the subject's.")
+    print("\nDreamBooth's steps hold an image of the class beside each of the subject's.")
     if config.within:
         print(f"* more than {config.within:g} GiB")
     return 0

@@ -107,7 +107,7 @@ def test_prompts_of_one_call_may_name_different_adapters(pipe):
     together = pipe(prompts, num_inference_steps=2, generator=noise).images
     for prompt, picture in zip(prompts, together, strict=True):
         assert abs(np.asarray(picture, dtype=int) - drawn(pipe, prompt)).max() <= 1
-    with pytest.raises(AdapterError, match="one picture each"):
+    with pytest.raises(AdapterError, match="one image each"):
         pipe(prompts, num_inference_steps=1, num_images_per_prompt=2, generator=noise[0])
 
 

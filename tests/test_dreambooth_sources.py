@@ -63,9 +63,9 @@ def test_further_prompts_are_drawn_beside_given_pictures(source, train, pictures
     images = pictures if source == "folder" else both
     run = train("--method", "lora", "--rank", "1", "--steps", "1", *given, *further, images=images)
     said = capsys.readouterr().err
-    assert "class pictures: 3 of red, cat (3 drawn now)" in said
+    assert "class images: 3 of red, cat (3 drawn now)" in said
     assert "nothing holds" not in said
-    assert "6 pictures, 9 of the class" in said
+    assert "6 images, 9 of the class" in said
     drawn = {json.loads(file.read_text())["prompt"] for file in run.glob("class/*/about.json")}
     assert drawn == {"red", "cat"}
 
@@ -74,7 +74,7 @@ def test_prompts_that_no_picture_is_left_for_are_named(train, both, capsys):
     prompts = [word for prompt in ("red", "cat", "a b") for word in ("--prior-prompts", prompt)]
     train("--method", "lora", "--rank", "1", "--steps", "1", *prompts, "--class-count", "2", images=both)
     said = capsys.readouterr().err
-    assert "class pictures: 2 of red, cat (2 drawn now)\nnothing holds a b: --class-count 2 is too few" in said
+    assert "class images: 2 of red, cat (2 drawn now)\nnothing holds a b: --class-count 2 is too few" in said
 
 
 @pytest.mark.slow
@@ -82,8 +82,8 @@ def test_nothing_is_held_without_a_prior_and_it_is_said(train, both, tmp_path, c
     options = ("--method", "lora", "--rank", "1", "--steps", "1", "--prior", "none")
     train(*options, "--class-cache", tmp_path / "cache", images=both)
     said = capsys.readouterr().err
-    assert "--prior none: neither pictures of the class nor prompts are held" in said
-    assert "--class-cache: the base draws no pictures of the class" in said
+    assert "--prior none: neither images of the class nor prompts are held" in said
+    assert "--class-cache: the base draws no images of the class" in said
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_what_has_no_effect_is_one_line(options, said, train, capsys, tmp_path):
 
 def test_pictures_of_the_class_are_all_that_there_is_of_it(train, both, tmp_path, capsys):
     train("--class-count", "3", images=both, status=2)
-    wanted = "--class-count has no effect without --prior-prompts beside pictures of the class"
+    wanted = "--class-count has no effect without --prior-prompts beside images of the class"
     assert wanted in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

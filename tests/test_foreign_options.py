@@ -45,7 +45,7 @@ def test_every_name_leads_to_an_option_of_some_program_that_does_not_have_that_n
     [
         ("train lora", [*NEEDED, "--network_dim", "16"], "--network_dim. Here it is --rank. "),
         ("train lora", [*NEEDED, "--lr=1e-4"], "--lr. Here it is --learning-rate. See"),
-        ("train lora", [*NEEDED, "--enable-bucket"], "It needs none: pictures keep their sh"),
+        ("train lora", [*NEEDED, "--enable-bucket"], "It needs none: images keep their sh"),
         ("train lora", ["--train_data_dir", "d"], "--train_data_dir is no option. Here it is --images. See"),
         ("train lora", [*NEEDED, "--placeholder_token", "x"], "Here it is --train-words."),
         ("train textual_inversion", ["--images", "d", "--token_string", "x"], "Here it is --placeholder."),

@@ -158,7 +158,7 @@ def test_dreambooth_tells_the_trigger_of_its_captions(line, options, told, train
 )
 def test_pictures_of_a_class_alone_leave_nothing_behind(program, options, train, source, capsys):
     path = train("run", source('words = "a"', "class = true"), *options, program=program, status=2)
-    assert "run.toml: has no pictures to learn, but of a class or for validation only. Name" in capsys.readouterr().err
+    assert "run.toml: has no images to learn, but of a class or for validation only. Name" in capsys.readouterr().err
     assert not path.parent.exists()
 
 
@@ -238,7 +238,7 @@ def test_what_textual_inversion_leaves_aside_is_told(source, tmp_path):
     assert (
         captions == "1 caption is left aside, such as 'a <W> in fog'; pass --caption \"{caption}\" to learn with them"
     )
-    assert of_class.startswith("pictures of the class are left out (bare, pictures")
+    assert of_class.startswith("images of the class are left out (bare, pictures")
     (tmp_path / "own/a.txt").write_text("fog")
     found = textual_inversion.read_examples(replace(config, images=tmp_path / "own"))
     assert found.notes[-1].endswith("such as 'fog'; pass --caption \"{caption}, <w>\" to learn with them")

@@ -11,8 +11,8 @@ from sfumato.numerals import pluralize, shortened
         ((1, "picture"), "1 picture"),
         ((0, "picture"), "0 pictures"),
         ((1200, "picture"), "1,200 pictures"),
-        ((1, "picture has", "pictures have"), "1 picture has"),
-        ((2, "picture has", "pictures have"), "2 pictures have"),
+        ((1, "image has", "images have"), "1 image has"),
+        ((2, "image has", "images have"), "2 images have"),
     ],
 )
 def test_what_is_counted_is_in_the_plural_where_it_is_not_one(words, said):

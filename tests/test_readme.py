@@ -71,7 +71,7 @@ def test_the_main_job_outside_a_clone_says_what_it_wants(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "no pictures in it"),
+        ((), "no images in it"),
         (("--steps", "0"), "it must be at least 1"),
         (("--base", "/nowhere"), "/nowhere: there is no such folder or file"),
     ],

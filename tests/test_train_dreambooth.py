@@ -412,7 +412,7 @@ def test_pictures_with_captions_keep_them_and_the_class_has_their_form(train, pi
     options = ("--method", "lora", "--steps", "1", "--instance-prompt", None)
     train("run", "--images", folder, "--identifier", "zwx", *options)
     said = capsys.readouterr().err
-    assert "class pictures: 3 of square, square, flat style" in said
+    assert "class images: 3 of square, square, flat style" in said
     about = sorted(json.loads(file.read_text())["prompt"] for file in (tmp_path / "class").glob("*/about.json"))
     assert about == ["square", "square, flat style"]
 
@@ -427,7 +427,7 @@ def test_captions_may_bind_the_subject_to_another_word_than_the_default(train, p
     path = train("run", *options)
     said = capsys.readouterr().err
     assert "identifier 'zwx'" in said
-    assert "class pictures: 3 of square, square, flat style" in said
+    assert "class images: 3 of square, square, flat style" in said
     assert read_header(path).metadata["modelspec.trigger_phrase"] == "zwx square"
     train("other", *options, "--identifier", "ohwx", status=2)
     assert "--identifier has no effect without it in a caption" in capsys.readouterr().err

@@ -216,7 +216,7 @@ def train(config: Config) -> Path:
     run.identify(**facts, base=base.fingerprint())
     parameters = list(trained.parameters())
     size = sum(p.numel() for p in parameters)
-    run.say(f"{pluralize(len(dataset), 'picture')}, {len(class_set or [])} of the class, {size:,} trained numbers")
+    run.say(f"{pluralize(len(dataset), 'image')}, {len(class_set or [])} of the class, {size:,} trained numbers")
 
     optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
@@ -408,11 +408,11 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
     folder = config.checked(folder)
     if config.class_images and folder.in_group("class") and not config.resume:
         raise ConfigError(
-            f"--class-images and the sources of {config.images} with class = true are both pictures of the class; give "
+            f"--class-images and the sources of {config.images} with class = true are both images of the class; give "
             "one of them."
         )
     if folder.in_group("class") and config.prior == "pictures" and not config.prior_prompts:
-        checks.only_with(config, "--prior-prompts beside pictures of the class", "class_count")
+        checks.only_with(config, "--prior-prompts beside images of the class", "class_count")
     if config.instance_prompt:
         return with_caption(folder, config.instance_prompt)
     if not any(has_phrase(config.identifier, example.caption) for example in folder.in_group("instance")):
@@ -471,12 +471,12 @@ def class_pictures(
     from sfumato.data.source import sources_of
     from sfumato.training.class_pictures import pictures_of_class
 
-    nothing_drawn = "--class-cache: the base draws no pictures of the class, so that none are kept there"
+    nothing_drawn = "--class-cache: the base draws no images of the class, so that none are kept there"
     given = examples.in_group("class")
     if config.prior == "none":
         sources = sources_of(config.images, caption_template=config.caption, trigger=_trigger(config))
         if config.prior_prompts or any(source.group == "class" for source in sources):
-            run.say("--prior none: neither pictures of the class nor prompts are held, only how they drift is measured")
+            run.say("--prior none: neither images of the class nor prompts are held, only how they drift is measured")
         if config.class_cache is not None:
             run.say(nothing_drawn)
         return None
@@ -492,7 +492,7 @@ def class_pictures(
     folder = config.class_cache or config.output / "class"
     side = square_side(base, config.resolution)
     pictures, drawn = pictures_of_class(base, counts, resolution=side, folder=folder, processes=processes)
-    run.say(f"class pictures: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
+    run.say(f"class images: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
     if left := [prompt for prompt in preserved.prompts if prompt not in counts]:
         rest = f" and {len(left) - 3} more" if len(left) > 3 else ""
         run.say(f"nothing holds {', '.join(left[:3])}{rest}: --class-count {config.class_count} is too few for each")

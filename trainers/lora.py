@@ -202,7 +202,7 @@ def train(config: Config) -> Path:
         run.say(*left)
     run.identify(**facts, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
-    pictures, layers = pluralize(len(dataset), "picture"), pluralize(len(lora.layers), "adapted layer")
+    pictures, layers = pluralize(len(dataset), "image"), pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {beside}{layers}, {lora.count():,} trained numbers")
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
@@ -390,7 +390,7 @@ def read_examples(config: Config) -> ExampleSet:
     examples = config.read_examples(words=config.stands_for or config.train_words)
     if config.prior_weight is not None and not (config.prior_prompts or examples.in_group("class")):
         raise ConfigError(
-            "--prior-weight is for what shall draw as before; name it with --prior-prompts, or give pictures of it in "
+            "--prior-weight is for what shall draw as before; name it with --prior-prompts, or give images of it in "
             "a dataset.toml, with class = true."
         )
     if config.own_negative and not config.train_words and not examples.in_group("instance").triggers:

@@ -149,7 +149,7 @@ def played_pictures(config: Config) -> Pictures:
     chosen = taking_part(len(pictures.names), named, config.others_share, config.seed)
     if config.others_share and len(chosen) == named:
         raise ConfigError(
-            f"--others-share {config.others_share} beside {named} pictures is no other drawing; raise it to "
+            f"--others-share {config.others_share} beside {named} images is no other drawing; raise it to "
             f"{1 / (named + 1):.2g} or more, or leave it out."
         )
     return pictures.some(chosen)

@@ -144,7 +144,7 @@ def train(config: Config) -> Path:
     run.say_notes(dataset, held_out)
     base.lazy_weights.load_only("unet", "text")  # the VAE has given its latents; it rests until something is drawn
     run.identify(data=dataset, validation=held_out or "none", base=base.fingerprint())
-    pictures = pluralize(len(dataset), "picture")
+    pictures = pluralize(len(dataset), "image")
     run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 
     parameters = list(words.parameters())
@@ -245,9 +245,7 @@ def read_examples(config: Config) -> ExampleSet:
     notes = [unread_captions(sources, config.placeholder[0])] if alone else []
     if left := [source.path.name for source in sources if source.group == "class"]:
         named_so = ", ".join(left)
-        notes.append(
-            f"pictures of the class are left out ({named_so}): a new word changes nothing that they would keep"
-        )
+        notes.append(f"images of the class are left out ({named_so}): a new word changes nothing that they would keep")
     examples = dataclasses.replace(examples, notes=(*examples.notes, *filter(None, notes)))
     examples = insert_placeholders(examples, config.placeholder, config.stands_for)
     checks.refuse_dropped_words(config, examples.in_group("instance"), config.placeholder)

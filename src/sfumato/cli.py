@@ -64,7 +64,7 @@ _SHORT = {
 def usage() -> str:
     """The text of `sfumato --help`."""
     lines = [
-        "Teach a Stable Diffusion model a style or a subject from a dozen pictures, and mix what was learned.",
+        "Teach a Stable Diffusion model a style or a subject from a dozen images, and mix what was learned.",
         "",
         "Usage: sfumato COMMAND [OPTIONS]          every command answers --help",
         "",

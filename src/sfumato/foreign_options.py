@@ -116,7 +116,7 @@ several of ours, which different programs have."""
 
 UNASKED: Mapping[str, str] = MappingProxyType(
     {
-        "enable_bucket aspect_ratio_bucketing": "pictures keep their shapes",
+        "enable_bucket aspect_ratio_bucketing": "images keep their shapes",
         "cache_latents cache_text_encoder_outputs pre_compute_text_embeddings latent_caching": (
             "latents, and captions that stay what they mean, are encoded once"
         ),
@@ -145,7 +145,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "caption_separator": "a dataset.toml has it as separator",
         "caption_prefix": "it is part of the template, --caption 'PREFIX {caption}'",
         "scale_lr": "the rate is as it is given, whatever the batch",
-        "bucket_no_upscale": "small pictures are enlarged, and sfumato check names them",
+        "bucket_no_upscale": "small images are enlarged, and sfumato check names them",
         "lowram lowvram": "sfumato memory tells what each way takes, and what --gradient-checkpointing saves",
         "torch_compile": "pretrain compiles, other trainers do not",
         "loraplus_text_encoder_lr_ratio": "--loraplus-ratio is that of the text encoders, too",
@@ -182,7 +182,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
 VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("schedule", "constant_with_warmup"): "here it is --schedule constant with --warmup STEPS.",
-        ("resolution", r"\d+[,x ]+\d+"): "it is one number: pictures keep their shapes and get its square's pixels.",
+        ("resolution", r"\d+[,x ]+\d+"): "it is one number: images keep their shapes and get its square's pixels.",
     }
 )
 """An option's name, and a pattern of what other tools give it: what to say of that."""

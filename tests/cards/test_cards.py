@@ -48,7 +48,7 @@ def test_the_head_is_what_the_hub_reads(card):
 def test_what_is_unusual_of_a_training_is_told(tmp_path):
     config = {"rank": 16, "optimizer": "adamw", "huber": 0.1, "accumulate": 4, "loraplus_ratio": 1.0}
     text = write_card(tmp_path, tmp_path / "line.safetensors", replace(ABOUT, config=config), [], []).read_text("utf-8")
-    assert "| rank | 16 |\n| accumulate | 4 |\n| huber | 0.1 |\n| pictures | 16 |" in text
+    assert "| rank | 16 |\n| accumulate | 4 |\n| huber | 0.1 |\n| images | 16 |" in text
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_steps_are_told_that_the_file_asks_for(card, tmp_path):
     assert "in the steps" not in card.read_text(encoding="utf-8")
     about = replace(ABOUT, over_steps=(0.0, 0.8))
     text = write_card(tmp_path, tmp_path / "otter.safetensors", about, [], []).read_text(encoding="utf-8")
-    assert "otter.safetensors:1.0`, in the steps from 0 to 0.8 of the way from noise to picture, as" in text
+    assert "otter.safetensors:1.0`, in the steps from 0 to 0.8 of the way from noise to image, as" in text
 
 
 def test_the_negative_prompt_is_told_that_the_file_asks_for(card, tmp_path):
@@ -221,7 +221,7 @@ def test_the_card_of_a_difference_says_who_reads_it(text, tmp_path):
 def test_the_card_of_an_extracted_lora_names_no_targets(tmp_path):
     config = {"method": "full", "rank": 16, "targets": "everything"}
     text = write_card(tmp_path, tmp_path / "x.safetensors", replace(ABOUT, config=config), [], []).read_text()
-    assert "| method | full |\n| rank | 16 |\n| pictures |" in text
+    assert "| method | full |\n| rank | 16 |\n| images |" in text
 
 
 def test_a_setting_with_a_bar_in_it_is_one_cell(tmp_path):
@@ -251,7 +251,7 @@ def test_every_picture_of_the_card_is_there(card):
 def test_the_card_says_how_it_was_made(card):
     text = card.read_text(encoding="utf-8")
     assert "| rank | 16 |" in text
-    assert "| pictures | 16 |" in text
+    assert "| images | 16 |" in text
     assert "`" + "ab" * 32 + "`" in text
 
 

@@ -135,7 +135,7 @@ def test_a_call_without_guidance_is_not_divided(sd1, a):
         assert_close(with_region, predict(sd1, [0, 1]), atol=1e-5, rtol=1e-5)
         with adapter_guidance(mix, 2, guidance=5.0), pytest.raises(AdapterError, match="no two halves"):
             predict(sd1, [0, 1])
-    with per_picture(sd1, [[a], []]), pytest.raises(AdapterError, match="draw one picture of each"):
+    with per_picture(sd1, [[a], []]), pytest.raises(AdapterError, match="draw one image of each"):
         predict(sd1, [0, 0, 1, 1])
 
 
@@ -205,7 +205,7 @@ def test_rows_of_other_guidance_are_told_from_those_without_prompt(sd1, a):
     with (
         compose(sd1, a) as mix,
         adapter_guidance(mix, 2, guidance=5.0),
-        pytest.raises(AdapterError, match="by a picture"),
+        pytest.raises(AdapterError, match="by an image"),
     ):
         sd1.unet(torch.zeros(6, 4, 8, 8), torch.tensor(1), text)
 

@@ -87,7 +87,7 @@ def test_a_second_thread_is_refused_instead_of_adding_its_adapters(sd1, write):
     a = Adapter(write("a", sd1, "to_q"))
     with per_picture(sd1, [[a]]), ThreadPoolExecutor(1) as other:
         before = predict(sd1, [0])
-        with pytest.raises(AdapterError, match="another thread or task draws with adapters by picture"):
+        with pytest.raises(AdapterError, match="another thread or task draws with adapters by image"):
             other.submit(per_picture(sd1, [[a]]).__enter__).result()
         assert torch.equal(predict(sd1, [0]), before)
     with per_picture(sd1, [[a]]):  # it is free again
@@ -161,10 +161,10 @@ def base(tmp_path_factory) -> Any:
 @pytest.mark.parametrize(
     ("prompts", "guidance", "said"),
     [
-        (["a"], 5.0, "the call draws 1 picture and the adapters are for 2"),
-        (["a", "b", "c"], 5.0, "the call draws 3 pictures"),
-        (["a", "b", "c", "d"], 5.0, "the call draws 4 pictures"),
-        (["a"] * 4, 1.0, "the call draws 4 pictures"),
+        (["a"], 5.0, "the call draws 1 image and the adapters are for 2"),
+        (["a", "b", "c"], 5.0, "the call draws 3 images"),
+        (["a", "b", "c", "d"], 5.0, "the call draws 4 images"),
+        (["a"] * 4, 1.0, "the call draws 4 images"),
     ],
 )
 def test_a_pipeline_that_draws_another_number_of_pictures_is_refused(called, write, prompts, guidance, said, strength):
@@ -206,9 +206,9 @@ def test_draw_of_another_number_of_pictures_is_refused(base, write):
     start = Start(Image.new("RGB", (64, 64), "red"), 1.0)
     with per_picture(base, lists):
         for more in ({}, {"batch": 1}, {"batch": 2, "guidance": 1.0}, {"start": start}):
-            with pytest.raises(AdapterError, match="draws 4 pictures and the adapters are for 2 pictures"):
+            with pytest.raises(AdapterError, match="draws 4 images and the adapters are for 2 images"):
                 draw(base, ["a", "b", "c", "d"], 1, steps=1, **more)
-            with pytest.raises(AdapterError, match="draws 1 picture and the adapters are for 2 pictures"):
+            with pytest.raises(AdapterError, match="draws 1 image and the adapters are for 2 images"):
                 draw(base, "a", 1, steps=1, **more)
         assert len(draw(base, ["a", "b"], 1, steps=1, start=start)) == 2
     assert not base.unet._forward_pre_hooks

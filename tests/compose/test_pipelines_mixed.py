@@ -265,7 +265,7 @@ def test_a_live_mix_on_a_compiled_unet_is_refused(sd1, write, how):
 
 
 HOOKED = {
-    "by picture": lambda pipe, adapter: per_picture(pipe, [[adapter], []]),
+    "by image": lambda pipe, adapter: per_picture(pipe, [[adapter], []]),
     "composite": lambda pipe, adapter: composite(pipe, adapter),
     "by region": lambda pipe, adapter: regions(pipe, Region((0, 0, 0.5, 1), adapter)),
 }

@@ -17,9 +17,9 @@ from tests.compose.conftest import weights_sha
 WHOLE = (0, 0, 1, 1)
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "pictures with an adapter each": (lambda pipe, a, mix: per_picture(pipe, [a, a]), "[[Adapter(file)], []]"),
-    "pictures of one adapter": (lambda pipe, a, mix: per_picture(pipe, a), "[[Adapter(file)], []]"),
-    "a picture with a name": (lambda pipe, a, mix: per_picture(pipe, [[a], ["line"]]), "'line' in place of adapters"),
+    "images with an adapter each": (lambda pipe, a, mix: per_picture(pipe, [a, a]), "[[Adapter(file)], []]"),
+    "images of one adapter": (lambda pipe, a, mix: per_picture(pipe, a), "[[Adapter(file)], []]"),
+    "an image with a name": (lambda pipe, a, mix: per_picture(pipe, [[a], ["line"]]), "'line' in place of adapters"),
     "a composite of names": (lambda pipe, a, mix: composite(pipe, "line"), "'line' in place of adapters"),
     "one weight over the steps": (lambda pipe, a, mix: over_steps(mix, a=0.5), "a: 0.5 is no way over the steps"),
     "a region of a name": (lambda pipe, a, mix: regions(pipe, Region(WHOLE, "line")), "got 'line'"),

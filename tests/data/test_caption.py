@@ -125,7 +125,7 @@ def test_nothing_is_written_unless_asked(blip, bare, capsys):
     assert files(bare) == {"0.txt": "mine"}
     shown = capsys.readouterr()
     assert [line.partition(":")[0] for line in shown.out.splitlines()] == ["1.png", "2.png"]
-    assert "--write writes them; 1 picture had one already" in shown.err
+    assert "--write writes them; 1 image had one already" in shown.err
 
 
 def test_captions_are_written_beside_and_never_over_existing_ones(blip, bare):
@@ -146,11 +146,11 @@ def test_an_empty_caption_file_stays_and_is_named(blip, bare, name, capsys):
     assert "2.txt" in files(bare)
     said = capsys.readouterr().err
     assert f"{name}: empty or unreadable, and nothing is written over" in said
-    assert "1 picture had one already" in said
+    assert "1 image had one already" in said
     assert main([str(bare), str(blip), "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"written": False, "captions": {}, "failed": [], "empty": [name]}
-    assert "2 pictures had one already" in printed.err
+    assert "2 images had one already" in printed.err
 
 
 def test_a_bad_picture_is_named_and_the_others_are_done(blip, bare, capsys):
@@ -252,7 +252,7 @@ def test_numbers_that_make_no_sense_are_one_line(words, said, bare):
 
 
 def test_a_folder_without_pictures_has_none_to_describe(tmp_path):
-    with pytest.raises(DataError, match="no pictures in it"):
+    with pytest.raises(DataError, match="no images in it"):
         main([str(tmp_path), "no model"])
 
 

@@ -81,7 +81,7 @@ def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
     assert found(report, "near duplicate") == ["good-1.png", "near.jpg"]
     assert found(report, "caption missing") == ["good-2.png"]
     assert found(report, "caption encoding") == ["tiny.png"]
-    assert [(entry.name, entry.reason) for entry in report.ignored] == [("notes.doc", "not a picture by its name")]
+    assert [(entry.name, entry.reason) for entry in report.ignored] == [("notes.doc", "not an image by its name")]
 
 
 def test_dark_pictures_are_no_copies_of_each_other_and_many_copies_are_said(tmp_path):
@@ -101,7 +101,7 @@ def test_dark_pictures_are_no_copies_of_each_other_and_many_copies_are_said(tmp_
         for line in check(tmp_path, needs_of("pocket"), caption_template="x").lines
         if line.kind == "many duplicates"
     ]
-    assert text == "33% of the pictures repeat others; what they show is learned by heart"
+    assert text == "33% of the images repeat others; what they show is learned by heart"
 
 
 def test_the_crop_of_a_source_is_its_own(tmp_path):
@@ -147,7 +147,7 @@ def test_files_of_one_name_are_told_apart(two_folders, base):
     assert found(report, "bad") == ["b/00.png"]
     assert next(line.text for line in report.lines if line.kind == "bad").startswith("b/00.png: ")
     assert found(report, "duplicate") == ["a/01.png", "b/01.png"]
-    with pytest.raises(DataError, match=r"1 of 4 pictures cannot be learned from: b/00\.png: "):
+    with pytest.raises(DataError, match=r"1 of 4 images cannot be learned from: b/00\.png: "):
         prepare(read_folder(two_folders), base, resolution=64)
 
 
@@ -169,8 +169,8 @@ def test_names_that_say_nothing_are_told_and_not_recommended(tmp_path):
 
 def test_what_each_folder_gives_is_said(two_folders):
     report = check(two_folders, needs_of("pocket"))
-    assert report.folders == ["a: 2 pictures x 3", "b: 2 pictures of the class"]
-    assert "folder   a: 2 pictures x 3" in render(report)
+    assert report.folders == ["a: 2 images x 3", "b: 2 images of the class"]
+    assert "folder   a: 2 images x 3" in render(report)
     assert report.to_dict()["folders"] == report.folders
 
 
@@ -205,7 +205,7 @@ def test_files_are_told_apart_wherever_their_folders_are_named_from(two_folders,
     assert found(check(Path("dataset.toml"), needs_of("pocket")), "bad") == ["b/00.png"]
     monkeypatch.chdir("dogs/b")
     Path("01.png").write_bytes(b"")
-    with pytest.raises(DataError, match="1 of 2 pictures in b cannot be learned from"):
+    with pytest.raises(DataError, match="1 of 2 images in b cannot be learned from"):
         read_folder(Path("."), caption_template="x")
 
 
@@ -229,7 +229,7 @@ def test_what_training_will_see_is_counted(report):
 
 def test_the_text_names_what_stops_training_first(report):
     text = render(report)
-    assert "11 of 12 pictures can be learned from" in text
+    assert "11 of 12 images can be learned from" in text
     assert text.index("stops training") < text.index("broken.jpg") < text.index("to look at") < text.index("black.png")
 
 
@@ -487,7 +487,7 @@ def test_a_picture_whose_mask_is_broken_is_left_out_wholly(tmp_path, capsys):
     (tmp_path / "dogs" / "dog.mask.png").write_bytes(b"not a picture")
     main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
     assert [path.name for path in (tmp_path / "mended").iterdir()] == ["cat.png"]
-    said = "1 copied, 0 written anew, 1 left out\n  dog.png is left out: dog.mask.png: not a picture"
+    said = "1 copied, 0 written anew, 1 left out\n  dog.png is left out: dog.mask.png: not an image"
     assert said in capsys.readouterr().out
 
 
@@ -534,7 +534,7 @@ def test_pictures_that_differ_outside_of_their_crops_are_both_kept(tmp_path, cap
         wide.paste(noise_picture(500, 200, seed=1), (150, 0))
         wide.save(tmp_path / "dogs" / f"{name}.png")
     main([str(tmp_path / "dogs"), "--caption", "x", "--resolution", "64", "--fix", str(tmp_path / "mended")])
-    assert "c.png is left out: the same picture as a.png" in capsys.readouterr().out
+    assert "c.png is left out: the same image as a.png" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "mended").glob("*.png")} == {"a.png", "b.png"}
 
 
@@ -580,7 +580,7 @@ def test_a_folder_that_sources_share_is_mended_once(tmp_path, capsys):
     noise_picture().save(tmp_path / "dogs/a.png")
     (tmp_path / "dogs/a.txt").write_text("a dog")
     (tmp_path / "dogs/a.tags").write_text("dog, sitting")
-    (tmp_path / "broken/b.png").write_text("no picture")
+    (tmp_path / "broken/b.png").write_text("no image")
     sources = [
         'path = "dogs"\ncaption = "{caption}, far"',
         'path = "broken"\nwords = "x"',
@@ -602,7 +602,7 @@ def test_of_many_files_that_are_left_out_the_rest_is_counted(tmp_path, capsys):
         noise_picture().save(tmp_path / "dogs" / f"{number:02}.png")
     main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
     assert capsys.readouterr().out.endswith(
-        "  20.png is left out: the same picture as 00.png\n  ... and 2 more (--json has them all)\n"
+        "  20.png is left out: the same image as 00.png\n  ... and 2 more (--json has them all)\n"
     )
 
 
@@ -670,8 +670,8 @@ def test_a_picture_with_a_text_that_is_too_large_is_mended_too(tmp_path):
     ("toml", "what"),
     [
         ('[[source]]\npath = "dogs"\nmask = "files"\n', "no masks in it"),
-        ('[[source]]\npath = "dogs"\n[[source]]\npath = "empty"\n', "no pictures in it"),
-        ('[[source]]\npath = "dogs"\nclass = true\n', "no pictures to learn, but of a class"),
+        ('[[source]]\npath = "dogs"\n[[source]]\npath = "empty"\n', "no images in it"),
+        ('[[source]]\npath = "dogs"\nclass = true\n', "no images to learn, but of a class"),
     ],
 )
 def test_what_training_refuses_stops_it_in_the_report(toml, what, tmp_path):
@@ -704,7 +704,7 @@ def test_who_has_no_masks_of_the_class_is_told_how_it_is_learned_whole(tmp_path)
     [
         ('caption = "a dog"', []),  # a folder with two prompts, as SimpleTuner has them
         ('caption = "sks dog"', ["in several sources with the same caption: a.png, b.png"]),
-        ("class = true\ncaption = 'a dog'", ["the same picture: a.png, a.png", "the same picture: b.png, b.png"]),
+        ("class = true\ncaption = 'a dog'", ["the same image: a.png, a.png", "the same image: b.png, b.png"]),
     ],
 )
 def test_a_file_that_several_sources_name_is_no_duplicate_of_itself(second, found, tmp_path):
@@ -732,11 +732,11 @@ def test_nothing_is_mended_over_or_into_the_originals(messy, tmp_path, place):
 
 
 def test_a_folder_without_pictures_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="no pictures in it"):
+    with pytest.raises(DataError, match="no images in it"):
         main([str(tmp_path)])
     (tmp_path / "dogs").mkdir()
     noise_picture().save(tmp_path / "dogs" / "a.png")
-    with pytest.raises(DataError, match=r"no pictures in it, but in its folders dogs\. Name one"):
+    with pytest.raises(DataError, match=r"no images in it, but in its folders dogs\. Name one"):
         main([str(tmp_path)])
     (tmp_path / "img").mkdir()
     (tmp_path / "dogs").rename(tmp_path / "img" / "10_dog")
@@ -780,6 +780,6 @@ def test_a_files_name_does_not_command_the_terminal(tmp_path):
         (tmp_path / "new.png").rename(tmp_path / name)
     (tmp_path / "\x1b[31mnote\nb.xyz").touch()
     text = render(check(tmp_path, needs_of("pocket"), caption_template="x"))
-    assert r"\x1b[31mnote\nb.xyz: not a picture by its name" in text
+    assert r"\x1b[31mnote\nb.xyz: not an image by its name" in text
     assert r"\x1b]0;x\x07\x1b[2Jb.png" in text
     assert "\x1b" not in text

@@ -65,7 +65,7 @@ def test_a_bmp_with_another_pixel_is_refused_before_training_with_or_without_a_c
     prepare(read_folder(summed), FakeBase(), resolution=64, cache=tmp_path / "cache")
     change(summed / "a.bmp")
     for cache in (None, tmp_path / "cache"):
-        with pytest.raises(DataError, match=r"^1 of 3 pictures .*: a.bmp: not the file that SHA256SUMS lists"):
+        with pytest.raises(DataError, match=r"^1 of 3 images .*: a.bmp: not the file that SHA256SUMS lists"):
             prepare(read_folder(summed), FakeBase(), resolution=64, cache=cache)
     data = prepare(read_folder(summed, skip_bad=True), FakeBase(), resolution=64)
     assert len(data) == 2
@@ -116,7 +116,7 @@ def test_what_is_missing_or_not_listed_is_said(summed):
     (summed / "c.txt").rename(summed / "d.txt")
     assert read_folder(summed).notes == (
         "SHA256SUMS lists 2 files that are not there: c.png, c.txt",
-        "SHA256SUMS does not list 1 picture, left unchecked: d.png",
+        "SHA256SUMS does not list 1 image, left unchecked: d.png",
     )
 
 

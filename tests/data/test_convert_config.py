@@ -121,7 +121,7 @@ def test_kohya_s_masks_are_told_where_they_go(home):
     text = (home / "kohya.toml").read_text()
     (home / "kohya.toml").write_text(text.replace("[general]", '[general]\nconditioning_data_dir = "masks"'))
     assert any(
-        'masks go to masks/ in the picture folder, with mask = "files"' in n for n in convert(home / "kohya.toml").notes
+        'masks go to masks/ in the image folder, with mask = "files"' in n for n in convert(home / "kohya.toml").notes
     )
 
 

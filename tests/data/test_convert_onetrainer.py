@@ -168,7 +168,7 @@ def test_a_small_share_is_not_none(balancing, repeats, home):
 def test_samples_of_pictures_that_are_elsewhere_cannot_be_counted(home):
     sources, notes = converted(home, {"path": "gone", "balancing": 30, "balancing_strategy": "SAMPLES", **PLAIN})
     assert sources == [{"path": "gone"}]
-    assert "balancing = 30 samples: there are no pictures here to count; set repeats" in notes
+    assert "balancing = 30 samples: there are no images here to count; set repeats" in notes
 
 
 def test_captions_come_from_one_file_s_lines_equally_often(home):
@@ -228,7 +228,7 @@ def test_tags_vary_as_there_or_a_note_says_how_not(text, keys, note, home):
         ({"image": {"enable_fixed_flip": True}}, "enable_fixed_flip = True: mirror the files"),
         (
             {"image": {"enable_fixed_hue": True, "random_hue_max_strength": 0.1}},
-            "random_hue_max_strength = 0.1: pictures",
+            "random_hue_max_strength = 0.1: images",
         ),
         (
             {"image": {"enable_resolution_override": True, "resolution_override": "512,768"}},
@@ -311,7 +311,7 @@ def test_folders_whose_names_say_repeats_here_alone_are_named(home):
         ),
         ([{"path": "dogs", "balancing": -1}], "balancing is -1; wanted a number that is not negative"),
         ([{"path": "dogs", "balancing": "many"}], "balancing is 'many'"),
-        ([{"path": "dogs", "balancing": 1e308}], "balancing is 1e\\+308; wanted at most 99,999 repeats of a picture"),
+        ([{"path": "dogs", "balancing": 1e308}], "balancing is 1e\\+308; wanted at most 99,999 repeats of an image"),
         ([{"path": "dogs", "balancing": 10**400}], "balancing is 1000000.*; wanted at most 99,999 repeats"),
         ([{"path": "dogs", "balancing": float("nan")}], "balancing is nan"),
         ([{"path": "dogs", "balancing_strategy": "ALL"}], "balancing_strategy is 'ALL'"),

@@ -62,10 +62,10 @@ def test_what_is_done_is_told_from_none_to_all(shapes, base, monkeypatch, tmp_pa
         prepare(read(shapes), base, resolution=64, cache=cache, flip=True, progress=lambda *what: told.append(what))
         return [(what, done) for what, done, count in told if count == 5]
 
-    pictures = [("pictures", done) for done in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)]  # each and its mirror image
+    pictures = [("images", done) for done in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)]  # each and its mirror image
     assert prepared() == [*pictures, ("captions", 5)]
     assert len(told) == len(pictures) + 1
-    assert prepared() == [("pictures", 0), ("pictures", 5), ("captions", 5)]  # found in the cache
+    assert prepared() == [("images", 0), ("images", 5), ("captions", 5)]  # found in the cache
 
 
 def test_a_batch_holds_its_captions_embeddings(pictures, base):
@@ -152,7 +152,7 @@ def test_of_one_shape_a_step_is_the_same_however_it_is_divided(together, picture
 
 def test_pictures_that_no_step_holds_are_told(pictures, base):
     few = prepare(read(pictures), base, resolution=64, will_draw=(0, 2, 2))
-    assert "2 of 6 pictures come in none of the 2 steps; more steps learn from all." in few.notes
+    assert "2 of 6 images come in none of the 2 steps; more steps learn from all." in few.notes
     assert not [
         note for note in prepare(read(pictures), base, resolution=64, will_draw=(0, 3, 2)).notes if "none" in note
     ]
@@ -201,7 +201,7 @@ def test_sizes_and_crops_are_carried_height_first(tmp_path, base):
 def test_enlarging_is_said(tmp_path, base):
     noise_picture(32, 32).save(tmp_path / "small.png")
     data = prepare([Example(tmp_path / "small.png", "x")], base, resolution=64)
-    assert data.notes == ["1 of 1 pictures are smaller than is learned, so they are enlarged: small.png"]
+    assert data.notes == ["1 of 1 images are smaller than is learned, so they are enlarged: small.png"]
 
 
 def test_the_end_of_a_long_caption_is_said(pictures, base):
@@ -242,7 +242,7 @@ def test_what_was_to_be_masked_and_is_opaque_is_told(tmp_path, base):
     for name, mode in (("a", "RGB"), ("b", "RGB"), ("c", "RGBA")):
         Image.new(mode, (64, 64), (255, 0, 0) if mode == "RGB" else (255, 0, 0, 128)).save(tmp_path / f"{name}.png")
     examples = [Example(tmp_path / f"{name}.png", "x", alpha_mask=True) for name in "abc"]
-    said = "2 pictures have no transparent part, learned whole: a.png, b.png"
+    said = "2 images have no transparent part, learned whole: a.png, b.png"
     for _ in range(2):  # the second time of what is in the cache
         assert said in prepare(examples, base, resolution=64, cache=tmp_path / "cache").notes
 
@@ -270,7 +270,7 @@ def test_all_broken_files_are_named_at_once_or_left_out(pictures, base):
     whole = (pictures / "crab.png").read_bytes()
     (pictures / "crab.png").write_bytes(whole[: len(whole) // 2])
     (pictures / "tulip.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"2 of 6 pictures cannot be learned from: crab\.png: .*; tulip\.png: "):
+    with pytest.raises(DataError, match=r"2 of 6 images cannot be learned from: crab\.png: .*; tulip\.png: "):
         prepare(read(pictures), base, resolution=64)
     data = prepare(read(pictures, skip_bad=True), base, resolution=64)
     assert data.captions == ["house", "pizza", "red apple", "rocket"]

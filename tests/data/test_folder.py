@@ -49,7 +49,7 @@ def test_captions_that_contradict_each_other_are_told(pictures):
     assert list_folder(pictures).notes == ("crab.png: crab.txt is read; crab.caption says otherwise",)
     (pictures / "house.caption").write_text("a house")
     (pictures / "metadata.jsonl").write_text('{"file_name": "house.png", "text": "a hut"}')
-    said = "2 pictures have captions that differ, such as crab.png: crab.txt is read; crab.caption says otherwise"
+    said = "2 images have captions that differ, such as crab.png: crab.txt is read; crab.caption says otherwise"
     assert read_folder(pictures, caption_template="{caption}").notes == (said,)
 
 
@@ -64,7 +64,7 @@ def test_the_same_caption_in_two_places_is_no_news(pictures):
 
 def test_missing_captions_name_the_files_and_the_ways_to_give_them(pictures):
     (pictures / "crab.txt").write_text("a crab")
-    with pytest.raises(DataError, match=r"5 of 6 pictures have no caption: house\.png.*NAME\.txt.*--caption"):
+    with pytest.raises(DataError, match=r"5 of 6 images have no caption: house\.png.*NAME\.txt.*--caption"):
         read_folder(pictures)
 
 
@@ -171,22 +171,22 @@ def test_what_is_ignored_is_listed_with_its_reason(pictures):
     assert {entry.name: entry.reason for entry in folder.ignored} == {
         ".DS_Store": "hidden",
         "._crab.png": "hidden",
-        "Thumbs.db": "not a picture by its name",
-        "film.mp4": "not a picture by its name",
+        "Thumbs.db": "not an image by its name",
+        "film.mp4": "not an image by its name",
         "loop.png": "a broken link",
         "out.png": "leads out of the folder",
         "pipe.png": "not a plain file",
-        "stray.txt": "a caption without a picture",
+        "stray.txt": "a caption without an image",
         "sub": "a folder",
     }
-    assert folder.notes[0].startswith("6 pictures in pictures, 9 ignored: ")
+    assert folder.notes[0].startswith("6 images in pictures, 9 ignored: ")
 
 
 def test_bad_pictures_stop_by_name_or_are_skipped(pictures):
     (pictures / "bad.png").write_bytes(b"")
     (pictures / "page.jpg").write_text("<html>")
     with pytest.raises(
-        DataError, match=r"2 of 8 pictures in pictures cannot be learned from: bad\.png: .*page\.jpg: .*--skip-bad"
+        DataError, match=r"2 of 8 images in pictures cannot be learned from: bad\.png: .*page\.jpg: .*--skip-bad"
     ):
         read_folder(pictures, caption_template="{caption}")
     folder = read_folder(pictures, caption_template="{caption}", skip_bad=True)
@@ -199,7 +199,7 @@ def test_bad_pictures_stop_by_name_or_are_skipped(pictures):
 def test_a_folder_that_metadata_leads_into_is_not_ignored(pictures):
     (pictures / "deep").mkdir()
     noise_picture(seed=9).save(pictures / "deep" / "a.png")
-    assert [entry.reason for entry in list_folder(pictures).ignored] == ["a folder; its pictures are not read"]
+    assert [entry.reason for entry in list_folder(pictures).ignored] == ["a folder; its images are not read"]
     (pictures / "metadata.jsonl").write_text('{"file_name": "deep/a.png", "text": "a"}\n')
     listing = list_folder(pictures)
     assert (len(listing.pictures), listing.ignored) == (7, ())
@@ -221,7 +221,7 @@ def test_no_folder_a_file_and_an_empty_folder_are_one_line_each(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "concepts.json").write_text("[]")
     (tmp_path / "empty").mkdir()
-    refused = {"none": "no such folder", "file": r"is a file.*dataset\.toml\.$", "empty": "no pictures in it"}
+    refused = {"none": "no such folder", "file": r"is a file.*dataset\.toml\.$", "empty": "no images in it"}
     refused |= {"concepts.json": r"is a file.*sfumato dataset converts other tools' configs\.$"}
     for name, words in refused.items():
         with pytest.raises(DataError, match=words):
@@ -234,7 +234,7 @@ def test_masks_are_found_beside_and_in_their_folder(pictures):
     Image.new("L", (64, 64), 255).save(pictures / "masks" / "house.png")
     folder = read_folder(pictures, caption_template="{caption}", mask="files")
     assert [example.mask and example.mask.name for example in folder][:3] == ["crab.mask.png", "house.png", None]
-    assert "4 pictures have no mask" in folder.notes[0]
+    assert "4 images have no mask" in folder.notes[0]
     assert folder.ignored == ()
     assert all(e.mask is None for e in read_folder(pictures, caption_template="{caption}"))
 
@@ -314,7 +314,7 @@ def test_masks_that_are_not_read_are_listed(pictures):
     ignored = {entry.name: entry.reason for entry in list_folder(pictures).ignored}
     assert ignored == {
         "masks/crab.jpg": "masks are read from .png",
-        "masks/nobody.png": "a mask that no picture takes",
+        "masks/nobody.png": "a mask that no image takes",
         "house.mask.jpg": "masks are read from .png",
     }
 
@@ -338,8 +338,8 @@ def test_onetrainers_masks_are_masks_and_its_conditioning_pictures_are_left_out(
     folder = read_folder(tmp_path, caption_template="{caption}", mask="files")
     assert [(e.path.name, e.mask and e.mask.name) for e in folder] == [("a.png", "a-masklabel.png"), ("b.png", None)]
     assert [(entry.name, entry.reason) for entry in folder.ignored] == [
-        ("a-condlabel.png", "OneTrainer's picture to inpaint by"),
-        ("gone-masklabel.png", "a mask that no picture takes"),
+        ("a-condlabel.png", "OneTrainer's image to inpaint by"),
+        ("gone-masklabel.png", "a mask that no image takes"),
     ]
 
 

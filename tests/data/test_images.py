@@ -183,11 +183,11 @@ def test_an_animation_gives_its_first_frame_and_a_word(tmp_path, suffix):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "a Git-LFS pointer"),
         (b'{"error": "not found"}', "text in JSON"),
         (b"\0\0\0\x18ftypmp42" + bytes(64), "a film"),
-        (b"\0\0\0\x18ftypavif" + bytes(64), "not a picture that is opened here"),
+        (b"\0\0\0\x18ftypavif" + bytes(64), "not an image that is opened here"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript"),
         (b"\xff\x0a" + bytes(20), "JPEG XL"),
         (b"PK\x03\x04" + bytes(20), "a zip archive"),
-        (b"what is this?", "not a picture that is opened here"),
+        (b"what is this?", "not an image that is opened here"),
     ],
 )
 def test_what_is_no_picture_is_called_what_it_is(tmp_path, data, words):

@@ -73,5 +73,5 @@ def test_no_format_is_opened_that_is_not_on_the_list(tmp_path):
     for suffix, kind in (("png", "PPM"), ("jpg", "TGA"), ("webp", "ICO"), ("gif", "PCX")):
         path = tmp_path / f"a.{suffix}"
         Image.new("RGB", (32, 32), "red").save(path, kind)
-        with pytest.raises(DataError, match=f"^a.{suffix}: not a picture that is opened here"):
+        with pytest.raises(DataError, match=f"^a.{suffix}: not an image that is opened here"):
             open_picture(path)

@@ -200,7 +200,7 @@ def test_latents_that_are_not_finite_are_no_picture(pipe):
     with torch.no_grad():
         bias.fill_(float("nan"))
     try:
-        with pytest.raises(BaseModelError, match=r"2 of 2 pictures \(seed 5\) came out not finite.*the base is broken"):
+        with pytest.raises(BaseModelError, match=r"2 of 2 images \(seed 5\) came out not finite.*the base is broken"):
             draw(pipe, "a cat", [5, 6], steps=1)
         like_an_adapter = pipe.unet.register_forward_hook(lambda *_: None)
         with like_an_adapter, pytest.raises(BaseModelError, match="Draw without adapters"):
@@ -273,7 +273,7 @@ def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
         ({"prompts": "a", "seeds": 1, "steps": 0}, "0 steps"),
         ({"prompts": "a", "seeds": 1, "batch": -1}, "batch -1"),
         ({"prompts": "a", "seeds": 1, "syntax": "a111"}, "'a111': wanted one of plain, a1111, compel"),
-        ({"prompts": ["a", "b"], "seeds": 1, "negative": ["c", "d"]}, "one text for all pictures"),
+        ({"prompts": ["a", "b"], "seeds": 1, "negative": ["c", "d"]}, "one text for all images"),
         ({"prompts": "a", "seeds": 1, "guidance": float("nan")}, "guidance nan"),
         ({"prompts": "a", "seeds": 2**64}, "64 bits"),
         ({"prompts": [], "seeds": []}, "0 prompts"),
@@ -301,7 +301,7 @@ def test_a_call_that_makes_no_sense_is_one_line(pocket, call, words):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("x.png",), "a start's picture that is a str; wanted a PIL picture"),
+        (("x.png",), "a start's picture that is a str; wanted a PIL image"),
         ((None,), "a start's picture that is a NoneType"),
         ((Image.new("L", (8, 8)), 0.5, "mask.png"), "a start's mask that is a str"),
         ((Image.new("L", (8, 8)), "0.5"), "strength '0.5': wanted above 0"),
@@ -313,14 +313,14 @@ def test_a_start_is_of_pictures(given, said):
 
 
 def test_a_pipeline_that_wants_a_picture_says_so(pipe):
-    with pytest.raises(ConfigError, match=r"StableDiffusionImg2ImgPipeline draws from a picture; give start="):
+    with pytest.raises(ConfigError, match=r"StableDiffusionImg2ImgPipeline draws from an image; give start="):
         draw(AutoPipelineForImage2Image.from_pipe(pipe), "a cat", 1, steps=1)
 
 
 def test_a_pipeline_that_follows_another_picture_is_refused(pipe):
     control = ControlNetModel.from_unet(pipe.unet)
     led = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control, requires_safety_checker=False)
-    with pytest.raises(ConfigError, match="StableDiffusionControlNetPipeline follows a picture"):
+    with pytest.raises(ConfigError, match="StableDiffusionControlNetPipeline follows an image"):
         draw(led, "a cat", 1, steps=1, start=Start(Image.new("RGB", (64, 64))))
 
 

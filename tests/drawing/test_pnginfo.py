@@ -598,7 +598,7 @@ def of_comfy(**inputs):
     ],
 )  # fmt: skip
 def test_numbers_and_types_that_cannot_be_meant_make_a_picture_that_is_not_understood(key, about, tmp_path):
-    with pytest.raises(DataError, match=r"^a\.png: a picture without settings as A1111"):
+    with pytest.raises(DataError, match=r"^a\.png: an image without settings as A1111"):
         redraw(picture_of_invoke(about, tmp_path / "a.png", key))
 
 
@@ -618,7 +618,7 @@ def test_a_hostile_prompt_is_no_option_and_does_not_reach_the_terminal(tmp_path)
 
 def test_a_picture_in_place_of_a_prompt_is_refused(tmp_path):
     file = picture_with("", tmp_path / "a.png")
-    with pytest.raises(ConfigError, match=r"a picture, and no prompt. sfumato inspect .*a.png tells the command"):
+    with pytest.raises(ConfigError, match=r"an image, and no prompt. sfumato inspect .*a.png tells the command"):
         plan(Config((str(file),)))
 
 

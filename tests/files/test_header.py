@@ -290,12 +290,12 @@ FOREIGN = {
     ),
     b"Invalid username or password.": ("this is a text file, not a weight file. Download the file itself again."),
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR": (
-        "this is a PNG picture, not a weight file. Name the .safetensors file it belongs to."
+        "this is a PNG image, not a weight file. Name the .safetensors file it belongs to."
     ),
     b"\xff\xd8\xff\xe0\0\x10JFIF": (
-        "this is a JPEG picture, not a weight file. Name the .safetensors file it belongs to."
+        "this is a JPEG image, not a weight file. Name the .safetensors file it belongs to."
     ),
-    b"RIFF\0\0\0\0WEBPVP8 ": ("this is a WebP picture, not a weight file. Name the .safetensors file it belongs to."),
+    b"RIFF\0\0\0\0WEBPVP8 ": ("this is a WebP image, not a weight file. Name the .safetensors file it belongs to."),
     b"PK\x03\x04\x14\0\0\0\0\0lora.safetensors": (
         "this is a zip archive, not a weight file. Unpack it and name the .safetensors file in it."
     ),

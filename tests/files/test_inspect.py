@@ -312,7 +312,7 @@ def test_the_whole_of_what_is_shown():
     lines = render(replace(plain, nonfinite=[], unknown=[], incomplete=[], trigger=[], spelling=[])).splitlines()
     assert "guidance   2.5, of the adapter" in render(replace(plain, adapter_guidance=2.5)).splitlines()
     assert "negative   <a>, sks dog" in render(replace(plain, negatives=["<a>", "sks dog"])).splitlines()
-    assert "steps      0 to 0.8 of the way from noise to picture" in render(replace(plain, over_steps=(0.0, 0.8)))
+    assert "steps      0 to 0.8 of the way from noise to image" in render(replace(plain, over_steps=(0.0, 0.8)))
     assert lines[3:7] == ["family     unknown", "base       -", "trigger    -", "spelling   -"]
     assert lines[-1] == "hash       0123456789ab"
     assert render(replace(plain, hash_holds=True, unknown=[], incomplete=[], nonfinite=[])).endswith("ab, holds")

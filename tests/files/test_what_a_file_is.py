@@ -23,7 +23,7 @@ from tests.files.said import said
         (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl", "this is a PyTorch .ckpt/.pt file, a zip with a pickle in"),
         (b"PK\x03\x04" + bytes(26) + b"archive/version", "this is a PyTorch .ckpt/.pt file"),
         (bytes(257) + b"ustar\x0000", "this is a tar archive, as early PyTorch wrote with a pickle in it; a"),
-        (b"GIF89a\x01\x02\xff", "this is a GIF picture, not a weight file. Name the .safetensors file it belongs to."),
+        (b"GIF89a\x01\x02\xff", "this is a GIF image, not a weight file. Name the .safetensors file it belongs to."),
         (b"RIFF\x01\x02\x03\x04WAVE\xff\xfe\xfd", "this is no safetensors file"),
         (b"7z\xbc\xaf\x27\x1c", "this is a 7z archive, not a weight file. Unpack it"),
         (b"Rar!\x1a", "this is a RAR archive"),

@@ -14,12 +14,12 @@ from tests.generate.shared import TWO
 
 WRONG = {
     "a tag of no file": (["a <lora:nowhere:1>", "-o", "a.png"], "<lora:nowhere>: no file"),
-    "a file that would be a folder": (["a", "-o", "a.pgn"], "--output a.pgn: pictures are written as .png"),
+    "a file that would be a folder": (["a", "-o", "a.pgn"], "--output a.pgn: images are written as .png"),
     "a folder of adapters that is none": (["a", "--lora-folder", "nowhere"], "--lora-folder nowhere: no"),
     "a mask alone": (["a", "--mask", "there.png", "-o", "a.png"], "give --image"),
-    "a folder of pictures": (["a", "--image", ".", "-o", "a.png"], "--image .: a folder; name one picture in it."),
-    "a picture that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
-    "a strength alone": (["a", "--strength", "0.3", "-o", "a.png"], "--strength 0.3: says how much of a picture"),
+    "a folder of images": (["a", "--image", ".", "-o", "a.png"], "--image .: a folder; name one image in it."),
+    "an image that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
+    "a strength alone": (["a", "--strength", "0.3", "-o", "a.png"], "--strength 0.3: says how much of an image"),
     "a tag without a name": (["a <lora::1>", "-o", "a.png"], "<lora::1>: names no adapter"),
     "a strength of nothing": (["a", "--image", "there.png", "--strength", "0", "-o", "a.png"], "strength 0"),
     "a prompt of loose brackets": (["(a", "--prompt-syntax", "a1111", "-o", "a.png"], "bracket"),
@@ -43,7 +43,7 @@ WRONG = {
         ["a", "--base", "a" * 300],
         "no such folder or file, for a base or a VAE. Wanted pocket",
     ),
-    "a picture of a name too long": (["a", "--image", "a" * 300], ": there is no such picture"),
+    "an image of a name too long": (["a", "--image", "a" * 300], ": there is no such image"),
     "an adapter of a name too long": (["a", "--lora", "a portrait " * 30], "wanted FILE:0.8, an adapter (--lora)"),
     "a label without a name": (["a", "--lora", "line="], "'line=' names no file"),
     "a file of a name too long": (["a", "-o", "a" * 252 + ".png"], "File name too long. Give a shorter one."),
@@ -122,7 +122,7 @@ WRONG = {
     "an odd size in a prompt": (["a cat --w 500"], "the nearest is 496"),
     "no steps in a prompt": (["a cat --s 0"], "0 steps"),
     "more steps in the second prompt than timesteps": (["red", "a cat --s 1001"], "1001 steps; wanted 1 to 1000"),
-    "an option for a picture of a sheet": (
+    "an option for an image of a sheet": (
         ["a --s 3", "--lora", "line.safetensors", "--sweep", "line=0,1"],
         "one setting",
     ),

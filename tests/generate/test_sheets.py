@@ -59,7 +59,7 @@ def test_pairs_show_each_picture_without_and_with_the_adapters(generate):
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save("start.png")
     many, one = ["a cat", "red", "--seed", "7", "--seed", "8"], ["a cat", "--seed", "7"]
     start = ["--image", "start.png", "--strength", "0.9"]
-    for rows, count, extra, kind in ((many, 4, [], "plain"), (one, 1, start, "from a picture")):
+    for rows, count, extra, kind in ((many, 4, [], "plain"), (one, 1, start, "from an image")):
         assert generate(*rows, *extra, "-o", f"{kind} without")[0] == 0
         assert generate(*rows, *extra, *TWO, "-o", f"{kind} with")[0] == 0
         code, out, _ = generate(*rows, *extra, *TWO, "--before-after", "-o", f"{kind}.png")

@@ -137,7 +137,7 @@ def test_a_step_names_concepts_others_groups_and_what_nobody_has_drawn():
 
 
 def test_one_style_is_refused():
-    with pytest.raises(DataError, match="no thing has pictures in two styles, which style_emphasis and --style-tog"):
+    with pytest.raises(DataError, match="no thing has images in two styles, which style_emphasis and --style-tog"):
         emphasis(Encoder(), styles=["noto"])
 
 

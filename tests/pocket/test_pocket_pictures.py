@@ -15,7 +15,7 @@ from sfumato.pocket.pictures import read_pictures as read_drawings
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path):
-    with pytest.raises(DataError, match=r"manifest\.json is missing; build the pictures with"):
+    with pytest.raises(DataError, match=r"manifest\.json is missing; build the images with"):
         read_manifest(tmp_path)
 
 
@@ -65,7 +65,7 @@ def test_a_manifest_need_not_withhold_anything(data):
 def test_a_picture_that_is_missing_or_of_another_size_is_named_with_its_style(data):
     path = data / "flat" / "crab.png"
     path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"flat/crab\.png: not a picture"):
+    with pytest.raises(DataError, match=r"flat/crab\.png: not an image"):
         read_drawings(data)
     Image.new("RGB", (64, 48)).save(path)
     with pytest.raises(DataError, match=r"flat/crab\.png is 64 x 48 px, .*noto/red-apple\.png 64 x 64"):

@@ -69,9 +69,9 @@ def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_
         ({"stage": "unet", "init": "pocket", "others_share": 0.1, "batch": 4}, "--others-share 0.1 of --batch 4 is no"),
         (
             {"stage": "unet", "init": "pocket", "crossed_share": 0.1, "crossed_from": 1000},
-            "no picture would be crossed",
+            "no image would be crossed",
         ),
-        ({"stage": "unet", "init": "pocket", "moved_share": 0.1, "moved_below": 0}, "no picture would be moved"),
+        ({"stage": "unet", "init": "pocket", "moved_share": 0.1, "moved_below": 0}, "no image would be moved"),
         ({"stage": "unet", "init": "pocket", "snr_gamma": 0.0, "flat_weight": 0.0}, "nothing would be learned"),
     ],
 )

@@ -219,9 +219,7 @@ def test_a_share_of_others_that_comes_to_none_is_refused(data, tmp_path):
     (data / "other/noto").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(data / "other/noto/red-heart.png")
     options = {"base": "pocket", "data": data, "output": tmp_path / "run", "steps": 1}
-    with pytest.raises(
-        ConfigError, match=r"--others-share 0.05 beside 5 pictures is no other drawing; raise it to 0.17"
-    ):
+    with pytest.raises(ConfigError, match=r"--others-share 0.05 beside 5 images is no other drawing; raise it to 0.17"):
         train(Config(**options, others_share=0.05, **SETTINGS))
     assert not (tmp_path / "run").exists()
 

@@ -123,7 +123,7 @@ def test_after_the_second_time_the_diagnosis_says_so(tmp_path):
     config = Config(output=tmp_path / "run", checkpoint_every=4)
     assert problem(lambda: train(config, loss_of=lambda number: math.nan if number >= 5 else 1.0)) == (
         "step 8: loss, gradient_norm not finite, in 3 steps in a row, also with half the learning rate, so the "
-        "training is broken. Lower --learning-rate, use another --precision, or look at the pictures; "
+        "training is broken. Lower --learning-rate, use another --precision, or look at the images; "
         f"{tmp_path / 'run/log.jsonl'} has the steps before."
     )
 
@@ -160,7 +160,7 @@ def refuse(*_):
 def test_a_state_that_only_the_main_process_finds_broken_is_broken_for_all(tmp_path):
     layer = nn.Linear(2, 2)
     end = (
-        ", so the training is broken. Lower --learning-rate, use another --precision, or look at the pictures; "
+        ", so the training is broken. Lower --learning-rate, use another --precision, or look at the images; "
         f"{tmp_path / 'run/log.jsonl'} has the steps before."
     )
     other = Processes(main=False, others=2)

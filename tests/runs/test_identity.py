@@ -71,7 +71,7 @@ def test_the_facts_of_a_run(tmp_path):
             {"a.png": "1 1", **{f"{name}.png": "3 3" for name in "cdef"}},
             "c.png is new, d.png is new, e.png is new and 2",
         ),
-        ({"b.png": "2 2", "a.png": "1 1"}, "its pictures come in another order"),
+        ({"b.png": "2 2", "a.png": "1 1"}, "its images come in another order"),
     ],
 )
 def test_of_a_data_set_the_pictures_that_differ_are_named(now, said):

@@ -188,11 +188,11 @@ def test_a_terminal_sees_what_is_prepared_and_a_log_what_takes_long(terminal, sh
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with Preparation(shown=shown) as told:
         for done in range(4):
-            told("pictures", done, 3)
+            told("images", done, 3)
         told("captions", 2, 2)
         assert [bar.n for bar in told._bars.values()] == ([3, 2] if shown else [0, 0])
     error = capsys.readouterr().err
-    assert ("encoding pictures" in error, "encoding captions" in error) == (terminal and shown, terminal and shown)
+    assert ("encoding images" in error, "encoding captions" in error) == (terminal and shown, terminal and shown)
 
 
 def test_the_loss_that_is_shown_is_a_running_mean():

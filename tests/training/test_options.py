@@ -235,7 +235,7 @@ def test_a_run_among_the_pictures_that_it_learns_from_is_refused(tmp_path):
     (tmp_path / "dataset.toml").write_text('[[source]]\npath = "."')
     config = replace(CONFIG, images=tmp_path, output=tmp_path / "." / "", caption="a dog")
     for images in (tmp_path, tmp_path / "dataset.toml"):
-        with pytest.raises(ConfigError, match=r"is a folder of the pictures; .* such as runs/test_a_run_among"):
+        with pytest.raises(ConfigError, match=r"is a folder of the images; .* such as runs/test_a_run_among"):
             replace(config, images=images).read_examples()
     replace(config, output=tmp_path / "runs").read_examples()
 

@@ -119,7 +119,7 @@ def test_drawn_pictures_are_read_with_their_prompts(draw, base, tmp_path):
     folder = read_class(base, {"cat": 2, "red cat": 1}, resolution=64, folder=tmp_path)
     assert [example.caption for example in folder] == ["cat", "cat", "red cat"]
     assert {example.group for example in folder} == {"class"}
-    with pytest.raises(DataError, match="2 of 5 class pictures are missing"):
+    with pytest.raises(DataError, match="2 of 5 class images are missing"):
         read_class(base, {"cat": 3, "red cat": 2}, resolution=64, folder=tmp_path)
 
 
@@ -240,7 +240,7 @@ def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
 
 def test_class_prompts_are_the_captions_without_the_identifier():
     subject = Subject("sks otter", "otter")
-    captions = ["sks otter, flat style", "sks otter", "a picture", "sks otter, flat style"]
+    captions = ["sks otter, flat style", "sks otter", "an image", "sks otter, flat style"]
     capitals = ["Sks Otter in snow", "two sks otters", "sks otterhound", "xsks otter"]
     assert subject.class_prompts([*captions, *capitals]) == [
         "otter",

@@ -214,7 +214,7 @@ def test_of_two_real_processes_one_encodes_and_both_see_the_same(tmp_path):
     done = launch()
     assert done.returncode != 0
     assert "2.png: " in done.stderr
-    assert "the main process could not prepare the pictures" in done.stderr
+    assert "the main process could not prepare the images" in done.stderr
 
 
 def test_several_processes_on_one_device_are_refused(monkeypatch):

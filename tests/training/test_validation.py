@@ -63,7 +63,7 @@ def test_a_picture_of_several_sources_is_held_out_of_all(pictures, tmp_path):
 @pytest.mark.parametrize(("count", "share"), [(1, 0.2), (1, 0.5)])
 def test_what_leaves_none_to_learn_from_is_refused(count, share, examples):
     few = dataclasses.replace(examples, examples=examples.examples[:count])
-    with pytest.raises(DataError, match=rf"--validation-split {share:g} of 1 picture leaves none to learn from"):
+    with pytest.raises(DataError, match=rf"--validation-split {share:g} of 1 image leaves none to learn from"):
         hold_out(few, share)
 
 
@@ -89,7 +89,7 @@ def test_a_source_is_held_out(pictures, tmp_path):
         read_folder(tmp_path / "c.toml")
     (tmp_path / "d.toml").write_text(f'{learned}caption = "{{caption}}"\nvalidation = true\n')
     config = lora.Config(images=tmp_path / "d.toml", output=tmp_path / "run")
-    with pytest.raises(DataError, match="no pictures to learn, but of a class or for validation only"):
+    with pytest.raises(DataError, match="no images to learn, but of a class or for validation only"):
         lora.read_examples(config)
 
 
@@ -100,7 +100,7 @@ def test_validation_is_the_fit_of_pictures_held_out(base, examples):
     dataset = config.prepare(found.in_group("instance"), base)
     held_out = prepare_validation(config, base, found, None)
     assert len(held_out) == 2
-    assert "2 pictures are held out for validation: " in held_out.notes[-1]
+    assert "2 images are held out for validation: " in held_out.notes[-1]
     metrics = Metrics(base, dataset, {}, held_out=held_out)
     assert [*metrics.values()] == ["fit", "validation"]
     assert metrics.values() == Metrics(base, dataset, {}, held_out=held_out).values()
@@ -191,7 +191,7 @@ def test_a_run_knows_the_pictures_held_out_again(pictures, tmp_path, pocket_fold
 def test_what_is_held_out_is_measured(pictures, tmp_path, capsys):
     words = ["--images", pictures, "--output", tmp_path / "run", "--validation-split", "0.2", "--measure-every", "0"]
     assert cli.main(["train", "lora", *map(str, words)]) == 2
-    assert "--validation-split holds pictures out to be measured, and --measure-every 0" in capsys.readouterr().err
+    assert "--validation-split holds images out to be measured, and --measure-every 0" in capsys.readouterr().err
 
 
 def test_a_limit_is_looked_at_as_often_with_pictures_held_out(base, examples):
@@ -235,7 +235,7 @@ def test_check_counts_what_is_learned(pictures, tmp_path, capsys):
     (tmp_path / "a.toml").write_text(f'{text}[[source]]\npath = "new"\nvalidation = true\n')
     assert cli.main(["check", str(tmp_path / "a.toml"), "--json"]) in (0, 1)
     said = capsys.readouterr().out
-    assert "new: 1 picture for validation" in said
+    assert "new: 1 image for validation" in said
     assert '"samples": 6' in said
     (tmp_path / "b.toml").write_text(f'{text}[[source]]\npath = "{pictures.as_posix()}"\nvalidation = true\n')
     assert cli.main(["check", str(tmp_path / "b.toml")]) == 1

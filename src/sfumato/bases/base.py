@@ -222,7 +222,7 @@ class Base:
                 self.vae.to(dtype)
         if not torch.isfinite(pixels).all():
             raise BaseModelError(
-                f"{self.name}: the picture is not finite, even in fp32. Latents or VAE are broken; try another --vae."
+                f"{self.name}: the image is not finite, even in fp32. Latents or VAE are broken; try another --vae."
             )
         return cast(Tensor, pixels.clamp(-1, 1))
 

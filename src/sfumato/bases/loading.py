@@ -433,7 +433,7 @@ def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
         raise BaseModelError(f"{name}: predicts {kind!r}; wanted epsilon or v_prediction. Say --prediction-type.")
     if config.get("rescale_betas_zero_snr") and kind == "epsilon":
         raise BaseModelError(
-            f"{name}: zero terminal SNR, where epsilon says nothing of the picture at the last timestep. "
+            f"{name}: zero terminal SNR, where epsilon says nothing of the image at the last timestep. "
             "Say --prediction-type v_prediction, or leave --zero-terminal-snr out."
         )
     _check_timesteps(config, name)

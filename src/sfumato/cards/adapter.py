@@ -36,7 +36,7 @@ def write_card(
     strength = about.adapter_guidance
     guided = f", under the adapter guidance {strength:g} that its file asks for" if strength else ""
     if about.over_steps:
-        guided += ", in the steps from {:g} to {:g} of the way from noise to picture, as its file asks".format(
+        guided += ", in the steps from {:g} to {:g} of the way from noise to image, as its file asks".format(
             *about.over_steps
         )
     if guided:
@@ -61,7 +61,7 @@ def write_card(
     clients = (_BUNDLED if _is_bundled(about) else _CLIENTS) if plain else readers_of(about, adapter.name)
     tags = ("lora", "template:sd-lora") if plain else ("lycoris",)
     text = f"""{opening(folder, about, prompts, rows, tags=tags)}
-A {title_of(about)} for {code(about.base)} ({about.family}), learned from {pluralize(about.images or 0, "picture")}.
+A {title_of(about)} for {code(about.base)} ({about.family}), learned from {pluralize(about.images or 0, "image")}.
 {before_after}
 ## Trigger words
 
@@ -224,7 +224,7 @@ def trigger_section(about: Description, prompts: Sequence[str]) -> str:
     if len(about.trigger) == 1:
         return f"Write {code(about.trigger[0])} in the prompt."
     lines = (f"- {code(each)}, as in {code(example_of(about, each, prompts))}" for each in about.trigger)
-    return "\n".join(["Each calls up what its own pictures showed:\n", *lines])
+    return "\n".join(["Each calls up what its own images showed:\n", *lines])
 
 
 def _negatives(about: Description) -> str:
@@ -289,7 +289,7 @@ def training_table(about: Description, shown: Sequence[str]) -> str:
 | setting | value |
 |---|---|
 {table}
-| pictures | {about.images} |
+| images | {about.images} |
 | data set sha256 | `{about.dataset_sha256}` |
 """
 

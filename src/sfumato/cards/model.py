@@ -57,7 +57,7 @@ def write_model_card(
     sheet = before_after_sheet(folder, prompts, rows)
     before_after = f"\n## Before and after\n{sheet}" if sheet else ""
     text = f"""{opening(folder, about, prompts, rows, tags=["dreambooth"])}
-{what} with DreamBooth on {pluralize(about.images or 0, "picture")}.
+{what} with DreamBooth on {pluralize(about.images or 0, "image")}.
 {before_after}
 ## Trigger words
 

@@ -48,7 +48,7 @@ def write_embedding_card(
     line = generate_line(example, about.base, about, words=[path.name for path in files.values()])
     base = code(about.base)
     text = f"""{opening(folder, about, prompts, rows, tags=["textual_inversion"])}
-{what} for {base} ({about.family}), learned from {pluralize(about.images or 0, "picture")} by Textual Inversion:
+{what} for {base} ({about.family}), learned from {pluralize(about.images or 0, "image")} by Textual Inversion:
 
 {listed}
 {before_after_sheet(folder, prompts, rows)}

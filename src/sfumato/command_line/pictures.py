@@ -73,16 +73,16 @@ def parse_size(text: str) -> tuple[int, int]:
 def check_start(image: Path | None, mask: Path | None, strength: float | None) -> None:
     """Refuse what --image, --mask and --strength cannot mean."""
     if mask and not image:
-        raise ConfigError(f"--mask {mask}: a mask wants the picture that it is for; give --image, too.")
+        raise ConfigError(f"--mask {mask}: a mask wants the image that it is for; give --image, too.")
     if strength is not None and not image:
-        raise ConfigError(f"--strength {strength:g}: says how much of a picture is drawn anew; give --image, too.")
+        raise ConfigError(f"--strength {strength:g}: says how much of an image is drawn anew; give --image, too.")
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"--strength {strength:g}: wanted above 0 and at most 1; 0.6 is usual.")
     for option, file in (("--image", image), ("--mask", mask)):
         if file is not None and isdir(file):
-            raise ConfigError(f"{option} {file}: a folder; name one picture in it.")
+            raise ConfigError(f"{option} {file}: a folder; name one image in it.")
         if file is not None and not isfile(file):
-            raise ConfigError(f"{option} {file}: there is no such picture; name one that is there.")
+            raise ConfigError(f"{option} {file}: there is no such image; name one that is there.")
 
 
 _OTHER_FILES = frozenset(
@@ -102,11 +102,11 @@ def picture_files(
     is_file = suffix in SUFFIXES
     is_near = not is_file and bool(difflib.get_close_matches(suffix, SUFFIXES))  # .pgn, which would be a folder
     if is_near or suffix in _OTHER_FILES:
-        raise ConfigError(f"--output {output}: pictures are written as .png, .jpg or .webp; name one of these.")
+        raise ConfigError(f"--output {output}: images are written as .png, .jpg or .webp; name one of these.")
     if is_file and count > 1:
         shown = ", ".join(f"{prompt!r:.40}" for prompt in given[:3])
         several = f", or put the words of one prompt into quotes: {shown} are several" if given[1:] else ""
-        raise ConfigError(f"--output {output}: {count} pictures do not fit into one file; name a folder{several}.")
+        raise ConfigError(f"--output {output}: {count} images do not fit into one file; name a folder{several}.")
     names = [f"{i:03}-{_slug(each.prompt)}-{each.seed}" for i, each in enumerate(pictures, start=1)]
     in_folder = tuple(output / f"{name}.png" for name in (["sheet"] if is_sheet else names))
     files = (output,) if is_file else in_folder

@@ -56,7 +56,7 @@ def parse_region(text: str, adapters: Sequence[Adapter]) -> RegionSpec:
             return RegionSpec(tuple(known[label] for label in labels), where, own)
     raise ConfigError(
         f"--region {text}: {splits[min(1, len(splits) - 1)][0]!r} is no place; wanted {', '.join(HALVES)}, a box such "
-        "as 0,0,0.5,1, or a picture that exists; a prompt follows a colon."
+        "as 0,0,0.5,1, or an image that exists; a prompt follows a colon."
     )
 
 

@@ -89,7 +89,7 @@ def _check_rows(pipe: Any) -> None:
     names = [kind.__name__ for kind in type(pipe).__mro__]
     if any(name.startswith(_OTHER_ROWS) for name in names):
         raise AdapterError(
-            f"{names[0]} calls the U-Net with rows that adapter guidance, regions and adapters by picture do not "
+            f"{names[0]} calls the U-Net with rows that adapter guidance, regions and adapters by image do not "
             "follow. Draw with another pipeline, or without these."
         )
 
@@ -114,7 +114,7 @@ def unconditional_rows(pipe: Any, rows: int, *, guided: bool = True) -> int:
     """
     if _is_by_picture(pipe):
         raise AdapterError(
-            f"{type(pipe).__name__} guides by a picture, too, and has the rows without the prompt last, which adapter "
+            f"{type(pipe).__name__} guides by an image, too, and has the rows without the prompt last, which adapter "
             "guidance and regions do not follow. Draw with another pipeline, or without these."
         )
     each = rows_per_picture(pipe)

@@ -103,7 +103,7 @@ def strengths_of(mix: Mix, strength: float | Mapping[str, float] | None, *, guid
     Raises AdapterError for what is not a number.
     """
     if not isinstance(guidance, Real) or math.isnan(guidance):
-        raise AdapterError(f"guidance {guidance!r:.40}: wanted the number that pictures are drawn with, such as 7.5.")
+        raise AdapterError(f"guidance {guidance!r:.40}: wanted the number that images are drawn with, such as 7.5.")
     if isinstance(strength, Real):
         strength = dict.fromkeys(mix.weights, float(strength))
     by_label = mix.strengths if strength is None else strength

@@ -73,8 +73,8 @@ def refuse_compiled(pipe: Any, parts: Iterable[str]) -> None:
     """Raises AdapterError where one of the parts is compiled: its layers would not notice the hooks set on them."""
     for name in sorted(compiled_parts(pipe).intersection(parts)):
         raise AdapterError(
-            f"the {name} is compiled, and a compiled layer does not notice adapters of one picture or region. Draw "
-            "before torch.compile, or each picture by itself with sfumato.compose."
+            f"the {name} is compiled, and a compiled layer does not notice adapters of one image or region. Draw "
+            "before torch.compile, or each image by itself with sfumato.compose."
         )
 
 

@@ -52,7 +52,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
     _check_lists(adapters)
     count = len(adapters)
     if not count:
-        raise AdapterError("there are no pictures; give a list of adapters for each, an empty one for the base.")
+        raise AdapterError("there are no images; give a list of adapters for each, an empty one for the base.")
 
     rows = _PicturesOfRows(pipe, count)
     # Before `forward`, in which adapter guidance halves the call.
@@ -111,7 +111,7 @@ def _check_lists(adapters: Any) -> None:
         if wrong or lists is not adapters:
             raise AdapterError(
                 f"{(wrong or [adapters])[0]!r:.60} in place of adapters; give a list of Adapter(file, weight) for each "
-                "picture, such as [[Adapter(file)], []]."
+                "image, such as [[Adapter(file)], []]."
             )
 
 
@@ -120,10 +120,10 @@ def _other_number(rows: int, count: int, each: int | None) -> AdapterError:
     if each is None or rows % each:
         found = f"the call has {rows} rows"
     else:
-        found = f"the call draws {pluralize(rows // each, 'picture')}"
+        found = f"the call draws {pluralize(rows // each, 'image')}"
     return AdapterError(
-        f"{found} and the adapters are for {pluralize(count, 'picture')}; give each prompt its list, and draw one "
-        "picture of each in one call."
+        f"{found} and the adapters are for {pluralize(count, 'image')}; give each prompt its list, and draw one "
+        "image of each in one call."
     )
 
 
@@ -216,12 +216,12 @@ def _check_others(pipe: Any, *, divides: bool) -> None:
     hooks = [hook for module in modules for hook in module._forward_hooks.values() if isinstance(hook, _Gathered)]
     if any(hook.owner != _owner() for hook in hooks):
         raise AdapterError(
-            "another thread or task draws with adapters by picture on this U-Net or its text encoders. Let them "
-            "wait for one another by a lock around per_picture, or draw all pictures in one call."
+            "another thread or task draws with adapters by image on this U-Net or its text encoders. Let them "
+            "wait for one another by a lock around per_picture, or draw all images in one call."
         )
     if any(divides or hook.divides for hook in hooks):
         raise AdapterError(
-            "a composite divides each row of a call among its adapters, and others by picture do not know whose a row "
+            "a composite divides each row of a call among its adapters, and others by image do not know whose a row "
             "is then. End the outer block before this one, or give a composite all adapters."
         )
 
@@ -244,7 +244,7 @@ def _layers(
                 if low is None:
                     raise AdapterError(
                         f"{adapter.label}: {found.part}.{found.path} is changed by a {found.effect.change.kind}, which "
-                        "has no low-rank form. Draw this picture by itself, or make it a LoRA: "
+                        "has no low-rank form. Draw this image by itself, or make it a LoRA: "
                         f"{lora_command(found.effect.change)}."
                     )
                 place = (found.part, found.path)

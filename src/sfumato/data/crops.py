@@ -74,7 +74,7 @@ def _mask(example: Example, picture: Picture) -> Image.Image | None:
         if abs(width * picture.image.height - height * picture.image.width) > max(*mask.size, *picture.image.size):
             raise DataError(
                 f"{example.mask.name}: {width} x {height} px, {example.path.name} has "
-                f"{picture.image.width} x {picture.image.height}. Give the mask the picture's proportions."
+                f"{picture.image.width} x {picture.image.height}. Give the mask the image's proportions."
             )
         return mask.resize(picture.image.size, Image.Resampling.BILINEAR)
     return picture.alpha if example.alpha_mask else None

@@ -190,6 +190,6 @@ class Dataset:
 def crops_move() -> DataError:
     """That pictures are cut at random places, where all are to be drawn over."""
     return DataError(
-        "pictures are cut at random places, too many to draw them all over; use --crop center or pad, or in a "
+        "images are cut at random places, too many to draw them all over; use --crop center or pad, or in a "
         'dataset.toml crop = "center" of each source, or --crossed-share 0.'
     )

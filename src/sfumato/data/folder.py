@@ -129,7 +129,7 @@ def examples_of(
         if found.path not in bad
     ]
     _check_captions(examples, template, words, path)
-    counted = f"{pluralize(len(examples), 'picture')} in {name}{ignored_words(listing.ignored)}"
+    counted = f"{pluralize(len(examples), 'image')} in {name}{ignored_words(listing.ignored)}"
     numbers = [found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)]
     unused = trigger and unused_trigger(examples, trigger)
     notes = [
@@ -171,21 +171,21 @@ def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
     """What to say of a folder without pictures; of those below it that hold some, to name one of them."""
     if below := [entry.name for entry in ignored if entry.reason == FOLDER_OF_PICTURES]:
         return DataError(
-            f"{path}: no pictures in it, but in its folders {some(below)}. Name one of them, list them in a "
-            'dataset.toml, or call them "10_sks dog", whose pictures come 10 times an epoch as "sks dog".'
+            f"{path}: no images in it, but in its folders {some(below)}. Name one of them, list them in a "
+            'dataset.toml, or call them "10_sks dog", whose images come 10 times an epoch as "sks dog".'
         )
     if deeper := [entry.name for entry in ignored if entry.reason == FOLDER_OF_REPEATS]:
         return DataError(
-            f"{path}: no pictures in it, but in folders with repeats within {some(deeper)}. Name that folder, as in "
+            f"{path}: no images in it, but in folders with repeats within {some(deeper)}. Name that folder, as in "
             f"--images {path / deeper[0]}."
         )
-    return DataError(f"{path}: no pictures in it{ignored_words(ignored)}. Put PNG or JPEG files there.")
+    return DataError(f"{path}: no images in it{ignored_words(ignored)}. Put PNG or JPEG files there.")
 
 
 def no_masks(path: Path) -> DataError:
     """What to say of a folder without masks where they were asked for."""
     return DataError(
-        f"{path}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png; to learn its pictures whole, "
+        f"{path}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png; to learn its images whole, "
         'write mask = "none" in its source of a dataset.toml.'
     )
 
@@ -193,7 +193,7 @@ def no_masks(path: Path) -> DataError:
 def no_subject(path: Path) -> DataError:
     """What to say of pictures of which none is to be learned."""
     return DataError(
-        f"{path}: has no pictures to learn, but of a class or for validation only. Name a source without class = true "
+        f"{path}: has no images to learn, but of a class or for validation only. Name a source without class = true "
         "and validation = true."
     )
 
@@ -274,7 +274,7 @@ def refuse_bad(reasons: Sequence[str], total: int, skip: bool, where: str = "") 
     shown = "; ".join(reason.rstrip(".") for reason in reasons[:3])
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
     advice = "None is left to learn from." if skip else "Mend or remove them, or pass --skip-bad to go on without them."
-    raise DataError(f"{len(reasons)} of {total} pictures{where} cannot be learned from: {shown}{more}. {advice}")
+    raise DataError(f"{len(reasons)} of {total} images{where} cannot be learned from: {shown}{more}. {advice}")
 
 
 def _ignored(listing: Listing, path: Path, reason: str) -> Ignored:
@@ -293,7 +293,7 @@ def _check_captions(examples: Sequence[Example], template: str | None, words: st
     ways += [f'give their source words = "{words or "a dog"}"']
     ways += [] if words is None else [f"pass {by_template(missing, examples[0].trigger, words)}"]
     raise DataError(
-        f"{len(missing)} of {len(examples)} pictures have no caption: {shown}. {', '.join(ways[:-1])}, or {ways[-1]}."
+        f"{len(missing)} of {len(examples)} images have no caption: {shown}. {', '.join(ways[:-1])}, or {ways[-1]}."
         + (f" {own}." if own else "")
     )
 
@@ -337,13 +337,13 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
     if len(without) == len(examples):
         raise no_masks(root)
     if without:
-        found = pluralize(len(without), "picture has", "pictures have")
+        found = pluralize(len(without), "image has", "images have")
         yield f"{found} no mask, learned whole: {', '.join(without[:3])}"
 
 
 def without_alpha(names: Sequence[str]) -> str:
     """What to say of pictures whose alpha was to be their mask, and that have none."""
-    found = pluralize(len(names), "picture has", "pictures have")
+    found = pluralize(len(names), "image has", "images have")
     return f"{found} no transparent part, learned whole: {some(list(names), 4)}"
 
 

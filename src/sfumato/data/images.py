@@ -35,12 +35,12 @@ LARGEST_RATIO = 4.0
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _OTHERS: Mapping[bytes, str] = MappingProxyType(
     {
-        b"version https://git-lfs": "a Git-LFS pointer; the picture was not downloaded. Run `git lfs pull`.",
+        b"version https://git-lfs": "a Git-LFS pointer; the image was not downloaded. Run `git lfs pull`.",
         b"<?xml": "a drawing in SVG or another XML file. Export it as PNG.",
         b"<svg": "a drawing in SVG. Export it as PNG.",
-        b"<": "a web page saved under a picture's name. Download the picture itself.",
-        b"{": "text in JSON, perhaps a server's error message. Download the picture itself.",
-        b"%PDF": "a PDF. Export its pictures as PNG.",
+        b"<": "a web page saved under an image's name. Download the image itself.",
+        b"{": "text in JSON, perhaps a server's error message. Download the image itself.",
+        b"%PDF": "a PDF. Export its images as PNG.",
         b"%!PS": "PostScript, which is a program. Export it as PNG.",
         b"8BPS": "a Photoshop file. Export it as PNG.",
         b"\xff\x0a": "JPEG XL, which is not read here. Convert it to PNG.",
@@ -241,7 +241,7 @@ def _what_else(path: Path) -> str:
     if known is not None:
         return f"this is {known}"
     allowed = ", ".join(FORMATS)
-    return f"not a picture that is opened here ({allowed}), or its beginning is lost. Convert it, or remove it."
+    return f"not an image that is opened here ({allowed}), or its beginning is lost. Convert it, or remove it."
 
 
 def _animated(file: Image.Image) -> bool:

@@ -28,7 +28,7 @@ REPEATS = re.compile(r"(\d{1,5})_(.*)")
 
 _MASKS = (".mask", "-masklabel")
 """How the names of masks beside their pictures end, here and in OneTrainer's folders."""
-FOLDER_OF_PICTURES = "a folder; its pictures are not read"
+FOLDER_OF_PICTURES = "a folder; its images are not read"
 FOLDER_OF_REPEATS = "a folder of folders with repeats"
 """`img` and `reg` within the folder that kohya's GUI makes."""
 
@@ -88,11 +88,11 @@ def list_folder(path: Path, *, words: str = "", suffixes: Sequence[str] = CAPTIO
     Nothing outside the folder is followed, nothing that could block is opened. Raises DataError for what is no folder.
     """
     if not path.exists():
-        raise DataError(f"{path}: there is no such folder. --images wants a folder of pictures, or a dataset.toml.")
+        raise DataError(f"{path}: there is no such folder. --images wants a folder of images, or a dataset.toml.")
     if not path.is_dir():
         others = " sfumato dataset converts other tools' configs." if path.suffix in (".json", ".yaml", ".yml") else ""
         raise DataError(
-            f"{path} is a file; --images wants the folder that the pictures are in, or a dataset.toml.{others}"
+            f"{path} is a file; --images wants the folder that the images are in, or a dataset.toml.{others}"
         )
     reader = _Reader(path, words, tuple(suffixes))
     reader.read()
@@ -147,13 +147,13 @@ class _Reader:
         unlisted = [found.path.name for found in self.pictures if not found.checksums[0]]
         if self.sums and unlisted:
             self.notes.append(
-                f"{NAME} does not list {pluralize(len(unlisted), 'picture')}, left unchecked: {some(unlisted)}"
+                f"{NAME} does not list {pluralize(len(unlisted), 'image')}, left unchecked: {some(unlisted)}"
             )
 
     def _tell_differing(self) -> None:
         """Say which pictures have captions in two places that contradict each other."""
         if self.differing[1:]:
-            self.notes.append(f"{len(self.differing)} pictures have captions that differ, such as {self.differing[0]}")
+            self.notes.append(f"{len(self.differing)} images have captions that differ, such as {self.differing[0]}")
         else:
             self.notes.extend(self.differing)
 
@@ -221,7 +221,7 @@ class _Reader:
             self.notes.append(f'{METADATA}: {found} no "text", so no caption: {some(lacking)}')
         for path in described:
             if not path.is_file():
-                self.notes.append(f"{METADATA}: there is no picture {path.relative_to(folder).as_posix()}")
+                self.notes.append(f"{METADATA}: there is no image {path.relative_to(folder).as_posix()}")
         return described
 
     def _ignore_idle(self, folder: Path, entries: list[Path], pictures: list[Path]) -> None:
@@ -231,7 +231,7 @@ class _Reader:
         masks = {found.mask for found in self.pictures}
         for entry in (each for each in entries if not each.name.startswith(".")):
             if self._is_caption(entry) and _spelt(entry) not in companions:
-                self._ignore(entry, "a caption without a picture")
+                self._ignore(entry, "a caption without an image")
             elif entry.suffix.lower() in SUFFIXES and entry.stem.endswith(_MASKS) and entry not in masks:
                 self._ignore(entry, _idle_mask(entry))
         for entry in self._entries(folder / "masks") if (folder / "masks").is_dir() else []:
@@ -274,9 +274,9 @@ class _Reader:
         elif entry.name == "metadata.csv":
             self._ignore(entry, f"captions are read from {METADATA}")
         elif entry.suffix.lower() not in SUFFIXES:
-            self._ignore(entry, "not a picture by its name")
+            self._ignore(entry, "not an image by its name")
         elif entry.stem.endswith("-condlabel"):
-            self._ignore(entry, "OneTrainer's picture to inpaint by")
+            self._ignore(entry, "OneTrainer's image to inpaint by")
         elif not entry.stem.endswith(_MASKS):
             return True
         return False
@@ -375,4 +375,4 @@ def _composed(name: str) -> str:
 
 
 def _idle_mask(entry: Path) -> str:
-    return "a mask that no picture takes" if entry.suffix.lower() == ".png" else "masks are read from .png"
+    return "a mask that no image takes" if entry.suffix.lower() == ".png" else "masks are read from .png"

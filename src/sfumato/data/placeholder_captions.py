@@ -80,6 +80,6 @@ def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) ->
     for caption in (e.caption for e in examples if e.group == "class"):
         if held := [token for token in placeholders if holds(token, caption)]:
             raise DataError(
-                f"the caption {caption!r} of a picture of the class holds {held[0]}, which is learned for the subject "
+                f"the caption {caption!r} of an image of the class holds {held[0]}, which is learned for the subject "
                 "alone. Leave it out there."
             )

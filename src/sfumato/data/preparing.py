@@ -113,13 +113,13 @@ def prepare(
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
     for them. together: how many samples of a step must be of one size, those of a call of the U-Net; unset, all.
     cache: a folder for latents and embeddings, where they are found again. drawn_over: whether `views` will be asked
-    for, so that what it refuses is refused before anything is decoded. progress: called with "pictures" or "captions",
+    for, so that what it refuses is refused before anything is decoded. progress: called with "images" or "captions",
     and how many of how many are done.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
     if not examples:
-        raise DataError("no pictures to learn from; give a folder that holds some.")
+        raise DataError("no images to learn from; give a folder that holds some.")
     defaults = Options(flip, crop, caption_dropout, shuffle_tags, keep_tags, tag_dropout)
     defaults.check()
     notes = list(examples.notes) if isinstance(examples, ExampleSet) else []
@@ -147,7 +147,7 @@ def prepare(
     )
     if will_draw is not None and (unseen := dataset.unseen(*will_draw)):
         dataset.notes.append(
-            f"{unseen} of {pluralize(len(dataset), 'picture')} come in none of the {will_draw[1]} steps; more "
+            f"{unseen} of {pluralize(len(dataset), 'image')} come in none of the {will_draw[1]} steps; more "
             "steps learn from all."
         )
     if embed_text:
@@ -224,7 +224,7 @@ def _gathered(
     """The examples, decoded and encoded a few dozen at a time, in their order."""
     found = _Gathered()
     if progress:
-        progress("pictures", 0, len(examples))
+        progress("images", 0, len(examples))
     labels = labels_of([example.path for example in examples])
     read = prefetch(zip(examples, labels, strict=True), lambda named: _read(*named, plan, store), window=_WINDOW)
     while window := list(islice(read, _WINDOW)):
@@ -246,7 +246,7 @@ def _gathered(
             for item in found.items:
                 item.tensors = None
     if progress:
-        progress("pictures", len(found.items) + len(found.bad), len(examples))
+        progress("images", len(found.items) + len(found.bad), len(examples))
     return found
 
 
@@ -258,7 +258,7 @@ def _unlike(label: str, others: Container[str]) -> str:
 def _share(progress: Callable[[str, int, int], None] | None, before: int, these: int, count: int, part: float) -> None:
     """Tell that of `these` pictures, which come after those before, a part of 0 to 1 is encoded."""
     if progress:
-        progress("pictures", before + int(part * these), count)
+        progress("images", before + int(part * these), count)
 
 
 def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Done | DataError:
@@ -398,9 +398,9 @@ def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:
     small = [item.name for item in items if item.crop.scale > 1]
     cut = [item.name for item in items if item.crop.kept < 0.75]
     if small:
-        yield f"{len(small)} of {len(items)} pictures are smaller than is learned, so they are enlarged: {some(small)}"
+        yield f"{len(small)} of {len(items)} images are smaller than is learned, so they are enlarged: {some(small)}"
     if cut:
-        yield f"{len(cut)} of {len(items)} pictures lose more than a quarter to the crop: {some(cut)}"
+        yield f"{len(cut)} of {len(items)} images lose more than a quarter to the crop: {some(cut)}"
 
 
 def _kept_notes(in_loop: bool, store: Cache | None, bytes_kept: int) -> Iterator[str]:

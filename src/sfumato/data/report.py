@@ -84,7 +84,7 @@ class Report:
         counts = Counter((example.path.parent, example.repeats, example.group) for example in self.examples)
         names = labels_of([folder for folder, _, _ in counts])
         return [
-            f"{name}: {pluralize(count, 'picture')}"
+            f"{name}: {pluralize(count, 'image')}"
             + (f" x {repeats}" if repeats > 1 else "")
             + {"class": " of the class", "validation": " for validation"}.get(of, "")
             for name, ((_, repeats, of), count) in zip(names, counts.items(), strict=True)
@@ -314,7 +314,7 @@ def _twice(report: Report) -> Iterator[Finding]:
         first.setdefault(file, place)
     places = list(first.values())
     exact, near = duplicates([report.looks[place] for place in places])
-    for kind, groups, words in (("duplicate", exact, "the same picture"), ("near duplicate", near, "nearly the same")):
+    for kind, groups, words in (("duplicate", exact, "the same image"), ("near duplicate", near, "nearly the same")):
         for group in groups:
             names = [report.labels[places[number]] for number in group]
             yield Finding(kind, f"{words}: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}", tuple(names))
@@ -324,9 +324,7 @@ def _twice(report: Report) -> Iterator[Finding]:
     spare = sum(len(group) - 1 for group in [*exact, *near])
     if spare > 0.3 * len(places):
         share = spare / len(places)
-        yield Finding(
-            "many duplicates", f"{share:.0%} of the pictures repeat others; what they show is learned by heart"
-        )
+        yield Finding("many duplicates", f"{share:.0%} of the images repeat others; what they show is learned by heart")
 
 
 def _buckets(report: Report) -> Iterator[Finding]:
@@ -361,4 +359,4 @@ def _trigger(report: Report, trigger: str) -> Iterator[Finding]:
 
 
 def _count(names: Sequence[str]) -> str:
-    return pluralize(len(names), "picture has", "pictures have")
+    return pluralize(len(names), "image has", "images have")

@@ -164,7 +164,7 @@ def _load(path: Path) -> dict[str, Any]:
         return read_toml(path)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: there is no such file. --images wants a folder of pictures, or a dataset.toml."
+            f"{path}: there is no such file. --images wants a folder of images, or a dataset.toml."
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). See to its permissions.") from None

@@ -35,8 +35,8 @@ def hold_out(examples: ExampleSet, share: float) -> ExampleSet:
     count = max(1, round(share * len(learned)))
     if count >= len(learned):
         raise DataError(
-            f"--validation-split {share:g} of {pluralize(len(learned), 'picture')} leaves none to learn from; give "
-            "more pictures, or a smaller share."
+            f"--validation-split {share:g} of {pluralize(len(learned), 'image')} leaves none to learn from; give "
+            "more images, or a smaller share."
         )
     chosen = set(sorted(learned, key=lambda file: _lot(learned[file]))[:count])
     moved = tuple(

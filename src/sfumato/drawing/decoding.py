@@ -82,7 +82,7 @@ def check_all(good: Tensor, seeds: list[int], complaint: str) -> None:
     """
     bad = [seed for seed, fine in zip(seeds, good.flatten(1).all(1).tolist(), strict=True) if not fine]
     if bad:
-        raise BaseModelError(f"{len(bad)} of {len(seeds)} pictures (seed {bad[0]}) came out {complaint}")
+        raise BaseModelError(f"{len(bad)} of {len(seeds)} images (seed {bad[0]}) came out {complaint}")
 
 
 def image_of(pixels: Tensor) -> Image.Image:

@@ -105,7 +105,7 @@ def draw_each(
     if batch is None:
         batch = drawn_at_once(width * height // pipe.vae_scale_factor**2)
     elif batch < 1:
-        raise ConfigError(f"batch {batch}: wanted at least 1 picture at once.")
+        raise ConfigError(f"batch {batch}: wanted at least 1 image at once.")
     if guidance is not None:
         checked_guidance(guidance)
     other = None if sampler is None else schedulers.scheduler(sampler, pipe.scheduler.config)
@@ -142,7 +142,7 @@ def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start:
     if guidance is not None and not isinstance(guidance, Real):
         raise ConfigError(f"guidance {guidance!r:.40}: wanted a number; 3 to 9 is usual.")
     if not isinstance(negative, str):
-        raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all pictures.")
+        raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all images.")
     if syntax not in get_args(Syntax):
         raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
     if sampler is not None and not isinstance(sampler, str):
@@ -150,7 +150,7 @@ def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start:
         raise ConfigError(f"a sampler that is a {kind}; wanted a name such as ddim. Your own goes into pipe.scheduler.")
     if start is not None and not isinstance(start, Start):
         kind = type(start).__name__
-        raise ConfigError(f"a start that is a {kind}; wanted sfumato.drawing.pictures.Start(picture).")
+        raise ConfigError(f"a start that is a {kind}; wanted sfumato.drawing.pictures.Start(image).")
 
 
 def check_steps(steps: int | None, scheduler: Any) -> None:
@@ -166,12 +166,12 @@ def _check_pipeline(pipe: Any, start: Start | None) -> None:
         raise ConfigError(f"draw wants a Base or a diffusers pipeline with a U-Net, got a {type(pipe).__name__}.")
     if "controlnet" in pipe.components:
         raise ConfigError(
-            f"a {type(pipe).__name__} follows a picture that draw does not hand on; call it yourself, or draw with a "
+            f"a {type(pipe).__name__} follows an image that draw does not hand on; call it yourself, or draw with a "
             "pipeline that has no controlnet."
         )
     if start is None and "image" in inspect.signature(type(pipe).__call__).parameters:
         raise ConfigError(
-            f"a {type(pipe).__name__} draws from a picture; give start=Start(picture), or a pipeline that needs none."
+            f"a {type(pipe).__name__} draws from an image; give start=Start(image), or a pipeline that needs none."
         )
 
 

@@ -142,7 +142,7 @@ def save_picture(
     elif suffix == ".webp":
         options = {"format": "WEBP", "quality": 95, "exif": _exif(text), "xmp": _xmp(own)}
     else:
-        raise ConfigError(f"{path.name}: pictures are written as .png, .jpg or .webp. Give one of these endings.")
+        raise ConfigError(f"{path.name}: images are written as .png, .jpg or .webp. Give one of these endings.")
     with atomic_path(path) as temporary:
         image.save(temporary, **options)
     return path

@@ -94,7 +94,7 @@ def redraw(path: Path) -> Redraw:
             if about := said or read_graph(info.graph) or read_invoke(info.invoke):
                 return _redraw(path.name, about, own)
     raise DataError(
-        f"{path.name}: a picture without settings as A1111, Forge, InvokeAI and sfumato write them, or a graph of "
+        f"{path.name}: an image without settings as A1111, Forge, InvokeAI and sfumato write them, or a graph of "
         "ComfyUI's with a sampler and a text; others are read in their own programs alone."
     )
 
@@ -112,7 +112,7 @@ def _redraw(file: str, about: Parameters, own: Mapping[str, Any]) -> Redraw:
 def render(found: Redraw) -> str:
     """The settings in lines, and the command."""
     about = found.parameters
-    rows = [("file", f"{_line(found.file)}, a picture"), ("prompt", _line(about.prompt))]
+    rows = [("file", f"{_line(found.file)}, an image"), ("prompt", _line(about.prompt))]
     rows += [("negative", _line(about.negative))] * bool(about.negative)
     rows += [(_line(name), _line(str(value))) for name, value in about.settings.items()]
     width = max(10, *(len(name) for name, _ in rows))

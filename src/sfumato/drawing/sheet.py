@@ -72,7 +72,7 @@ def contact_sheet(
     """
     pictures = [picture for row in cells for picture in row if picture is not None]
     if not pictures:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     largest = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
     shape = len(cells), max(len(row) for row in cells)
     at = _layout(largest, shape, row_labels, column_labels, title)

@@ -29,11 +29,11 @@ class Start:
         for what, picture in {"picture": self.picture, "mask": self.mask}.items():
             if not isinstance(picture, Image.Image) and (picture is not None or what == "picture"):
                 kind = type(picture).__name__
-                raise ConfigError(f"a start's {what} that is a {kind}; wanted a PIL picture, as Image.open gives it.")
+                raise ConfigError(f"a start's {what} that is a {kind}; wanted a PIL image, as Image.open gives it.")
         if not isinstance(self.strength, Real) or not 0 < self.strength <= 1:
             raise ConfigError(f"strength {self.strength!r:.40}: wanted above 0 and at most 1; 0.6 is usual.")
         if self.mask is not None and as_mask(self.mask).getbbox() is None:
-            raise ConfigError("the mask is black or transparent all over; it is white where the picture is drawn anew.")
+            raise ConfigError("the mask is black or transparent all over; it is white where the image is drawn anew.")
 
     def sized(self, width: int, height: int) -> Start:
         """The same at this size."""

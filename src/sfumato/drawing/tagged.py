@@ -56,7 +56,7 @@ class TaggedPrompts:
         wanted = [{**(adapters or {}), **each} for each in tagged]
         differ = any(each != wanted[0] for each in wanted)
         if differ and options.get("num_images_per_prompt", 1) != 1:
-            raise AdapterError("prompts with different adapters give one picture each; repeat a prompt for several.")
+            raise AdapterError("prompts with different adapters give one image each; repeat a prompt for several.")
         from sfumato.compose.caller import unet_lock
 
         with unet_lock(self), self._words(wanted), self._by_picture(wanted) if differ else self._mixed(wanted[0]):

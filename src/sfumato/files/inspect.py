@@ -301,7 +301,7 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         ("trigger", ", ".join(map(plain, found.trigger)) or "-"),
         *([("guidance", f"{found.adapter_guidance:g}, of the adapter")] if found.adapter_guidance else []),
         *(
-            [("steps", "{:g} to {:g} of the way from noise to picture".format(*found.over_steps))]
+            [("steps", "{:g} to {:g} of the way from noise to image".format(*found.over_steps))]
             if found.over_steps
             else []
         ),

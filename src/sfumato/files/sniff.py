@@ -5,9 +5,9 @@ import re
 HEAD_BYTES = 512
 
 _PICTURES = {
-    b"\x89PNG\r\n\x1a\n": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"GIF8": "a GIF picture",
+    b"\x89PNG\r\n\x1a\n": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
 }
 _ARCHIVES = {
     b"\x1f\x8b": "a gzip archive",
@@ -59,7 +59,7 @@ def foreign(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return f"this is a tar archive, as early PyTorch wrote with a pickle in it; {_PICKLE_ADVICE}"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return f"this is a WebP picture{_PICTURE_ADVICE}"
+        return f"this is a WebP image{_PICTURE_ADVICE}"
     for kinds, advice in _BY_MAGIC:
         for magic, kind in kinds.items():
             if head.startswith(magic):

@@ -92,13 +92,11 @@ def _check_unet(config: Any) -> None:
             "let them be 1 together at most."
         )
     if config.others_share and not round(config.batch * config.others_share):
-        raise ConfigError(
-            f"--others-share {config.others_share} of --batch {config.batch} is no picture; raise either."
-        )
+        raise ConfigError(f"--others-share {config.others_share} of --batch {config.batch} is no image; raise either.")
     if config.crossed_share and config.crossed_from > 999:
-        raise ConfigError(f"--crossed-from {config.crossed_from}: no picture would be crossed; timesteps end at 999.")
+        raise ConfigError(f"--crossed-from {config.crossed_from}: no image would be crossed; timesteps end at 999.")
     if config.moved_share and not config.moved_below:
-        raise ConfigError("--moved-below 0: no picture would be moved; leave --moved-share out, too.")
+        raise ConfigError("--moved-below 0: no image would be moved; leave --moved-share out, too.")
     if not config.snr_gamma and not config.flat_weight:
         raise ConfigError("--snr-gamma and --flat-weight are both 0, so that nothing would be learned; raise one.")
 

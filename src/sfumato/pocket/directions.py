@@ -115,7 +115,7 @@ class Directions:
                 alike.setdefault(self.length(thing), []).append(thing)
         if not alike:
             raise DataError(
-                "no thing has pictures in two styles, which style_emphasis and --style-together set apart; leave these "
+                "no thing has images in two styles, which style_emphasis and --style-together set apart; leave these "
                 "out."
             )
         enough = {count: some for count, some in alike.items() if len(some) >= _LEAST} or alike

@@ -93,7 +93,7 @@ def draw_samples(
 def save_sheet(pictures: Tensor, columns: int, path: Path) -> None:
     """(n, 3, h, w) in [-1, 1] as one PNG, `columns` in a row; BaseModelError where one is black or not finite."""
     if not is_picture(pictures).all():
-        raise BaseModelError(f"{path.name}: a picture is black or not finite, so the sheet was not written.")
+        raise BaseModelError(f"{path.name}: an image is black or not finite, so the sheet was not written.")
     rows = [torch.cat(list(row), dim=2) for row in torch.split(pictures, columns)]
     pixels = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     with atomic_path(path) as temporary:

@@ -137,7 +137,7 @@ def read_pictures(data: Path) -> Pictures:
     hidden = {tuple(cell) for cell in manifest["withheld"]}
     cells = [(c, s) for s in manifest["styles"] for c in manifest["concepts"] if (c, s) not in hidden]
     if not cells:
-        raise DataError(f"{data / 'manifest.json'}: every picture is withheld; leave some to learn from.")
+        raise DataError(f"{data / 'manifest.json'}: every image is withheld; leave some to learn from.")
     paths = [data / style / f"{concept.replace(' ', '-')}.png" for concept, style in cells]
     for cell, path in zip(cells, paths, strict=True):
         if not path.is_file():
@@ -146,7 +146,7 @@ def read_pictures(data: Path) -> Pictures:
     height, width = pictures.pixels.shape[2:]
     if height != width or height % STEP:
         raise DataError(
-            f"{data}: its pictures are {width} x {height} px; wanted squares of a multiple of {STEP} px, such as 64."
+            f"{data}: its images are {width} x {height} px; wanted squares of a multiple of {STEP} px, such as 64."
         )
     return pictures
 
@@ -219,7 +219,7 @@ def read_manifest(data: Path) -> dict[str, Any]:
     path = data / "manifest.json"
     if not path.exists():
         raise DataError(
-            f"{path} is missing; build the pictures with python -m bench.pocket_data --out {data}, or lay out your own "
+            f"{path} is missing; build the images with python -m bench.pocket_data --out {data}, or lay out your own "
             "as docs/pocket.md says."
         )
     try:

@@ -335,7 +335,7 @@ def _storage(compute: torch.dtype, device: torch.device, adapting: bool) -> tupl
 
 def _vae(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
     if compute == torch.float32 or device.type == "cpu":
-        return torch.float32, "runs once a picture, so exactness is cheap"
+        return torch.float32, "runs once an image, so exactness is cheap"
     if compute == torch.bfloat16:
         return torch.bfloat16, "has fp32's range; SDXL's VAE overflows in fp16"
     return torch.float32, "SDXL's VAE overflows in fp16"

@@ -133,7 +133,7 @@ def other_pictures(name: str, before: Mapping[str, str], now: Mapping[str, str])
             is_file = digests.partition(" ")[0] != then.partition(" ")[0]
             found.append(f"{each} {'or its mask is another' if is_file else 'has another caption, crop or setting'}")
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"{name}: {', '.join(found[:3]) or 'its pictures come in another order'}{more}"
+    return f"{name}: {', '.join(found[:3]) or 'its images come in another order'}{more}"
 
 
 def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:

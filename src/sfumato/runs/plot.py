@@ -13,7 +13,7 @@ from sfumato.files.atomic import atomic_path
 TITLES = {
     "loss": "loss of each step, and its running mean",
     "fit": "fit: loss on fixed noise and timesteps",
-    "validation": "validation: the same on pictures held out",
+    "validation": "validation: the same on images held out",
     "drift": "drift: change on unrelated prompts",
     "rate": "learning rate",
     "gradient_norm": "norm of the gradient",

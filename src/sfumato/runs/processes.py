@@ -131,7 +131,7 @@ class Processes:
         agree = self._agreement_without_limit()
         if not self.is_main:
             if agree(False):
-                raise RunError("the main process could not prepare the pictures; its own line says why.")
+                raise RunError("the main process could not prepare the images; its own line says why.")
             yield
             return
         failed = True

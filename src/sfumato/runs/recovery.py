@@ -116,6 +116,6 @@ class Recovery:
             again = ", also with half the learning rate" if self.rate_factor < 1 else ""
             raise RunError(
                 f"{reason}{again}, so the training is broken. Lower --learning-rate, use another --precision, or look "
-                f"at the pictures; {self._log.path} has the steps before."
+                f"at the images; {self._log.path} has the steps before."
             )
         return newest

@@ -60,7 +60,7 @@ def check_trainer(config: TrainerOptions) -> None:
     """Raises ConfigError for numbers, names and options that make no sense, whatever the base and the pictures."""
     if config.validation_split and config.measure_every == 0:
         raise ConfigError(
-            "--validation-split holds pictures out to be measured, and --measure-every 0 measures none; leave one out."
+            "--validation-split holds images out to be measured, and --measure-every 0 measures none; leave one out."
         )
     if config.steps is not None and config.epochs is not None:
         and_so = " (the run has its steps already)" if config.resume else ""

@@ -108,7 +108,7 @@ def draw_class(
         height=resolution,
     )
     try:
-        bar = tqdm(missing, desc="drawing the class", unit="picture", file=sys.stderr, disable=not shown)
+        bar = tqdm(missing, desc="drawing the class", unit="image", file=sys.stderr, disable=not shown)
         for (prompt, path, _), picture in zip(bar, pictures, strict=True):
             with atomic_path(path) as temporary:
                 picture.save(temporary)
@@ -117,7 +117,7 @@ def draw_class(
                 write_text(note, json.dumps(about(base, prompt, resolution), indent=1) + "\n")
     except OSError as error:
         raise DataError(
-            f"{folder}: class pictures cannot be written ({error.strerror}); give another folder with --class-cache."
+            f"{folder}: class images cannot be written ({error.strerror}); give another folder with --class-cache."
         ) from None
     return len(missing)
 
@@ -133,7 +133,7 @@ def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder
     absent = [example.path for example in examples if not example.path.is_file()]
     if absent:
         raise DataError(
-            f"{absent[0]}: {len(absent)} of {len(examples)} class pictures are missing; start again to draw them."
+            f"{absent[0]}: {len(absent)} of {len(examples)} class images are missing; start again to draw them."
         )
     return ExampleSet(tuple(examples))
 

@@ -109,7 +109,7 @@ class DataOptions:
         folders = {path.resolve() for path in (self.images, *(example.path.parent for example in examples))}
         if output is not None and output.resolve() in folders:
             raise ConfigError(
-                f"--output {output} is a folder of the pictures; its samples and plot would be learned from, too. Give "
+                f"--output {output} is a folder of the images; its samples and plot would be learned from, too. Give "
                 f"a folder of its own, such as runs/{output.resolve().name}."
             )
 

@@ -33,5 +33,5 @@ def prepare_validation(
     chosen = dataclasses.replace(held_out, examples=tuple(as_they_are))
     dataset = config.prepare(chosen, base, embed_text=False, processes=processes)
     names = some([each.path.name for each in held_out])
-    dataset.notes.append(f"{pluralize(len(dataset), 'picture is', 'pictures are')} held out for validation: {names}")
+    dataset.notes.append(f"{pluralize(len(dataset), 'image is', 'images are')} held out for validation: {names}")
     return dataset

@@ -37,7 +37,7 @@ class Identifier:
             words = ", ".join(repr(word) for word in self.ordinary)
             are = "is an ordinary word" if len(self.ordinary) == 1 else "are ordinary words"
             found.append(
-                f"warning: {words} {are}, whose meaning will come through in the pictures; "
+                f"warning: {words} {are}, whose meaning will come through in the images; "
                 "a rare one, such as --identifier sks or ohwx, has none to unlearn"
             )
         return found

@@ -18,7 +18,7 @@ from sfumato.errors import AdapterError
 def check_no_picture_prompt(unet: Any) -> None:
     if getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise AdapterError(
-            "the U-Net has an IP-Adapter, whose picture is attended to where regions are told apart. Call "
+            "the U-Net has an IP-Adapter, whose image is attended to where regions are told apart. Call "
             "pipe.unload_ip_adapter() first, or draw without regions."
         )
 

@@ -40,7 +40,7 @@ class Region:
         if not is_box and not isinstance(where, Image.Image):
             shown = " ".join(repr(where).split())
             raise AdapterError(
-                f"a region at {shown:.60}: wanted a picture that is white there, or (left, top, right, bottom) as "
+                f"a region at {shown:.60}: wanted an image that is white there, or (left, top, right, bottom) as "
                 "shares of the side."
             )
         check_adapters(adapters)

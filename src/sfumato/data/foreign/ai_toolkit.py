@@ -18,7 +18,7 @@ _ELSEWHERE = {
     "cache_latents": "latents are always computed once",
     "cache_latents_to_disk": "--cache DIR",
     "cache_text_embeddings": "embeddings are always computed once",
-    "type": "pictures only",
+    "type": "images only",
     "num_workers": "needs none",
     "prefetch_factor": "needs none",
 }
@@ -79,7 +79,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
                 'captions say [trigger] themselves, set caption = "{caption}"'
             )
         if own.get("mask_path"):
-            notes.append('mask_path: move the masks to masks/ in the picture folder, then set mask = "files"')
+            notes.append('mask_path: move the masks to masks/ in the image folder, then set mask = "files"')
         # Which it puts before a caption after it has dropped or shuffled the tags.
         is_first = bool(word and (own.get("shuffle_tokens") or own.get("token_dropout_rate")))
         for place in with_pictures(path, folder):  # it walks through all that is below, but for what it made itself

@@ -72,7 +72,7 @@ def notes_on(
     for entry in entries:
         if entry.is_dir() and REPEATS.fullmatch(entry.name):
             yield (
-                f"{path}: holds {entry.name}, whose name says repeats here, so that pictures beside it are left out; "
+                f"{path}: holds {entry.name}, whose name says repeats here, so that images beside it are left out; "
                 "rename it"
             )
             break

@@ -19,10 +19,10 @@ _ELSEWHERE = {
     "max_bucket_reso": "buckets follow --resolution",
     "bucket_reso_steps": "buckets follow the base",
     "max_token_length": "--max-tokens",
-    "conditioning_data_dir": 'masks go to masks/ in the picture folder, with mask = "files" in its source',
+    "conditioning_data_dir": 'masks go to masks/ in the image folder, with mask = "files" in its source',
     "cache_info": "headers are always read anew",
-    "validation_split": "--validation-split, of all pictures together",
-    "validation_seed": "which pictures are held out depends on their names",
+    "validation_split": "--validation-split, of all images together",
+    "validation_seed": "which images are held out depends on their names",
     "debug_dataset": "sfumato check --sheet",
 }
 _USED = frozenset(
@@ -49,7 +49,7 @@ _USED = frozenset(
 _TRAINING_ELSEWHERE = _ELSEWHERE | {
     "max_resolution": "--resolution",
     "train_batch_size": "--batch",
-    "masked_loss": "--mask files, with the masks in masks/ of each picture folder",
+    "masked_loss": "--mask files, with the masks in masks/ of each image folder",
     "cache_latents": "latents are always computed once",
     "cache_latents_to_disk": "--cache DIR",
 }

@@ -139,7 +139,7 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
     notes.extend(left_over(_in_effect(own, image, text, masked), _USED, _ELSEWHERE))
     for what, most in _VARIED.items():
         if image.get(most) and (image.get(f"enable_random_{what}") or image.get(f"enable_fixed_{what}")):
-            notes.append(f"{most} = {image[most]}: pictures are not varied so; put varied copies beside them")
+            notes.append(f"{most} = {image[most]}: images are not varied so; put varied copies beside them")
 
 
 def _section(own: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -199,10 +199,10 @@ def _share(own: Mapping[str, Any], places: list[str], folder: Path, notes: list[
         there = [place for place in (find(place, folder) for place in places) if place]
         count = sum(len(list_folder(place).pictures) for place in there)
         if not count:
-            notes.append(f"balancing = {balancing} samples: there are no pictures here to count; set repeats")
+            notes.append(f"balancing = {balancing} samples: there are no images here to count; set repeats")
             return Fraction(1)
     if balancing > _MOST_REPEATS * count:
-        raise ConfigError(f"balancing is {balancing!r:.40}; wanted at most {_MOST_REPEATS:,} repeats of a picture.")
+        raise ConfigError(f"balancing is {balancing!r:.40}; wanted at most {_MOST_REPEATS:,} repeats of an image.")
     share = balancing / count
     if 0 < share < 0.1:  # in hundredths too little would be left of it
         return Fraction(1, round(1 / share))

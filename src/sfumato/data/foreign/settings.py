@@ -16,11 +16,11 @@ from sfumato.errors import ConfigError
 Sources = list[dict[str, Any]]
 """Keys and values of each [[source]], in the order of datasets/README.md."""
 BY_THE_BASE = (
-    "its pictures are learned as those of a class, beside each batch and at --prior-weight; to learn what the base "
+    "its images are learned as those of a class, beside each batch and at --prior-weight; to learn what the base "
     "predicts instead, leave them out and pass their captions as --prior-prompts"
 )
 FROM_NAMES = (
-    "spaces stand for - and _ in names of files, and a .txt or metadata.jsonl beside the pictures comes before them; "
+    "spaces stand for - and _ in names of files, and a .txt or metadata.jsonl beside the images comes before them; "
     "move it away"
 )
 

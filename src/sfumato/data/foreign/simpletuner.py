@@ -25,8 +25,8 @@ from sfumato.errors import ConfigError
 _CACHES = ("text_embeds", "image_embeds", "conditioning_image_embeds", "distillation_cache")
 _SEPARATORS = {"comma": ",", "period": ".", "space": ""}
 _THROUGHOUT = "every source is learned from in all steps"
-_ENLARGED = "smaller pictures are enlarged, and named by sfumato check; move them away"
-_LEFT_IN = "such pictures are left in; move them away"
+_ENLARGED = "smaller images are enlarged, and named by sfumato check; move them away"
+_LEFT_IN = "such images are left in; move them away"
 _ELSEWHERE = {
     "train_batch_size": "--batch",
     "cache_dir_vae": "--cache DIR",
@@ -34,7 +34,7 @@ _ELSEWHERE = {
     "minimum_image_size": _ENLARGED,
     "minimum_aspect_ratio": _LEFT_IN,
     "maximum_aspect_ratio": _LEFT_IN,
-    "max_num_samples": "all pictures are learned; move the others away",
+    "max_num_samples": "all images are learned; move the others away",
     "start_epoch": _THROUGHOUT,
     "start_step": _THROUGHOUT,
     "end_epoch": _THROUGHOUT,
@@ -136,15 +136,15 @@ def _passed_over(own: Mapping[str, Any]) -> str:
         return ""
     if kind == "conditioning" and own.get("conditioning_type") in ("mask", "segmentation"):
         return (
-            "holds masks; move them as PNG to masks/ in the folder of their pictures, under the same names, then set "
+            "holds masks; move them as PNG to masks/ in the folder of their images, under the same names, then set "
             'mask = "files"'
         )
     if kind == "conditioning":
         return f"is for conditioning by {own.get('conditioning_type', 'controlnet')}, which no adapter here has"
     if kind not in ("image", "eval"):
-        return f"dataset_type = {kind}: pictures only, so it is left out"
+        return f"dataset_type = {kind}: images only, so it is left out"
     if store != "local":
-        return f"type = {store}: its pictures are in no folder; download them and name that one in a [[source]]"
+        return f"type = {store}: its images are in no folder; download them and name that one in a [[source]]"
     if own.get("probability") == 0:
         return "probability = 0, so it is left out"
     return ""
@@ -206,7 +206,7 @@ def _crop(own: Mapping[str, Any], notes: list[str]) -> str:
     if not own.get("crop"):
         return "center"
     if aspect != "preserve":
-        notes.append(f"crop_aspect = {aspect}: each picture keeps the nearest of some shapes; cut the files themselves")
+        notes.append(f"crop_aspect = {aspect}: each image keeps the nearest of some shapes; cut the files themselves")
     if style in ("corner", "face"):
         notes.append(f"crop_style = {style}: crops are from the centre; cut the files themselves")
     return "random" if style == "random" else "center"
@@ -224,4 +224,4 @@ def _size_notes(own: Mapping[str, Any]) -> Iterator[str]:
         yield f"resolution = {size}, {kind}: --resolution {side}{by}"
     downsampled = own.get("target_downsample_size")
     if own.get("crop") and own.get("maximum_image_size") and downsampled and downsampled != size:
-        yield f"target_downsample_size = {downsampled}: crops are as large as they fit into the picture"
+        yield f"target_downsample_size = {downsampled}: crops are as large as they fit into the image"
