@@ -161,7 +161,7 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato import randomness
-    from sfumato.adapters import Attached, Kind
+    from sfumato.adapters import Attached
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
@@ -176,19 +176,14 @@ def train(config: Config) -> Path:
 
     check(config)
     processes = Processes.join(config.device)
-    subject = Subject(
-        config.instance_prompt or f"{config.identifier} {config.class_name}", config.class_prompt or config.class_name
-    )
+    subject = subject_of(config)
     examples = read_examples(config, subject)
     instance = examples.in_group("instance")
     precision = decide_precision(config, processes)
     base = config.load_base(precision)
     config, filled = resolve(config, base, examples, processes.count)
-    notes: list[str] = []
-    if config.method == "lora":
-        notes = Kind.of(config).notes(adapted(base, config), config.rank, config.conv_rank)
-    writes = [config.name] if config.save == "folder" else ["adapters"] if config.save_every else []
-    run = Run.start(config, program="dreambooth", processes=processes, writes=writes)
+    notes = notes_of(config, base)
+    run = Run.start(config, program="dreambooth", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
     run.say(*notes)
@@ -225,7 +220,7 @@ def train(config: Config) -> Path:
     average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     lora = trained if isinstance(trained, Attached) else None
-    pristine: Pristine = nullcontext if lora is None else lora.disabled  # of a whole base nothing has been trained yet
+    pristine: Pristine = lora.disabled if lora else nullcontext  # of a whole base nothing has been trained yet
     unrelated = unrelated_to(preserved.of_class)
     drift_prompts = {"drift": unrelated, "class_drift": preserved.prompts} if config.measure_every else {}
     contexts = {"pristine": pristine, "within": average.applied}
@@ -235,7 +230,7 @@ def train(config: Config) -> Path:
     prompts = subject.sample_prompts(dataset.captions, unrelated[0])
     samples = samples_of(config, base, trained, prompts, trigger, run, average)
     about = partial(description_of, config, base, dataset, samples, trigger)
-    learned = trained_adapter_of(config, base, trained, about, average)
+    learned = trained_adapter_of(config, base, lora, about, average) if lora else None
     limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
     run.every(config.measure_every, limit.watching(run, metrics, processes))
     run.every(config.sample_every, samples.draw)
@@ -294,6 +289,19 @@ def train(config: Config) -> Path:
     run.close()
     processes.wait()
     return path
+
+
+def subject_of(config: Config) -> Subject:
+    """The subject and its class in words."""
+    prompt = config.instance_prompt or f"{config.identifier} {config.class_name}"
+    return Subject(prompt, config.class_prompt or config.class_name)
+
+
+def written(config: Config) -> list[str]:
+    """The names of what is written into the run's folder, besides what every run writes."""
+    if config.save == "folder":
+        return [config.name]
+    return ["adapters"] if config.save_every else []
 
 
 def check(config: Config) -> None:
@@ -467,27 +475,38 @@ def class_pictures(
     Class images come from a folder or the dataset.toml; the base model then generates only those of the further
     prompts. Without them it generates both, once.
     """
-    from sfumato.data.preparing import square_side
+    given = examples.in_group("class")
+    if config.class_images is not None and config.prior != "none":
+        given = read_subject(config.class_images, preserved.of_class[0], skip_bad=config.skip_bad)
+    # Those that are given show the class, and the captions' forms of it.
+    wanted = PreservedPrompts.of([], config.prior_prompts) if given else preserved
+    if config.prior == "pictures" and wanted.prompts:
+        drawn = draw_preserved(config, base, wanted, run, processes)
+        return dataclasses.replace(given, examples=(*given, *drawn)) if given else drawn
+    if config.prior == "none":
+        say_nothing_is_held(config, run)
+        given = None
+    if config.class_cache is not None:
+        run.say("--class-cache: the base draws no images of the class, so that none are kept there")
+    return given or None
+
+
+def say_nothing_is_held(config: Config, run: Run) -> None:
+    """Say which class images and prompts of the data and the options --prior none leaves aside."""
     from sfumato.data.source import sources_of
+
+    sources = sources_of(config.images, caption_template=config.caption, trigger=_trigger(config))
+    if config.prior_prompts or any(source.group == "class" for source in sources):
+        run.say("--prior none: neither images of the class nor prompts are held, only how they drift is measured")
+
+
+def draw_preserved(
+    config: Config, base: Base, preserved: PreservedPrompts, run: Run, processes: Processes
+) -> ExampleSet:
+    """The base model's images of what shall draw as before: each is generated once and kept."""
+    from sfumato.data.preparing import square_side
     from sfumato.training.class_pictures import pictures_of_class
 
-    nothing_drawn = "--class-cache: the base draws no images of the class, so that none are kept there"
-    given = examples.in_group("class")
-    if config.prior == "none":
-        sources = sources_of(config.images, caption_template=config.caption, trigger=_trigger(config))
-        if config.prior_prompts or any(source.group == "class" for source in sources):
-            run.say("--prior none: neither images of the class nor prompts are held, only how they drift is measured")
-        if config.class_cache is not None:
-            run.say(nothing_drawn)
-        return None
-    if config.class_images is not None:
-        given = read_subject(config.class_images, preserved.of_class[0], skip_bad=config.skip_bad)
-    if given:  # they show the class, and the captions' forms of it
-        preserved = PreservedPrompts.of([], config.prior_prompts)
-    if config.prior == "base" or not preserved.prompts:
-        if config.class_cache is not None:
-            run.say(nothing_drawn)
-        return given or None
     counts = preserved.counts(config.class_count)
     folder = config.class_cache or config.output / "class"
     side = square_side(base, config.resolution)
@@ -496,7 +515,7 @@ def class_pictures(
     if left := [prompt for prompt in preserved.prompts if prompt not in counts]:
         rest = f" and {len(left) - 3} more" if len(left) > 3 else ""
         run.say(f"nothing holds {', '.join(left[:3])}{rest}: --class-count {config.class_count} is too few for each")
-    return dataclasses.replace(given, examples=(*given, *pictures)) if given else pictures
+    return pictures
 
 
 def prior_of(
@@ -553,6 +572,15 @@ def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Co
     return target_layers(base.parts(text=config.train_text_encoder), config.targets)
 
 
+def notes_of(config: Config, base: Base) -> list[str]:
+    """What there is to say of the layers that a LoRA changes."""
+    from sfumato.adapters import Kind
+
+    if config.method == "full":
+        return []
+    return Kind.of(config).notes(adapted(base, config), config.rank, config.conv_rank)
+
+
 def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own learning rate."""
     from sfumato.adapters import Attached
@@ -573,7 +601,7 @@ def samples_of(
     run: Run,
     average: Ema,
 ) -> Samples:
-    """The run's sample pictures, of these prompts if none are asked for, drawn as a LoRA's file will ask for."""
+    """The run's sample images, of these prompts if none are asked for, generated as a LoRA's file will ask for."""
     from sfumato.adapters import Attached
     from sfumato.runs.samples import Samples
     from sfumato.training.sampling import drawing_of
@@ -606,18 +634,15 @@ def description_of(
 def trained_adapter_of(
     config: Config,
     base: Base,
-    trained: Attached | nn.ModuleDict,
+    lora: Attached,
     about: Callable[..., Description],
     average: Ema,
-) -> TrainedAdapter | None:
-    """What is written of a LoRA; None of a base that itself learns. about: see `TrainedAdapter`."""
-    from sfumato.adapters import Attached
+) -> TrainedAdapter:
+    """What is written of a LoRA. about: see `TrainedAdapter`."""
     from sfumato.precision import DTYPES
     from sfumato.training.trained_adapter import TrainedAdapter
 
-    if not isinstance(trained, Attached):
-        return None
-    return TrainedAdapter(trained, None, base.family.name, about, DTYPES[config.save_precision], average)
+    return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
 
 
 def save(

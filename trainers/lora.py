@@ -193,10 +193,9 @@ def train(config: Config) -> Path:
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_lora(adapted, config)
     facts: dict[str, Any] = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
+    # A run that goes on needs it for the words alone that its crossed samples began with.
     if config.init_from and not (run.has_begun and not (words and crossed)):
-        refuse_missing(
-            config.init_from
-        )  # a run that goes on needs it for the words that its crossed samples began with
+        refuse_missing(config.init_from)
     if config.init_from and config.init_from.exists():
         facts["init"], left = start_from(config.init_from, base, lora, words, config.initial_words)
         run.say(*left)
@@ -231,11 +230,8 @@ def train(config: Config) -> Path:
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
         words_alone = step.number < config.words_first
-        if words:
-            lora.requires_grad_(not words_alone)
-            words.requires_grad_(words_alone or not config.words_first)
-            if config.words_first and step.number == config.words_first:
-                average.settle(words.parameters())
+        if config.words_first:
+            take_turns(step.number, config.words_first, lora, words, average)
         loss, prior_loss = torch.zeros(2, device=precision.device)
         further: dict[str, Any] = {}
         for micro in batches.of(step.number):
@@ -417,6 +413,15 @@ def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
     )
     words.check([*config.asked_samples()[0], *(example.caption for example in examples)])
     return words
+
+
+def take_turns(step: int, words_first: int, lora: Attached, words: Words, average: Ema) -> None:
+    """Let the words learn in the first steps, and the LoRA alone in those after, beside the words as they will be
+    saved."""
+    lora.requires_grad_(step >= words_first)
+    words.requires_grad_(step < words_first)
+    if step == words_first:
+        average.settle(words.parameters())
 
 
 def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config: Config) -> Attached:
