@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from os.path import isdir, isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
 
@@ -134,30 +134,25 @@ class Config(DrawingBaseOptions):
 
 def plan(config: Config) -> Plan:
     """The images, adapters and files that the config asks for. Raises ConfigError, one line, for what is impossible."""
-    prompts = _prompts(config)
+    given_prompts = _prompts(config)
     _check_settings(config)
     is_sheet = config.sweep is not None or config.before_after
-    flagged = [split_flags(prompt) for prompt in prompts]
-    split = [split_tags(prompt) for prompt, _ in flagged]
-    own = [checked_flags(flags, sheet=is_sheet) for _, flags in flagged]
-    seeds = [_seeds(config, flags) for flags in own]
-    texts = [*(found.prompt for found in split), *(flags.get("negative", "") for flags in own), config.negative or ""]
-    for text in texts:
-        checked_syntax(text, config.prompt_syntax)
+    prompts = [_read_prompt(config, text, is_sheet=is_sheet) for text in given_prompts]
+    tagged_texts = [prompt.text for prompt in prompts]
     given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
-    regions = _regions(config, given, split)
+    regions = _regions(config, given, tagged_texts)
     regional = {each.label for region in regions for each in region.adapters}
     everywhere = [each for each in given if each.label not in regional]
     if not isdir(config.lora_folder):
         raise ConfigError(f"--lora-folder {config.lora_folder}: no such folder; name the one with the tags' adapters.")
-    adapters, weights = with_tags(everywhere, split, config.lora_folder)
+    adapters, weights = with_tags(everywhere, tagged_texts, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]
     placement = _placement(config, regions, [each.label for each in everywhere], sorted(regional), tagged)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
     pictures = tuple(
-        PictureRequest(found.prompt, seed, tagged, {name: value for name, value in flags.items() if name != "seed"})
-        for found, each, tagged, flags in zip(split, seeds, weights, own, strict=True)
-        for seed in each
+        PictureRequest(prompt.text.prompt, seed, of_tags, prompt.overrides)
+        for prompt, of_tags in zip(prompts, weights, strict=True)
+        for seed in prompt.seeds
     )
     sweep = _sweep(config, adapters, placement, has_tags=any(weights))
     if config.before_after and not (adapters or regions):
@@ -186,6 +181,23 @@ def _prompts(config: Config) -> list[str]:
     return prompts
 
 
+class _ReadPrompt(NamedTuple):
+    """text: with the tags taken out of it. overrides: the settings in it, without its seed. seeds: of its images."""
+
+    text: Tagged
+    overrides: dict[str, Any]
+    seeds: list[int]
+
+
+def _read_prompt(config: Config, text: str, *, is_sheet: bool) -> _ReadPrompt:
+    words, flags = split_flags(text)
+    found, own = split_tags(words), checked_flags(flags, sheet=is_sheet)
+    for each in (found.prompt, own.get("negative", "")):
+        checked_syntax(each, config.prompt_syntax)
+    overrides = {name: value for name, value in own.items() if name != "seed"}
+    return _ReadPrompt(found, overrides, _seeds(config, own))
+
+
 def _check_settings(config: Config) -> None:
     if config.count < 1:
         raise ConfigError(f"--count {config.count}: wanted at least 1.")
@@ -193,6 +205,7 @@ def _check_settings(config: Config) -> None:
         if (value := getattr(config, name)) is not None:
             CHECKS[name](value)
     without_tags(config.negative or "", "--negative")
+    checked_syntax(config.negative or "", config.prompt_syntax)
 
 
 def _seeds(config: Config, own: Mapping[str, Any]) -> list[int]:
