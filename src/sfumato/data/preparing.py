@@ -130,7 +130,8 @@ def prepare(
         raise crops_move()
     store = None if cache is None else Cache(cache)
     plan = _plan_of(examples, sizes, base, store)
-    gathered = _gathered(examples, plan, store, base, skip_bad, progress)
+    tell = progress or _tell_nobody
+    gathered = _gathered(examples, plan, store, base, skip_bad, tell)
     items = gathered.items
     refuse_bad(gathered.bad, len(examples), skip_bad)
     notes.extend(_notes(gathered, plan, store, base))
@@ -152,7 +153,7 @@ def prepare(
         )
     if embed_text:
         texts = CaptionEmbeddings(base, store)
-        dataset.notes.extend(_embed(texts, dataset, items, will_draw, progress))
+        dataset.notes.extend(_embed(texts, dataset, items, will_draw, tell))
         dataset.embed(texts)
     return dataset
 
@@ -219,12 +220,11 @@ def _gathered(
     store: Cache | None,
     base: Base,
     skip_bad: bool,
-    progress: Callable[[str, int, int], None] | None,
+    tell: Callable[[str, int, int], None],
 ) -> _Gathered:
     """The examples, decoded and encoded a few dozen at a time, in their order."""
     found = _Gathered()
-    if progress:
-        progress("images", 0, len(examples))
+    tell("images", 0, len(examples))
     labels = labels_of([example.path for example in examples])
     read = prefetch(zip(examples, labels, strict=True), lambda named: _read(*named, plan, store), window=_WINDOW)
     while window := list(islice(read, _WINDOW)):
@@ -232,7 +232,7 @@ def _gathered(
         good = [done for done in window if isinstance(done, _Done)]
         if found.bad and not skip_bad:
             continue  # the rest is only decoded, so that all bad files are named at once
-        shown = partial(_share, progress, len(found.items) + len(found.bad), len(good), len(examples))
+        shown = partial(_tell_share, tell, len(found.items) + len(found.bad), len(good), len(examples))
         fresh, words = _items(good, plan, store, base, shown)
         found.notes.extend(words)
         for done, item in zip(good, fresh, strict=True):
@@ -245,8 +245,7 @@ def _gathered(
         if store and found.nbytes > KEPT_BYTES:
             for item in found.items:
                 item.tensors = None
-    if progress:
-        progress("images", len(found.items) + len(found.bad), len(examples))
+    tell("images", len(found.items) + len(found.bad), len(examples))
     return found
 
 
@@ -255,10 +254,13 @@ def _unlike(label: str, others: Container[str]) -> str:
     return next(each for each in chain((label,), (f"{label} #{n}" for n in count(2))) if each not in others)
 
 
-def _share(progress: Callable[[str, int, int], None] | None, before: int, these: int, count: int, part: float) -> None:
+def _tell_share(tell: Callable[[str, int, int], None], before: int, these: int, count: int, part: float) -> None:
     """Tell that of `these` pictures, which come after those before, a part of 0 to 1 is encoded."""
-    if progress:
-        progress("images", before + int(part * these), count)
+    tell("images", before + int(part * these), count)
+
+
+def _tell_nobody(what: str, done: int, count: int) -> None:
+    """The progress of a call that asks for none."""
 
 
 def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Done | DataError:
@@ -349,7 +351,7 @@ def _embed(
     dataset: Dataset,
     items: Sequence[PreparedPicture],
     will_draw: tuple[int, int, int] | None,
-    progress: Callable[[str, int, int], None] | None,
+    tell: Callable[[str, int, int], None],
 ) -> Iterator[str]:
     """Embed what will be drawn, if that can be known and kept; lines for the person."""
     if will_draw is not None:
@@ -367,7 +369,7 @@ def _embed(
     for captions, is_lasting in ((lasting, True), (passing, False)):
         if texts.fits(captions, cached=is_lasting):
             # Sorted, so that equal runs encode in equal batches.
-            texts.compute(sorted(captions), progress and partial(progress, "captions"), cached=is_lasting)
+            texts.compute(sorted(captions), partial(tell, "captions"), cached=is_lasting)
         else:
             yield f"{len(captions):,} captions are too many to keep in memory; they are encoded in the loop"
 
