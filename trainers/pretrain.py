@@ -248,10 +248,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
     """Train the U-Net on cached latents, and the text encoder unless it stays frozen. Returns the folder of a pipeline
     with averaged weights, fp32."""
     from sfumato import diffusion
-    from sfumato.data.cache import weights_digest
-    from sfumato.pocket.captions import captions_fingerprint, read_words
-    from sfumato.pocket.directions import Things
-    from sfumato.pocket.init_parts import base_fingerprint, learning_parts, read_vae, tokenizer_fingerprint
+    from sfumato.pocket.captions import read_words
+    from sfumato.pocket.init_parts import learning_parts, read_vae
     from sfumato.pocket.latents import Latents
     from sfumato.pocket.lessons import Lessons
     from sfumato.pocket.outputs import assemble, draw_samples, save_model
@@ -264,9 +262,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     if config.compile:
         check_compiler(device)
     manifest = read_manifest(config.data)
-    if config.plain_style not in (None, *manifest["styles"]):
-        known = ", ".join(manifest["styles"])
-        raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
+    check_style(config, manifest["styles"])
     words = [] if config.init else read_words(config.data)
     pictures, named = seen_pictures(config.data, config.others_share)
     vae = read_vae(config.vae, device) if config.vae else None
@@ -290,13 +286,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
     states_of = caption_states(config, text_encoder, tokenizer, device)
     trained = trained_of(learning, config, device, first_share=config.init_share)
     run.keep(**trained.parts())
-    facts = {"data": pictures.fingerprint(), "vae": weights_digest([vae])}
-    facts |= {"captions": captions_fingerprint(manifest), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    if config.init and (config.init_share or not config.train_text_encoder):
-        facts["init"] = base_fingerprint(config.init, config.device)  # no checkpoint holds it
-        if not config.train_text_encoder and config.style_together is not None:
-            facts["things"] = Things.read(config.data).fingerprint()
-    run.identify(**facts)
+    run.identify(**facts_of(config, pictures, vae, manifest, tokenizer))
 
     pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
     draw_samples(run, config.sample_every, trained, precision, pipeline, manifest["styles"], manifest["concepts"])
@@ -316,6 +306,31 @@ def train_unet(config: Config, precision: Precision) -> Path:
         path = save_model(pipeline, config.output / "model")
     run.close()
     return path
+
+
+def check_style(config: Config, styles: Sequence[str]) -> None:
+    """Refuse a --plain-style that is none of those of the images."""
+    if config.plain_style not in (None, *styles):
+        known = ", ".join(styles)
+        raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
+
+
+def facts_of(
+    config: Config, pictures: Pictures, vae: AutoencoderKL, manifest: Mapping[str, Any], tokenizer: Any
+) -> dict[str, str]:
+    """What the U-Net's training depends on beside its config."""
+    from sfumato.data.cache import weights_digest
+    from sfumato.pocket.captions import captions_fingerprint
+    from sfumato.pocket.directions import Things
+    from sfumato.pocket.init_parts import base_fingerprint, tokenizer_fingerprint
+
+    facts = {"data": pictures.fingerprint(), "vae": weights_digest([vae])}
+    facts |= {"captions": captions_fingerprint(manifest), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    if config.init and (config.init_share or not config.train_text_encoder):
+        facts["init"] = base_fingerprint(config.init, config.device)  # no checkpoint holds it
+        if not config.train_text_encoder and config.style_together is not None:
+            facts["things"] = Things.read(config.data).fingerprint()
+    return facts
 
 
 def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequence[str]) -> tuple[Any, Any, Any]:
