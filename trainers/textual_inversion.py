@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.files import Description
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
+    from sfumato.training.ema import Ema
     from sfumato.words.in_use import Words
 
 
@@ -99,7 +101,6 @@ def train(config: Config) -> Path:
     from sfumato.runs.samples import Samples
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
-    from sfumato.training.finish import describe_run
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import prepare_datasets
@@ -161,17 +162,7 @@ def train(config: Config) -> Path:
     samples = Samples(run, prompts, config.seed, draw, within=average.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
-
-    def export(step: int) -> None:
-        if step and processes.is_main:
-            kept = embedding_files(
-                config.output / "adapters", snapshot_name(config.name, step), config.placeholder, alone=True
-            )
-            about = describe_run(config, base, dataset, samples, trigger=config.placeholder, steps=step)
-            with average.applied():
-                write_words(kept, words, config, about)
-
-    run.every(config.save_every, export)
+    run.every(config.save_every, partial(keep, words, base, config, dataset, run, samples, average))
     noising = config.noising(base)
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
@@ -287,6 +278,30 @@ def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[s
     """Two captions, and the first new word in two settings that were not trained on; none twice."""
     captions = list(dict.fromkeys(e.caption for e in examples))[:2]
     return list(dict.fromkeys([*captions, f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"]))
+
+
+def keep(
+    words: Words,
+    base: Base,
+    config: Config,
+    dataset: Dataset,
+    run: Run,
+    samples: Samples,
+    average: Ema,
+    step: int,
+) -> None:
+    """Write the words as they would be saved after this step, to choose from."""
+    from sfumato.training.finish import describe_run
+    from sfumato.words.placeholders import embedding_files
+
+    if not step or not run.is_main:
+        return
+    paths = embedding_files(
+        config.output / "adapters", snapshot_name(config.name, step), config.placeholder, alone=True
+    )
+    about = describe_run(config, base, dataset, samples, trigger=config.placeholder, steps=step)
+    with average.applied():
+        write_words(paths, words, config, about)
 
 
 def save(
