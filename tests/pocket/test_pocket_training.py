@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -24,12 +24,14 @@ from sfumato.data.latents import to_floats
 from sfumato.diffusion import crossing_noise, noise_latents, target
 from sfumato.errors import BaseModelError, ConfigError, DataError, RunError
 from sfumato.files import read_tensors
-from sfumato.pocket import muon
-from sfumato.pocket.captions import caption, other_caption, read_words
+from sfumato.pocket import muon, outputs
+from sfumato.pocket.captions import all_captions, caption, other_caption, read_words
+from sfumato.pocket.encoding import encode_text
+from sfumato.pocket.init_parts import learning_parts
 from sfumato.pocket.latents import Latents, encode, encode_all
 from sfumato.pocket.lessons import FARTHEST, Lesson, Lessons, Shares
 from sfumato.pocket.muon import Muon, orthogonal
-from sfumato.pocket.options import rate_at
+from sfumato.pocket.options import learning_rate_at, rate_at, settled_for_device
 from sfumato.pocket.outputs import save_sheet, sheet
 from sfumato.pocket.parts import build_vae
 from sfumato.pocket.pictures import (
@@ -108,6 +110,63 @@ def test_captions_of_what_the_base_is_not_asked_for(draw, form, text):
 def test_the_rate_rises_stays_and_falls_to_nothing():
     config = Config(steps=100, warmup=10, fall_at=60)
     assert [rate_at(step, config) for step in (0, 9, 59, 80, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+
+
+def test_a_run_that_went_back_learns_at_a_smaller_rate():
+    config = Config(steps=100, warmup=10, fall_at=60, learning_rate=2e-3)
+    step = SimpleNamespace(number=80, rate_factor=0.25)
+    assert learning_rate_at(step, config) == pytest.approx(2e-3 * 0.5 * 0.25)
+
+
+@pytest.mark.parametrize(("steps", "warmup", "fall_at"), [(500, 50, 166), (3000, 100, 1000)])
+def test_what_is_unset_goes_by_the_steps_and_what_is_set_stays(steps, warmup, fall_at):
+    config, precision = settled_for_device(Config(steps=steps, device="cpu", precision="fp32"), learning_rate=3e-4)
+    assert (config.warmup, config.fall_at, config.learning_rate) == (warmup, fall_at, 3e-4)
+    assert (precision.device.type, precision.compute) == ("cpu", torch.float32)
+    set_ = Config(steps=steps, device="cpu", precision="bf16", warmup=0, fall_at=1, learning_rate=1.0)
+    config, precision = settled_for_device(set_)
+    assert (config.warmup, config.fall_at, config.learning_rate) == (0, 1, 1.0)
+    assert precision.compute == torch.bfloat16
+
+
+@pytest.mark.parametrize(("optimizer", "decaying"), [("adamw", {"adamw": 2}), ("muon", {"adamw": 1, "muon": 1})])
+def test_matrices_decay_and_biases_do_not_and_the_ends_are_adamws(optimizer, decaying):
+    modules = {"a": nn.ModuleDict({"conv_in": nn.Linear(2, 3), "inner": nn.Linear(3, 3)})}
+    how = {"learning_rate": 0.1, "weight_decay": 0.01, "ema": 0.0, "largest_norm": 1.0}
+    made = PretrainState(modules, torch.device("cpu"), optimizer=optimizer, **how).optimizers
+    groups = [(name, group) for name, each in made.items() for group in each.param_groups]
+    decay = {(name, p.ndim): group["weight_decay"] for name, group in groups for p in group["params"]}
+    assert decay == {**{(name, 2): 0.01 for name in decaying}, ("adamw", 1): 0.0}
+    found = {name: len([p for p in group["params"] if p.ndim > 1]) for name, group in groups if group["weight_decay"]}
+    assert found == decaying
+
+
+def test_a_sample_is_drawn_with_the_averaged_weights(monkeypatch, tmp_path):
+    layer = nn.Linear(1, 1)
+    nn.init.zeros_(layer.weight)
+    how = {"optimizer": "adamw", "learning_rate": 0.1, "weight_decay": 0.0, "ema": 0.5, "largest_norm": 1.0}
+    trained = PretrainState({"a": layer}, torch.device("cpu"), **how)
+    nn.init.ones_(layer.weight)
+    drawn = []
+    monkeypatch.setattr(outputs, "sheet", lambda *_: drawn.append((layer.training, layer.weight.item())))
+    run = SimpleNamespace(folder=tmp_path, every=lambda every, sample: sample(every))
+    outputs.draw_samples(run, 5, trained, CPU, None, ["noto"], ["crab"])
+    assert drawn == [(False, 0.0)]
+    assert (layer.training, layer.weight.item()) == (True, 1.0)
+
+
+def test_each_text_is_encoded_by_itself_whatever_is_beside_it(pocket_folder):
+    base = load_base(pocket_folder, precision=CPU)
+    texts = ["key", "a crab", "key", "", "red apple " * 100]
+    together = encode_text(base.text_encoders[0], base.tokenizers[0], texts, CPU.device)
+    for text, found in zip(texts, together, strict=True):
+        assert_close(found, encode_text(base.text_encoders[0], base.tokenizers[0], [text], CPU.device)[0])
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_the_tokenizer_learns_from_every_caption_and_the_words(data):
+    texts = all_captions(read_manifest(data), read_words(data))
+    assert {"red apple, noto style", "a flat style picture of a sea animal", "picture", "of"} <= set(texts)
 
 
 def test_an_epoch_shows_every_picture_once():
@@ -252,6 +311,16 @@ def test_a_base_that_learned_something_else_does_not_go_on(family, said, data, f
         train(Config(stage="unet", init=str(family_folder(family)), data=data, output=tmp_path / "on", steps=1))
 
 
+def test_a_base_of_another_noise_schedule_does_not_go_on(pocket_folder):
+    own = load_base(pocket_folder, precision=CPU).scheduler
+    learning_parts(str(pocket_folder), "cpu", own)
+    other = DDIMScheduler.from_config(own.config, beta_end=own.config.beta_end * 1.5)
+    with pytest.raises(
+        BaseModelError, match=f"--init {pocket_folder}: a base with another noise schedule. Name a base"
+    ):
+        learning_parts(str(pocket_folder), "cpu", other, option="--init")
+
+
 def test_a_vae_of_another_factor_goes_on(data, family_folder, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32"}
     folder = family_folder("sd1")
@@ -262,10 +331,12 @@ def test_a_vae_of_another_factor_goes_on(data, family_folder, tmp_path):
 
 
 def test_the_sheet_shows_what_the_base_learns(monkeypatch, tmp_path):
-    asked = []
+    asked, seeds = [], []
 
-    def pipeline(prompts, **_):
+    def pipeline(prompts, generator, guidance_scale, **_):
         asked.append(prompts)
+        seeds.append([each.initial_seed() for each in generator])
+        assert guidance_scale == 2.5
         return SimpleNamespace(images=torch.full((len(prompts), 3, 8, 8), 0.5))
 
     sheet(pipeline, ["oil"], ["crab", "sled", "house"], tmp_path / "known.png")
@@ -274,6 +345,8 @@ def test_the_sheet_shows_what_the_base_learns(monkeypatch, tmp_path):
         ["crab, oil style", "house, oil style"],
         ["sled, oil style", "lamp, oil style", "sled, ink style", "lamp, ink style"],
     ]
+    assert seeds[1] == seeds[0] * 2  # by the column
+    assert len(set(seeds[0])) == 2
 
 
 def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
