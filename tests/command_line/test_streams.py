@@ -1,6 +1,7 @@
 """Work is done to its end when nobody reads what it says any more."""
 
 import os
+import select
 import subprocess
 import sys
 
@@ -51,6 +52,19 @@ def test_a_stream_that_a_program_has_put_in_its_place_stays(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "said").read_text() == "hello\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no such terminals")
+def test_a_terminal_has_each_line_at_once():
+    ours, terminal = os.openpty()
+    program = "import sys\nfrom sfumato.cli import run\nrun(lambda argv: print('hello') or len(sys.stdin.read()))"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=terminal) as process:
+        told, _, _ = select.select([ours], [], [], 30)
+        process.communicate()
+    os.close(terminal)
+    assert told
+    assert os.read(ours, 5) == b"hello"
+    os.close(ours)
 
 
 def test_a_command_that_another_program_reads_ends_with_it(tmp_path):

@@ -52,6 +52,21 @@ def test_what_is_no_mark_is_not_told(text):
     assert unread_marks([text], "plain") == []
 
 
+@pytest.mark.parametrize("syntax", ["a1111", "compel"])
+def test_where_marks_are_read_they_are_not_told(syntax):
+    assert unread_marks(["a (crab:1.2) BREAK"], syntax) == []
+    assert unread_marks(["a {red|blue} crab"], syntax) != []
+
+
+def test_a_word_is_loaded_whatever_its_capitals_and_zero_layers_are_a_setting(base):
+    base.tokenizers[0]._sfumato_words = [SimpleNamespace(tokens=["<Otter>"])]
+    told = {"sfumato.config": json.dumps({"train_words": ["<oTTER>", "<fox>"], "clip_skip": 0})}
+    (line,) = learned_otherwise({"line": told}, base)
+    assert line.startswith("line: its word <fox> is not loaded")
+    base.clip_skip = 1
+    assert "line: learned with --clip-skip 0, and drawn with 1." in learned_otherwise({"line": told}, base)
+
+
 def test_words_that_no_file_brings_are_told(base):
     lines = unknown_words(["<" + "a" * LONG, "<otter> <-> <fox> <otter> <a b>"], ["<fox>"], base)
     assert [line.split(":")[0] for line in lines] == ["<otter>"]

@@ -214,6 +214,15 @@ def test_a_comment_is_read_in_either_order_of_its_bytes(encoding, tmp_path):
     assert found == Parameters("a caf\u00e9, \u732b", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_comment_is_written_in_the_order_of_bytes_that_others_read(suffix, tmp_path):
+    """A1111 and Forge read it by piexif, which knows no other than the larger byte first."""
+    path = save_picture(Image.new("RGB", (8, 8)), tmp_path / f"a{suffix}", Parameters("caf\u00e9", "", {"Steps": 1}))
+    with Image.open(path) as picture:
+        comment = picture.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b"UNICODE\0" + "caf\u00e9\nSteps: 1".encode("utf-16-be")
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "7", "[" * 100_000])
 def test_what_is_no_object_of_ours_is_none(tmp_path, text):
     info = PngImagePlugin.PngInfo()
@@ -354,11 +363,19 @@ def test_a_graph_without_a_text_is_none(graph):
     assert read_graph(graph) is None
 
 
+@pytest.mark.parametrize(("scheduler", "schedule"), [("normal", "Uniform"), ("karras", "Karras"), ("beta", "beta")])
+def test_a_schedule_of_comfyui_is_told_by_a1111_s_name(scheduler, schedule):
+    sampler = {"sampler_name": "euler", "scheduler": scheduler, "positive": ["2", 0]}
+    found = read_graph(json.dumps({"1": {"inputs": sampler}, "2": {"inputs": {"text": "a crab"}}}))
+    assert found.settings["Schedule type"] == schedule
+
+
 FROM_INVOKE = {
     "app_version": "6.3.0",
     "generation_mode": "txt2img",
     "positive_prompt": "crab++ [in] fog, <easy-neg>",
     "negative_prompt": "blurry",
+    "positive_style_prompt": "crab++ [in] fog, <easy-neg>",
     "width": 512,
     "height": 768,
     "seed": 7,
