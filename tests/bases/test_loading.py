@@ -288,6 +288,12 @@ def test_a_base_that_is_not_whole_in_the_cache_is_asked_for_again(missing, cache
     assert "not in the hub's local cache" in refusal("owner/base")
 
 
+def test_an_index_that_names_nothing_is_no_whole_base(cached, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    cached("owner/base", (tmp_path / "model_index.json", "model_index.json"))
+    assert "not in the hub's local cache" in refusal("owner/base")
+
+
 def test_a_disk_that_takes_no_download_is_told_from_a_hub_that_is_not_there(monkeypatch):
     error = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(hub, "HfApi", lambda: Answer(error))

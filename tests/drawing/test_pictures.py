@@ -25,7 +25,9 @@ from torch.testing import assert_close
 
 from sfumato import schedulers
 from sfumato.bases import load_base
+from sfumato.drawing.decoding import decoded_at_once
 from sfumato.drawing.pictures import Start, draw
+from sfumato.drawing.start import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
@@ -208,6 +210,17 @@ def test_latents_that_are_not_finite_are_no_picture(pipe):
     finally:
         with torch.no_grad():
             bias.copy_(before)
+
+
+@pytest.mark.parametrize(("side", "count"), [(128, 1), (64, 1), (32, 4)])
+def test_a_gpu_decodes_a_large_picture_by_itself_and_small_ones_together(side, count):
+    assert decoded_at_once(torch.zeros(9, 4, side, side)) == count
+
+
+def test_sides_are_the_nearest_multiples_of_8_and_keep_the_proportions():
+    assert [near_side(px) for px in (1, 3, 12.1, 60)] == [8, 8, 16, 64]
+    assert size_like((768, 512), 64) == (80, 56)
+    assert size_like((512, 768), 64) == (56, 80)
 
 
 def test_a_black_picture_is_no_picture(pocket):

@@ -370,6 +370,13 @@ def test_a_schedule_of_comfyui_is_told_by_a1111_s_name(scheduler, schedule):
     assert found.settings["Schedule type"] == schedule
 
 
+def test_the_nearest_text_of_a_graph_is_the_prompt():
+    sampler = {"sampler_name": "euler", "positive": ["2", 0]}
+    both = {"first": ["3", 0], "second": ["4", 0]}
+    nodes = {"1": sampler, "2": both, "3": {"text": "near"}, "4": {"further": ["5", 0]}, "5": {"text": "far"}}
+    assert read_graph(json.dumps({name: {"inputs": each} for name, each in nodes.items()})).prompt == "near"
+
+
 FROM_INVOKE = {
     "app_version": "6.3.0",
     "generation_mode": "txt2img",
@@ -461,6 +468,21 @@ def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_pat
     assert (config.blocks, config.over_steps) == (("l=down:0.5",), ("l=0:0,0.4:1",))
     assert config.adapter_guidance == ("l=1.5", "other=0")
     assert found.left_out == ()
+
+
+def test_adapters_of_regions_have_no_guidance_of_their_own_and_are_named_where_they_count(tmp_path):
+    about = dict(prompt="a crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="pocket")
+    about |= dict(adapter_guidance={}, vae=None, clip_skip=None, prompt_syntax="plain")
+    inside = [
+        {"label": n, "file": f"{n}.safetensors", "hash": n * 64, "weight": w} for n, w in (("a", 0.0), ("b", 1.0))
+    ]
+    about["regions"] = [{"where": [0, 0, 0.5, 1], "prompt": None, "adapters": inside}]
+    save_file({"a": torch.zeros(1)}, tmp_path / "line.safetensors")
+    used = [Adapter(tmp_path / "line.safetensors", 0.8, "line")]
+    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("DDIM", None))
+    hashes = read_picture_info(tmp_path / "a.png").parameters.settings["Lora hashes"]
+    assert re.fullmatch("line: [0-9a-f]{12}, b: b{12}", hashes)
+    assert "--adapter-guidance" not in redraw(tmp_path / "a.png").words
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
