@@ -54,11 +54,27 @@ def test_a_stream_that_a_program_has_put_in_its_place_stays(tmp_path):
     assert (tmp_path / "said").read_text() == "hello\n"
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no such terminals")
+TERMINALS = pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no such terminals")
+
+
+@TERMINALS
+def test_a_terminal_that_is_closed_stops_nothing(tmp_path):
+    ours, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "stdout", str(tmp_path / "file")], stdout=terminal)
+    os.close(terminal)
+    assert os.read(ours, 5) == b"word "
+    os.close(ours)
+    assert process.wait(timeout=60) == 3
+    assert (tmp_path / "file").read_text() == "done"
+
+
+@TERMINALS
 def test_a_terminal_has_each_line_at_once():
     ours, terminal = os.openpty()
     program = "import sys\nfrom sfumato.cli import run\nrun(lambda argv: print('hello') or len(sys.stdin.read()))"
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=terminal) as process:
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal, env=usual) as process:
         told, _, _ = select.select([ours], [], [], 30)
         process.communicate()
     os.close(terminal)

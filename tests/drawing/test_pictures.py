@@ -25,8 +25,8 @@ from torch.testing import assert_close
 
 from sfumato import schedulers
 from sfumato.bases import load_base
-from sfumato.drawing.decoding import decoded_at_once
-from sfumato.drawing.pictures import Start, draw
+from sfumato.drawing.decoding import decoded_at_once, image_of
+from sfumato.drawing.pictures import Start, check_steps, draw
 from sfumato.drawing.start import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.precision import decide
@@ -215,6 +215,22 @@ def test_latents_that_are_not_finite_are_no_picture(pipe):
 @pytest.mark.parametrize(("side", "count"), [(128, 1), (64, 1), (32, 4)])
 def test_a_gpu_decodes_a_large_picture_by_itself_and_small_ones_together(side, count):
     assert decoded_at_once(torch.zeros(9, 4, side, side)) == count
+
+
+def test_every_colour_comes_out_as_the_nearest_that_there_is():
+    colours = torch.arange(256.0).view(1, 16, 16).expand(3, 16, 16)
+    for off in (-0.4, 0.0, 0.4):
+        picture = image_of((colours + off) / 127.5 - 1)
+        assert np.array_equal(np.asarray(picture), colours.permute(1, 2, 0).numpy())
+
+
+def test_no_more_steps_than_the_base_has_timesteps():
+    scheduler = DDIMScheduler(num_train_timesteps=50)
+    check_steps(50, scheduler)
+    check_steps(None, scheduler)
+    for steps in (0, 51):
+        with pytest.raises(ConfigError, match=f"{steps} steps; wanted 1 to 50"):
+            check_steps(steps, scheduler)
 
 
 def test_sides_are_the_nearest_multiples_of_8_and_keep_the_proportions():

@@ -71,6 +71,15 @@ def test_numbers_are_written_as_they_are(tmp_path):
     assert told == ["7.1234567", "1", "a: 1.2345678", "9007199254740993"]
 
 
+def test_a_file_here_of_the_name_that_diffusers_gives_is_called_so(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    settings = {"prompt": "a", "negative": "", "steps": 2, "guidance": 7, "seed": 1, "width": 8, "height": 8}
+    settings |= {"base": "b", "vae": None, "clip_skip": None, "adapter_guidance": {}}
+    used = [Adapter(tmp_path / "pytorch_lora_weights.safetensors", 0.5)]
+    save_drawn(Image.new("RGB", (8, 8)), used, settings, tmp_path / "a.png", ("Euler", None))
+    assert read_picture_info(tmp_path / "a.png").parameters.prompt == "a <lora:pytorch_lora_weights:0.5>"
+
+
 @pytest.mark.parametrize(
     ("syntax", "prompt", "negative"),
     [
