@@ -20,8 +20,10 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from sfumato import schedulers
 from sfumato.bases import load_base
@@ -250,6 +252,21 @@ def test_a_black_picture_is_no_picture(pocket):
     finally:
         weight.copy_(before[0])
         bias.copy_(before[1])
+
+
+def test_a_picture_that_the_pipelines_own_checker_flags_is_no_picture(pipe, monkeypatch):
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)).eval()
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    monkeypatch.setattr(pipe, "safety_checker", checker)
+    monkeypatch.setattr(pipe, "feature_extractor", CLIPImageProcessor(**sides))
+    for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        thresholds.data.fill_(2.0)  # above any cosine
+    assert len(draw(pipe, "a cat", [5, 6], steps=1)) == 2
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    with pytest.raises(BaseModelError, match=r"2 of 2 pictures \(seed 5\) came out flagged by the pipeline's safety"):
+        draw(pipe, "a cat", [5, 6], steps=1)
 
 
 def test_a_unet_that_overflows_in_half_precision_is_drawn_with_in_fp32():
