@@ -82,6 +82,12 @@ def test_time_ids_and_pooled_text_are_the_pipelines(sdxl):
     assert torch.equal(added["text_embeds"], text.pooled)
 
 
+def test_sdxl_asks_for_a_pooled_text(sdxl):
+    text = dataclasses.replace(sdxl.base.encode_text(["a cat"]), pooled=None)
+    with pytest.raises(BaseModelError, match="SDXL wants a pooled text embedding, this text has none"):
+        sdxl.base.added_conditions(text, [(64, 64)], [(0, 0)], [(64, 64)])
+
+
 def test_only_sdxl_takes_added_conditions(sd1):
     text = sd1.base.encode_text(["a cat"])
     assert sd1.base.added_conditions(text, [(64, 64)], [(0, 0)], [(64, 64)]) is None

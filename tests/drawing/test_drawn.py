@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 
 from sfumato.drawing.adapter_lookup import find_adapter
 from sfumato.drawing.notes import learned_otherwise, misread_words, unknown_words, unread_marks, unused_words
+from sfumato.drawing.request import PictureRequest
+from sfumato.drawing.session import DrawingSession
+from sfumato.drawing.where_when import AdapterPlacement
 from sfumato.errors import ConfigError
 
 LONG = 100_000  # letters, of which the square is minutes
@@ -70,6 +73,22 @@ def test_a_word_is_loaded_whatever_its_capitals_and_zero_layers_are_a_setting(ba
     assert line.startswith("line: its word <fox> is not loaded")
     base.clip_skip = 1
     assert "line: learned with --clip-skip 0, and drawn with 1." in learned_otherwise({"line": told}, base)
+
+
+def test_on_a_sheet_seeds_are_told_where_there_are_several():
+    def labels(*seeds):
+        pictures = [PictureRequest("a crab", seed, None, {}) for seed in seeds]
+        return DrawingSession(None, None, pictures, {}, None, AdapterPlacement(), {}).labels()
+
+    assert labels(1, 2) == ["a crab (1)", "a crab (2)"]
+    assert labels(1, 1) == ["a crab"] * 2
+
+
+@pytest.mark.parametrize(("learned", "drawn", "told"), [("v", "epsilon", True), ("epsilon", "epsilon", False)])
+def test_an_adapter_of_a_base_that_predicts_otherwise_is_told(learned, drawn, told, base):
+    base.prediction_type = drawn
+    lines = learned_otherwise({"line": {"modelspec.prediction_type": learned, "sfumato.clip_skip": "0"}}, base)
+    assert [line.endswith("--prediction-type v_prediction draws as it was learned.") for line in lines] == [True] * told
 
 
 def test_a_word_of_the_bases_own_vocabulary_needs_no_file(base):

@@ -321,6 +321,15 @@ def test_a_sampler_whose_own_schedule_is_not_here_is_told_and_not_taken(tmp_path
     assert dict(found.left_out) == {"Sampler": "DPM++ 2M SDE, Automatic"}
 
 
+def test_the_strength_of_a_high_resolution_fix_is_none_of_a_picture_to_begin_from(tmp_path):
+    text = "a crab\nSteps: 4, Seed: 1, RNG: CPU, Denoising strength: 0.4"
+    alone = parse(Config, redraw(picture_with(text, tmp_path / "a.png")).words[2:], program="generate")
+    assert (str(alone.image), alone.strength) == ("PICTURE", 0.4)
+    found = redraw(picture_with(f"{text}, Hires upscale: 2", tmp_path / "b.png"))
+    assert parse(Config, found.words[2:], program="generate").image is None
+    assert dict(found.left_out) == {"Denoising strength": "0.4", "Hires upscale": "2"}
+
+
 def test_a_clip_skip_of_sdxls_own_layer_is_told_and_not_taken(tmp_path):
     """A1111 and Forge take the same layer of SDXL for 1 and 2, and only the picture's size tells the family."""
     text = "a crab\nSteps: 4, Seed: 1, Size: 832x1216, Clip skip: 2, RNG: CPU"
@@ -492,6 +501,24 @@ def test_adapters_of_regions_have_no_guidance_of_their_own_and_are_named_where_t
     hashes = read_picture_info(tmp_path / "a.png").parameters.settings["Lora hashes"]
     assert re.fullmatch("line: [0-9a-f]{12}, b: b{12}", hashes)
     assert "--adapter-guidance" not in redraw(tmp_path / "a.png").words
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({}, False),
+        ({"regions": [{"where": [0, 0, 1, 1], "prompt": "an <otter>", "adapters": []}]}, True),
+        ({"prompts": ["a crab", "an <otter>"]}, True),
+        ({"negative": "<otter>"}, True),
+    ],
+)
+def test_a_word_is_named_wherever_it_is_said(more, told, tmp_path):
+    about = dict(prompt="a crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="pocket")
+    about |= dict(adapter_guidance={}, vae=None, clip_skip=None, prompt_syntax="plain") | more
+    save_file({"emb_params": torch.zeros(1)}, tmp_path / "otter.safetensors")
+    words = [(tmp_path / "otter.safetensors", ["<otter>"])]
+    save_drawn(Image.new("RGB", (8, 8)), [], about, tmp_path / "a.png", ("DDIM", None), words)
+    assert ("TI hashes" in read_picture_info(tmp_path / "a.png").parameters.settings) is told
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])

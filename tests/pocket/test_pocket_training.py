@@ -141,6 +141,14 @@ def test_matrices_decay_and_biases_do_not_and_the_ends_are_adamws(optimizer, dec
     assert found == decaying
 
 
+def test_what_is_frozen_is_no_part_of_what_learns():
+    modules = {"a": nn.Linear(2, 2).requires_grad_(False), "b": nn.Linear(2, 2)}
+    how = {"learning_rate": 0.1, "weight_decay": 0.01, "ema": 0.9, "largest_norm": 1.0}
+    trained = PretrainState(modules, torch.device("cpu"), optimizer="adamw", **how)
+    assert list(trained.named) == ["b.weight", "b.bias"]
+    assert sum(len(group["params"]) for group in trained.optimizers["adamw"].param_groups) == 2
+
+
 def test_a_sample_is_drawn_with_the_averaged_weights(monkeypatch, tmp_path):
     layer = nn.Linear(1, 1)
     nn.init.zeros_(layer.weight)
@@ -253,6 +261,12 @@ def test_words_are_read_with_a_byte_order_mark_and_refused_in_another_encoding(d
         read_words(data)
 
 
+def test_a_manifest_is_read_with_a_byte_order_mark(data):
+    file, wanted = data / "manifest.json", read_manifest(data)
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert read_manifest(data) == wanted
+
+
 def test_a_manifest_need_not_withhold_anything(data):
     assert len(read_drawings(described(data, withheld=None)).names) == 6
     (data / "manifest.json").write_text('{"withheld": null, ' + (data / "manifest.json").read_text()[1:])
@@ -347,6 +361,7 @@ def test_the_sheet_shows_what_the_base_learns(monkeypatch, tmp_path):
     ]
     assert seeds[1] == seeds[0] * 2  # by the column
     assert len(set(seeds[0])) == 2
+    assert set(Image.open(tmp_path / "known.png").getdata()) == {(128, 128, 128)}
 
 
 def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
