@@ -507,3 +507,8 @@ def test_an_adapter_in_a_folder_is_another_with_another_config(tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
         found.append(digest_of(tmp_path))
     assert found[0] != found[1] != digest_of(tmp_path / "adapter_model.safetensors")
+
+
+def test_no_negative_prompt_is_a_value_too():
+    assert parse_axis("negative=|blurry", []).values == ("", "blurry")
+    assert parse_axis("prompt=|a crab", []).values == ("a crab",)

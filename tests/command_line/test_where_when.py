@@ -31,6 +31,12 @@ def test_a_region_is_read_as_written(text, region, tmp_path, monkeypatch):
     assert parse_region(text, [LINE, OTTER, ODD]) == region
 
 
+def test_a_mask_from_home_on_needs_no_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mask.png").touch()
+    assert parse_region("line=~/mask.png", [LINE]).where == tmp_path / "mask.png"
+
+
 def test_a_prompt_in_a_region_may_be_longer_than_a_file_s_name():
     said = "a portrait, " * 30 + "in ink"
     assert parse_region(f"line=left:{said}", [LINE]).prompt == said

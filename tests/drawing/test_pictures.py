@@ -28,7 +28,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from sfumato import schedulers
 from sfumato.bases import load_base
 from sfumato.drawing.decoding import decoded_at_once, image_of
-from sfumato.drawing.pictures import Start, check_steps, draw
+from sfumato.drawing.pictures import Start, check_steps, draw, drawn_at_once
 from sfumato.drawing.start import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.precision import decide
@@ -217,6 +217,22 @@ def test_latents_that_are_not_finite_are_no_picture(pipe):
 @pytest.mark.parametrize(("side", "count"), [(128, 1), (64, 1), (32, 4)])
 def test_a_gpu_decodes_a_large_picture_by_itself_and_small_ones_together(side, count):
     assert decoded_at_once(torch.zeros(9, 4, side, side)) == count
+
+
+def test_a_pipeline_is_afterwards_as_it_was(pipe, monkeypatch):
+    own, logger = pipe.scheduler, logging.getLogger("diffusers.models.modeling_utils")
+    monkeypatch.setattr(pipe, "_progress_bar_config", {"desc": "mine"}, raising=False)
+    filters = [*logger.filters]
+    draw(pipe, "a cat", 5, steps=1, sampler="euler")
+    assert pipe.scheduler is own
+    assert pipe._progress_bar_config == {"desc": "mine"}
+    assert logger.filters == filters
+
+
+def test_a_picture_larger_than_any_batch_is_drawn_by_itself(pipe):
+    assert [drawn_at_once(latents) for latents in (16 * 16, 64 * 64, 128 * 128, 256 * 256)] == [64, 4, 1, 1]
+    with pytest.raises(ConfigError, match="batch 0: wanted at least 1 picture at once"):
+        draw(pipe, "a cat", 5, batch=0)
 
 
 def test_every_colour_comes_out_as_the_nearest_that_there_is():

@@ -388,6 +388,12 @@ def test_a_schedule_of_comfyui_is_told_by_a1111_s_name(scheduler, schedule):
     assert found.settings["Schedule type"] == schedule
 
 
+def test_a_sampler_of_comfyui_with_noise_of_its_own_has_that_seed():
+    sampler = {"sampler_name": "euler", "positive": ["2", 0], "noise_seed": 7}
+    found = read_graph(json.dumps({"1": {"inputs": sampler}, "2": {"inputs": {"text": "a crab"}}}))
+    assert found.settings["Seed"] == 7
+
+
 def test_the_nearest_text_of_a_graph_is_the_prompt():
     sampler = {"sampler_name": "euler", "positive": ["2", 0]}
     both = {"first": ["3", 0], "second": ["4", 0]}

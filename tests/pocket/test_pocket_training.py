@@ -731,11 +731,19 @@ def test_a_plain_style_that_the_pictures_lack_is_refused(data, tmp_path):
     assert not (tmp_path / "on").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"moved_share": 1.5}, {"crossed_overlap": -0.1}, {"moved_below": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"moved_share": 1.5},
+        {"crossed_overlap": -0.1, "crossed_share": 0.1},
+        {"moved_below": -1, "moved_share": 0.1},
+        {"crossed_from": -1, "crossed_share": 0.1},
+    ],
+)
 def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_path):
     option = "--" + next(iter(wrong)).replace("_", "-")
-    with pytest.raises(ConfigError, match=option):
-        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", **wrong))
+    with pytest.raises(ConfigError, match=f"{option} is .*; it must "):
+        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", steps=1, **wrong))
     assert not (tmp_path / "on").exists()
 
 
