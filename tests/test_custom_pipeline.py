@@ -73,6 +73,12 @@ def test_a_folder_of_pefts_is_found_by_tag_and_by_path(pipe):
     shutil.rmtree(folder)
 
 
+def test_a_tags_own_weight_goes_before_that_of_the_call(pipe):
+    wanted = drawn(pipe, "a crab <lora:line:1>")
+    assert np.array_equal(drawn(pipe, "a crab <lora:line:1>", adapters={"line": 0.0}), wanted)
+    assert not np.array_equal(drawn(pipe, "a crab", adapters={"line": 0.0}), wanted)
+
+
 def test_a_whole_model_is_an_adapter_of_a_call(pipe):
     """A share of the pipeline's own folder is the pipeline."""
     shared = drawn(pipe, "a crab", adapters={str(pipe.came_from): 0.5})

@@ -16,6 +16,7 @@ from sfumato import cli
 from sfumato.bases import hub
 from sfumato.command_line.axes import Axis, coarse_to_fine, parse_axis
 from sfumato.config import parse
+from sfumato.drawing.cells import digest_of
 from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.drawing.redraw import redraw
 from sfumato.errors import ConfigError
@@ -497,3 +498,17 @@ def test_a_sampler_that_the_base_has_not_is_refused_before_the_first_cell(grid, 
 def test_a_grid_that_cannot_be_is_refused_before_a_base_is_read(words, said, capsys):
     assert cli.main(["grid", "--x", "seed=1", "--y", "guidance=2", "--prompt", "a", "--base", "nowhere", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_adapter_in_a_folder_is_another_with_another_config(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    found = []
+    for alpha in (8, 16):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        found.append(digest_of(tmp_path))
+    assert found[0] != found[1] != digest_of(tmp_path / "adapter_model.safetensors")
+
+
+def test_no_negative_prompt_is_a_value_too():
+    assert parse_axis("negative=|blurry", []).values == ("", "blurry")
+    assert parse_axis("prompt=|a crab", []).values == ("a crab",)

@@ -514,6 +514,38 @@ def test_what_a_gpu_cannot_decode_at_once_is_decoded_in_tiles(monkeypatch):
         assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 2
 
 
+def test_who_decodes_in_tiles_anyway_goes_on_with_it(monkeypatch):
+    asked = []
+    with gpu():
+        pipe = pipeline("sd1").to("cuda")
+        pipe.vae.enable_tiling()
+
+        def small(latents, **options):
+            asked.append(pipe.vae.use_tiling)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(pipe.vae, "decode", small)
+        with pytest.raises(torch.OutOfMemoryError):
+            draw(pipe, "a crab", 1, steps=1, width=64, height=64)
+        assert asked == [True]
+        assert pipe.vae.use_tiling
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    asked = []
+    with gpu():
+        pipe = pipeline("sd1").to("cuda")
+
+        def broken(latents, **options):
+            asked.append(pipe.vae.use_tiling)
+            raise RuntimeError("no kernel for it")
+
+        monkeypatch.setattr(pipe.vae, "decode", broken)
+        with pytest.raises(RuntimeError, match="no kernel for it"):
+            draw(pipe, "a crab", 1, steps=1, width=64, height=64)
+    assert asked == [False]
+
+
 @pytest.fixture(scope="module")
 def unmixed():
     """What was drawn without adapters already, by family and place."""

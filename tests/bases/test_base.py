@@ -1,8 +1,10 @@
 """What a loaded base computes equals what its diffusers pipeline computes."""
 
+import copy
 import dataclasses
 import hashlib
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES, family_of_config
+from sfumato.bases.fingerprint import public_config
 from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.bases.loading import alpha_bar
 from sfumato.bases.single_file import shipped
@@ -43,6 +46,11 @@ def test_zero_terminal_snr_ends_in_zero_as_ddim_has_it():
     assert torch.allclose(values[:1], alpha_bar(BETAS, "base")[:1])
 
 
+def test_betas_that_a_schedule_lists_are_its_own():
+    values = alpha_bar({"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 0.5]}, "base")
+    assert torch.allclose(values, torch.tensor([0.9, 0.72, 0.36]))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -72,6 +80,12 @@ def test_time_ids_and_pooled_text_are_the_pipelines(sdxl):
     assert torch.equal(added["time_ids"][:1], reference)
     assert added["time_ids"].tolist() == [[640, 480, 0, 12, 64, 48], [64, 64, 3, 0, 64, 64]]
     assert torch.equal(added["text_embeds"], text.pooled)
+
+
+def test_sdxl_asks_for_a_pooled_text(sdxl):
+    text = dataclasses.replace(sdxl.base.encode_text(["a cat"]), pooled=None)
+    with pytest.raises(BaseModelError, match="SDXL wants a pooled text embedding, this text has none"):
+        sdxl.base.added_conditions(text, [(64, 64)], [(0, 0)], [(64, 64)])
 
 
 def test_only_sdxl_takes_added_conditions(sd1):
@@ -260,6 +274,36 @@ def test_both_fingerprints_notice_one_layer_that_learned_on(name, sd1, tmp_path)
     other = load_base(folder, precision=CPU)
     assert other.quick_fingerprint() != sd1.base.quick_fingerprint()
     assert other.fingerprint() != sd1.base.fingerprint()
+
+
+@pytest.mark.parametrize(("part", "is_adapted"), [("unet", True), ("text_encoder", True), ("vae", False)])
+def test_what_adapters_are_of_has_any_vae_and_a_base_one(part, is_adapted, sd1, tmp_path):
+    folder = shutil.copytree(sd1.folder, tmp_path / sd1.folder.name)
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] + 1}, file)
+    other = load_base(folder, precision=CPU, unet=False)
+    assert (other.adapted_fingerprint() != sd1.base.adapted_fingerprint()) is is_adapted
+    assert other.fingerprint() != sd1.base.fingerprint()
+    assert other.quick_fingerprint() != sd1.base.quick_fingerprint()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoders"])
+def test_without_files_a_base_is_known_by_the_weights_of_all_its_parts(part, sd1):
+    def loose(**parts):
+        return dataclasses.replace(sd1.base, files=(), **parts).fingerprint()
+
+    found = copy.deepcopy(getattr(sd1.base, part))
+    assert loose(**{part: found}) == loose()
+    next((found[0] if part == "text_encoders" else found).parameters()).data.add_(1)
+    assert loose(**{part: found}) != loose()
+
+
+def test_a_config_is_the_same_whoever_wrote_it():
+    told = {"width": 8, "_name_or_path": "/home/someone/sd", "transformers_version": "5.1"}
+    one, other = (SimpleNamespace(config=config) for config in (told, {"width": 8}))
+    assert public_config(one) == public_config(other) != public_config(SimpleNamespace(config={"width": 9}))
 
 
 def test_a_file_that_was_replaced_has_no_fingerprint(sd1, tmp_path):

@@ -90,6 +90,16 @@ def test_a_word_is_fetched_without_the_model_beside_it(monkeypatch, tmp_path, fi
         parse_embedding("owner/otter")
 
 
+def test_a_model_in_the_cache_is_no_word(cached, tmp_path):
+    folder = tiny_pocket_folder(tmp_path / "model")
+    snapshot = cached(
+        "owner/otter", *((file, file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    )
+    assert hub.hub_file("owner/otter") == snapshot
+    with pytest.raises(BaseModelError, match="not in the hub's local cache"):
+        hub.hub_file("owner/otter", WORD)
+
+
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [

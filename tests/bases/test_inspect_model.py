@@ -54,6 +54,18 @@ def test_sd2_s_checkpoint_that_does_not_say_what_it_predicts_is_told_the_option(
     assert "predicts   not said; name it with --prediction-type" in render(inspect_model(sd2.file)).splitlines()
 
 
+def test_what_a_folders_scheduler_says_is_told(sd1, tmp_path):
+    scheduler = shutil.copytree(sd1.folder, tmp_path / "sd") / "scheduler/scheduler_config.json"
+    for text, told in (
+        ('{"rescale_betas_zero_snr": true, "prediction_type": "v_prediction"}', "v_prediction, zero terminal SNR"),
+        ("{}", "epsilon"),
+    ):
+        scheduler.write_text(text)
+        assert f"predicts   {told}" in render(inspect_model(tmp_path / "sd")).splitlines()
+    scheduler.unlink()
+    assert "predicts   not said, so epsilon is taken" in render(inspect_model(tmp_path / "sd")).splitlines()
+
+
 def test_a_folder_that_is_not_whole_is_one_line(sd1, tmp_path, capsys):
     folder = shutil.copytree(sd1.folder, tmp_path / "sd")
     assert guarded(inspect_file.main, [str(folder)]) == 0

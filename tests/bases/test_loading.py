@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.bases import hub, loading
 from sfumato.bases.family import family_of_config
+from sfumato.bases.folder import weight_files
 from sfumato.bases.hub import files_to_fetch
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
@@ -285,6 +286,33 @@ def test_a_base_that_is_not_whole_in_the_cache_is_asked_for_again(missing, cache
         shutil.rmtree(snapshot / missing)
     else:
         (snapshot / missing).unlink()
+    assert "not in the hub's local cache" in refusal("owner/base")
+
+
+def test_whole_weights_are_read_before_those_of_half_precision(tmp_path):
+    files = [tmp_path / f"{name}.safetensors" for name in ("model", "model.fp16", "model.bf16")]
+    for file in files:
+        file.touch()
+    for file in files:
+        assert weight_files(tmp_path) == [file]
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("index", "zeros"),
+    [
+        ({"_class_name": "StableDiffusionXLPipeline"}, True),
+        ({"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False}, False),
+        ({"_class_name": "StableDiffusionPipeline"}, False),
+    ],
+)
+def test_sdxl_takes_zeros_for_no_prompt_unless_its_folder_says_otherwise(index, zeros):
+    assert loading._wants_zeros(index) is zeros
+
+
+def test_an_index_that_names_nothing_is_no_whole_base(cached, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    cached("owner/base", (tmp_path / "model_index.json", "model_index.json"))
     assert "not in the hub's local cache" in refusal("owner/base")
 
 

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from sfumato.bases import load_base, loading
 from sfumato.bases.family import FAMILIES
 from sfumato.bases.needs import needs_of
+from sfumato.bases.recognise import predicted
 from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.family import LABELS
-from sfumato.files.header import Header, TensorInfo
+from sfumato.files.header import Header, TensorInfo, read_header
 from sfumato.files.ldm_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.forecast import shapes_of
 from tests.tiny import CPU, tiny_pipeline, write_single_file
@@ -151,6 +152,13 @@ def test_what_is_told_of_sd2_before_it_is_loaded_is_of_its_kind(kind, side, sd2)
 def test_modelspec_says_what_sd2_predicts(sd2, tmp_path, key, spelling, kind):
     file = write_single_file(sd2.pipe, tmp_path / "a.safetensors", metadata={f"modelspec.{key}": spelling})
     assert load(file, unet=False).prediction_type == kind
+
+
+def test_what_the_user_says_goes_before_what_the_file_says(sdxl, tmp_path):
+    file = write_single_file(sdxl.pipe, tmp_path / "v.safetensors", ("v_pred",))
+    header = read_header(file)
+    assert predicted(header, "sdxl", None) == "v_prediction"
+    assert predicted(header, "sdxl", "epsilon") == "epsilon"
 
 
 def test_markers_of_zero_terminal_snr_are_honoured(sdxl, tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from sfumato.bases.vocabulary import clip_tokenizer
+from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_tokenizer
 
 PROMPTS = ["a red cat", "a photo of an astronaut riding a horse on mars"]
 
@@ -41,6 +41,10 @@ def test_the_first_tokenizer_pads_with_its_end_and_openclips_with_zero():
     pad = {"padding": "max_length", "max_length": 5}
     assert clip_tokenizer(positions=77)("cat", **pad).input_ids == [49406, 2368, 49407, 49407, 49407]
     assert clip_tokenizer(pad_token="!", positions=77)("cat", **pad).input_ids == [49406, 2368, 49407, 0, 0]
+
+
+def test_a_tokenizer_takes_as_many_tokens_as_its_text_encoder():
+    assert byte_pair_tokenizer([], positions=40).model_max_length == 40
 
 
 def test_embeddings_equal_the_pipelines(tiny):

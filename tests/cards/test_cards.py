@@ -55,6 +55,7 @@ def test_what_is_unusual_of_a_training_is_told(tmp_path):
     ("config", "title", "diffusers"),
     [
         ({"algo": "lokr", "factor": 8}, "A LoKr for", "diffusers refuses it"),
+        ({"algo": "loha", "dora": True}, "A LoHa with weight decomposition (DoRA) for", "diffusers refuses it"),
         (
             {"algo": "lora", "dora": True},
             "A LoRA with weight decomposition (DoRA) for",
@@ -136,6 +137,28 @@ def test_what_to_type_asks_for_what_was_learned_and_not_for_another_sample(name,
     text = write(tmp_path, tmp_path / name, about, prompts, []).read_text(encoding="utf-8")
     assert "pipe('a sks otter on a table')" in text
     assert 'sfumato generate "a sks otter on a table"' in text
+
+
+@pytest.mark.parametrize("kind", ["line.safetensors", "line"])
+def test_the_line_to_draw_with_says_of_the_base_what_the_base_itself_does_not(kind, tmp_path):
+    """A whole model has its VAE, and its folder says what it predicts; how a prompt is read is said nowhere in it."""
+    loaded = {"clip_skip": 1, "max_tokens": 150, "vae": "some/vae", "prediction_type": "v_prediction"}
+    about = replace(ABOUT, config={**loaded, "zero_terminal_snr": True})
+    text = write_model_card(tmp_path, tmp_path / kind, about, [], []).read_text(encoding="utf-8")
+    whole = "sfumato generate zwx --base line --clip-skip 1 --max-tokens 150`"
+    change = (
+        "sfumato generate zwx --base some/base --prediction-type v_prediction --clip-skip 1 --max-tokens 150 "
+        "--vae some/vae --zero-terminal-snr --lora line.safetensors:1.0`"
+    )
+    assert (whole if kind == "line" else change) in text
+
+
+@pytest.mark.parametrize(("saved", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
+def test_a_model_in_half_precision_is_read_in_it(saved, dtype, tmp_path):
+    about = replace(ABOUT, config={"save_precision": saved})
+    text = write_model_card(tmp_path, tmp_path / "line", about, [], []).read_text(encoding="utf-8")
+    assert "import torch\nfrom diffusers import DiffusionPipeline\n\npipe = " in text
+    assert f'.from_pretrained("line", torch_dtype=torch.{dtype})' in text
 
 
 def test_the_line_to_draw_with_has_what_the_base_was_loaded_with(tmp_path):
@@ -239,6 +262,15 @@ def test_every_program_is_told_how_it_calls_a_word(card, tmp_path):
     text = card.read_text(encoding="utf-8")
     assert "`embedding:line` in a prompt" in text
     assert "Forge draws without them" in text
+    assert "\n- `<x>` in `my-x.safetensors`\n" in text
+    assert "\n- `<x>`\n" in text  # inside the adapter's file
+
+
+def test_the_card_of_several_words_has_them_all(tmp_path):
+    words = {token: tmp_path / f"{token.strip('<>')}.safetensors" for token in ("<x>", "<y>")}
+    text = write_embedding_card(tmp_path, words, ABOUT, [], [], []).read_text(encoding="utf-8")
+    assert "\n2 words for `some/base`" in text
+    assert "--embedding x.safetensors --embedding y.safetensors`" in text
 
 
 def test_every_picture_of_the_card_is_there(card):
@@ -246,6 +278,45 @@ def test_every_picture_of_the_card_is_there(card):
     linked = re.findall(r"images/\w+\.png", text)
     assert {"images/before.png", "images/after.png"} <= set(linked)
     assert all((card.parent / name).is_file() for name in linked)
+
+
+def test_the_base_is_shown_before_and_what_was_learned_after_and_in_the_gallery(tmp_path):
+    widths = (8, 16, 8)
+    rows = [[Image.new("RGB", (width, 8), colour) for width in widths] for colour in ("red", "lime", "blue")]
+    write_card(tmp_path, tmp_path / "line.safetensors", ABOUT, ["a crab", "a house", "a dog"], rows)
+    shown = {path.stem: Image.open(path) for path in (tmp_path / "images").iterdir()}
+    strips = {name: shown.pop(name).getcolors() for name in ("before", "after")}
+    assert strips == {"before": [(32 * 8, (255, 0, 0))], "after": [(32 * 8, (0, 0, 255))]}
+    assert [shown[f"image_{place}"].getcolors() for place in range(3)] == [
+        [(width * 8, (0, 0, 255))] for width in widths
+    ]
+    told = ["a crab"], [rows[0][:1], rows[2][:1]]
+    for write, made in (
+        (write_model_card, (tmp_path / "line", ABOUT)),
+        (write_embedding_card, ({"<x>": tmp_path / "x.safetensors"}, ABOUT, [])),
+    ):
+        write(tmp_path, *made, *told)
+        sheet = Image.open(tmp_path / "images/before_after.png")
+        column = [sheet.getpixel((sheet.width - 40, y)) for y in range(sheet.height)]
+        assert column.index((255, 0, 0)) < column.index((0, 0, 255))
+
+
+def test_the_license_is_in_the_head(tmp_path):
+    from huggingface_hub import ModelCard
+
+    path = write_card(tmp_path, tmp_path / "line.safetensors", replace(ABOUT, license="mit"), [], [])
+    assert ModelCard.load(path).data.license == "mit"
+
+
+def test_a_base_of_the_family_pocket_is_one_that_other_programs_do_not_know(tmp_path):
+    about = replace(ABOUT, family="pocket", base="my-pocket")
+    text = write_card(tmp_path, tmp_path / "line.safetensors", about, [], []).read_text(encoding="utf-8")
+    assert "Other programs do not know bases of the family pocket." in text
+
+
+def test_the_table_has_the_steps_that_were_made():
+    assert "| steps | 120 |" in training_table(replace(ABOUT, steps=120), ["steps"])
+    assert "| steps | 300 |" in training_table(ABOUT, ["steps"])
 
 
 def test_the_card_says_how_it_was_made(card):

@@ -1,6 +1,7 @@
 """Work is done to its end when nobody reads what it says any more."""
 
 import os
+import select
 import subprocess
 import sys
 
@@ -51,6 +52,35 @@ def test_a_stream_that_a_program_has_put_in_its_place_stays(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "said").read_text() == "hello\n"
+
+
+TERMINALS = pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no such terminals")
+
+
+@TERMINALS
+def test_a_terminal_that_is_closed_stops_nothing(tmp_path):
+    ours, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "stdout", str(tmp_path / "file")], stdout=terminal)
+    os.close(terminal)
+    assert os.read(ours, 5) == b"word "
+    os.close(ours)
+    assert process.wait(timeout=60) == 3
+    assert (tmp_path / "file").read_text() == "done"
+
+
+@TERMINALS
+def test_a_terminal_has_each_line_at_once():
+    ours, terminal = os.openpty()
+    program = "import sys\nfrom sfumato.cli import run\nrun(lambda argv: print('hello') or len(sys.stdin.read()))"
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal, env=usual) as process:
+        told, _, _ = select.select([ours], [], [], 30)
+        process.communicate()
+    os.close(terminal)
+    assert told
+    assert os.read(ours, 5) == b"hello"
+    os.close(ours)
 
 
 def test_a_command_that_another_program_reads_ends_with_it(tmp_path):

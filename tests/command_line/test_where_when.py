@@ -32,12 +32,20 @@ def test_a_region_is_read_as_written(text, region, tmp_path, monkeypatch):
     assert parse_region(text, [LINE, OTTER, ODD]) == region
 
 
+def test_a_mask_from_home_on_needs_no_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mask.png").touch()
+    assert parse_region("line=~/mask.png", [LINE]).where == tmp_path / "mask.png"
+
+
 def test_a_prompt_in_a_region_may_be_longer_than_a_file_s_name():
     said = "a portrait, " * 30 + "in ink"
     assert parse_region(f"line=left:{said}", [LINE]).prompt == said
 
 
-@pytest.mark.parametrize("text", ["line", "crab=left", "line+crab=left", "line=", "line=gone.png", "line=0,0,2,1"])
+@pytest.mark.parametrize(
+    "text", ["line", "crab=left", "line+crab=left", "line=", "line=gone.png", "line=0,0,2,1", "line=0,1,1,1"]
+)
 def test_a_region_that_makes_no_sense_is_one_line(text):
     with pytest.raises(ConfigError, match="--region") as caught:
         parse_region(text, [LINE, OTTER])
@@ -66,6 +74,13 @@ def test_a_span_has_the_weight_within_and_none_beyond():
 def test_what_is_not_asked_for_is_not_told():
     assert AdapterPlacement().told() == {}
     assert not AdapterPlacement().follows_steps
+
+
+def test_a_file_s_own_steps_count_where_nothing_is_said_of_its_adapter():
+    said = AdapterPlacement(by_step={"line": Span(0.5, 1.0)}, switch_labels=("pen",), switch_every=1)
+    asked = said.with_asked({"line": (0.0, 0.5), "pen": (0.0, 0.5), "otter": (0.0, 0.8)})
+    assert asked.by_step == {"line": Span(0.5, 1.0), "otter": Span(0.0, 0.8)}
+    assert (asked.switch_labels, asked.switch_every) == (("pen",), 1)
 
 
 def test_a_mix_follows_no_steps_of_an_adapter_in_a_region():

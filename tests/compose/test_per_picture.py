@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.per_picture import composite, per_picture, texts_by_picture
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError
 from sfumato.weighting.blocks import Blocks
@@ -186,7 +186,8 @@ def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax
     if syntax == "a1111":
         pytest.importorskip("compel")
     base = dataclasses.replace(base, max_tokens=tokens)
-    a, b = (Adapter(write(name, base, "to_q", "q_proj", seed=seed), 3.0) for seed, name in enumerate("ab"))
+    pipe = base.pipeline()
+    a, b = (Adapter(write(name, pipe, "to_q", "q_proj", seed=seed), 3.0) for seed, name in enumerate("ab"))
     prompts = ["a [cat:dog:0.5]", "red cat, " * 40 if syntax == "a1111" or tokens else "red", "a (cat:1.3)", "red"]
     lists, how = [[a], [b], [], [b, a]], {"steps": 2, "syntax": syntax, "negative": "blue"}
     alone = []
@@ -195,6 +196,7 @@ def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax
             alone += draw(base, prompt, seed, **how)
     assert difference(alone[3], draw(base, prompts[3], 3, **how)[0]) > 1
     with per_picture(base, lists):
+        assert texts_by_picture(base)
         for batch in (1, 3, 4):
             together = draw(base, prompts, range(4), batch=batch, **how)
             assert [difference(*pair) <= 1 for pair in zip(together, alone, strict=True)] == [True] * 4

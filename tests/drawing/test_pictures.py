@@ -20,12 +20,16 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from sfumato import schedulers
 from sfumato.bases import load_base
-from sfumato.drawing.pictures import Start, draw
+from sfumato.drawing.decoding import decoded_at_once, image_of
+from sfumato.drawing.pictures import Start, check_steps, draw, drawn_at_once
+from sfumato.drawing.start import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
@@ -210,6 +214,49 @@ def test_latents_that_are_not_finite_are_no_picture(pipe):
             bias.copy_(before)
 
 
+@pytest.mark.parametrize(("side", "count"), [(128, 1), (64, 1), (32, 4)])
+def test_a_gpu_decodes_a_large_picture_by_itself_and_small_ones_together(side, count):
+    assert decoded_at_once(torch.zeros(9, 4, side, side)) == count
+
+
+def test_a_pipeline_is_afterwards_as_it_was(pipe, monkeypatch):
+    own, logger = pipe.scheduler, logging.getLogger("diffusers.models.modeling_utils")
+    monkeypatch.setattr(pipe, "_progress_bar_config", {"desc": "mine"}, raising=False)
+    filters = [*logger.filters]
+    draw(pipe, "a cat", 5, steps=1, sampler="euler")
+    assert pipe.scheduler is own
+    assert pipe._progress_bar_config == {"desc": "mine"}
+    assert logger.filters == filters
+
+
+def test_a_picture_larger_than_any_batch_is_drawn_by_itself(pipe):
+    assert [drawn_at_once(latents) for latents in (16 * 16, 64 * 64, 128 * 128, 256 * 256)] == [64, 4, 1, 1]
+    with pytest.raises(ConfigError, match="batch 0: wanted at least 1 image at once"):
+        draw(pipe, "a cat", 5, batch=0)
+
+
+def test_every_colour_comes_out_as_the_nearest_that_there_is():
+    colours = torch.arange(256.0).view(1, 16, 16).expand(3, 16, 16)
+    for off in (-0.4, 0.0, 0.4):
+        picture = image_of((colours + off) / 127.5 - 1)
+        assert np.array_equal(np.asarray(picture), colours.permute(1, 2, 0).numpy())
+
+
+def test_no_more_steps_than_the_base_has_timesteps():
+    scheduler = DDIMScheduler(num_train_timesteps=50)
+    check_steps(50, scheduler)
+    check_steps(None, scheduler)
+    for steps in (0, 51):
+        with pytest.raises(ConfigError, match=f"{steps} steps; wanted 1 to 50"):
+            check_steps(steps, scheduler)
+
+
+def test_sides_are_the_nearest_multiples_of_8_and_keep_the_proportions():
+    assert [near_side(px) for px in (1, 3, 12.1, 60)] == [8, 8, 16, 64]
+    assert size_like((768, 512), 64) == (80, 56)
+    assert size_like((512, 768), 64) == (56, 80)
+
+
 def test_a_black_picture_is_no_picture(pocket):
     weight, bias = pocket.vae.decoder.conv_out.weight, pocket.vae.decoder.conv_out.bias
     before = weight.clone(), bias.clone()
@@ -221,6 +268,21 @@ def test_a_black_picture_is_no_picture(pocket):
     finally:
         weight.copy_(before[0])
         bias.copy_(before[1])
+
+
+def test_a_picture_that_the_pipelines_own_checker_flags_is_no_picture(pipe, monkeypatch):
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)).eval()
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    monkeypatch.setattr(pipe, "safety_checker", checker)
+    monkeypatch.setattr(pipe, "feature_extractor", CLIPImageProcessor(**sides))
+    for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        thresholds.data.fill_(2.0)  # above any cosine
+    assert len(draw(pipe, "a cat", [5, 6], steps=1)) == 2
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    with pytest.raises(BaseModelError, match=r"2 of 2 images \(seed 5\) came out flagged by the pipeline's safety"):
+        draw(pipe, "a cat", [5, 6], steps=1)
 
 
 def test_a_unet_that_overflows_in_half_precision_is_drawn_with_in_fp32():

@@ -71,6 +71,15 @@ def test_numbers_are_written_as_they_are(tmp_path):
     assert told == ["7.1234567", "1", "a: 1.2345678", "9007199254740993"]
 
 
+def test_a_file_here_of_the_name_that_diffusers_gives_is_called_so(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    settings = {"prompt": "a", "negative": "", "steps": 2, "guidance": 7, "seed": 1, "width": 8, "height": 8}
+    settings |= {"base": "b", "vae": None, "clip_skip": None, "adapter_guidance": {}}
+    used = [Adapter(tmp_path / "pytorch_lora_weights.safetensors", 0.5)]
+    save_drawn(Image.new("RGB", (8, 8)), used, settings, tmp_path / "a.png", ("Euler", None))
+    assert read_picture_info(tmp_path / "a.png").parameters.prompt == "a <lora:pytorch_lora_weights:0.5>"
+
+
 @pytest.mark.parametrize(
     ("syntax", "prompt", "negative"),
     [
@@ -214,6 +223,15 @@ def test_a_comment_is_read_in_either_order_of_its_bytes(encoding, tmp_path):
     assert found == Parameters("a caf\u00e9, \u732b", "", {"Steps": "1", "Seed": "2", "Size": "8x8"})
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_comment_is_written_in_the_order_of_bytes_that_others_read(suffix, tmp_path):
+    """A1111 and Forge read it by piexif, which knows no other than the larger byte first."""
+    path = save_picture(Image.new("RGB", (8, 8)), tmp_path / f"a{suffix}", Parameters("caf\u00e9", "", {"Steps": 1}))
+    with Image.open(path) as picture:
+        comment = picture.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b"UNICODE\0" + "caf\u00e9\nSteps: 1".encode("utf-16-be")
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "7", "[" * 100_000])
 def test_what_is_no_object_of_ours_is_none(tmp_path, text):
     info = PngImagePlugin.PngInfo()
@@ -303,6 +321,15 @@ def test_a_sampler_whose_own_schedule_is_not_here_is_told_and_not_taken(tmp_path
     assert dict(found.left_out) == {"Sampler": "DPM++ 2M SDE, Automatic"}
 
 
+def test_the_strength_of_a_high_resolution_fix_is_none_of_a_picture_to_begin_from(tmp_path):
+    text = "a crab\nSteps: 4, Seed: 1, RNG: CPU, Denoising strength: 0.4"
+    alone = parse(Config, redraw(picture_with(text, tmp_path / "a.png")).words[2:], program="generate")
+    assert (str(alone.image), alone.strength) == ("PICTURE", 0.4)
+    found = redraw(picture_with(f"{text}, Hires upscale: 2", tmp_path / "b.png"))
+    assert parse(Config, found.words[2:], program="generate").image is None
+    assert dict(found.left_out) == {"Denoising strength": "0.4", "Hires upscale": "2"}
+
+
 def test_a_clip_skip_of_sdxls_own_layer_is_told_and_not_taken(tmp_path):
     """A1111 and Forge take the same layer of SDXL for 1 and 2, and only the picture's size tells the family."""
     text = "a crab\nSteps: 4, Seed: 1, Size: 832x1216, Clip skip: 2, RNG: CPU"
@@ -354,11 +381,32 @@ def test_a_graph_without_a_text_is_none(graph):
     assert read_graph(graph) is None
 
 
+@pytest.mark.parametrize(("scheduler", "schedule"), [("normal", "Uniform"), ("karras", "Karras"), ("beta", "beta")])
+def test_a_schedule_of_comfyui_is_told_by_a1111_s_name(scheduler, schedule):
+    sampler = {"sampler_name": "euler", "scheduler": scheduler, "positive": ["2", 0]}
+    found = read_graph(json.dumps({"1": {"inputs": sampler}, "2": {"inputs": {"text": "a crab"}}}))
+    assert found.settings["Schedule type"] == schedule
+
+
+def test_a_sampler_of_comfyui_with_noise_of_its_own_has_that_seed():
+    sampler = {"sampler_name": "euler", "positive": ["2", 0], "noise_seed": 7}
+    found = read_graph(json.dumps({"1": {"inputs": sampler}, "2": {"inputs": {"text": "a crab"}}}))
+    assert found.settings["Seed"] == 7
+
+
+def test_the_nearest_text_of_a_graph_is_the_prompt():
+    sampler = {"sampler_name": "euler", "positive": ["2", 0]}
+    both = {"first": ["3", 0], "second": ["4", 0]}
+    nodes = {"1": sampler, "2": both, "3": {"text": "near"}, "4": {"further": ["5", 0]}, "5": {"text": "far"}}
+    assert read_graph(json.dumps({name: {"inputs": each} for name, each in nodes.items()})).prompt == "near"
+
+
 FROM_INVOKE = {
     "app_version": "6.3.0",
     "generation_mode": "txt2img",
     "positive_prompt": "crab++ [in] fog, <easy-neg>",
     "negative_prompt": "blurry",
+    "positive_style_prompt": "crab++ [in] fog, <easy-neg>",
     "width": 512,
     "height": 768,
     "seed": 7,
@@ -444,6 +492,39 @@ def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_pat
     assert (config.blocks, config.over_steps) == (("l=down:0.5",), ("l=0:0,0.4:1",))
     assert config.adapter_guidance == ("l=1.5", "other=0")
     assert found.left_out == ()
+
+
+def test_adapters_of_regions_have_no_guidance_of_their_own_and_are_named_where_they_count(tmp_path):
+    about = dict(prompt="a crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="pocket")
+    about |= dict(adapter_guidance={}, vae=None, clip_skip=None, prompt_syntax="plain")
+    inside = [
+        {"label": n, "file": f"{n}.safetensors", "hash": n * 64, "weight": w} for n, w in (("a", 0.0), ("b", 1.0))
+    ]
+    about["regions"] = [{"where": [0, 0, 0.5, 1], "prompt": None, "adapters": inside}]
+    save_file({"a": torch.zeros(1)}, tmp_path / "line.safetensors")
+    used = [Adapter(tmp_path / "line.safetensors", 0.8, "line")]
+    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("DDIM", None))
+    hashes = read_picture_info(tmp_path / "a.png").parameters.settings["Lora hashes"]
+    assert re.fullmatch("line: [0-9a-f]{12}, b: b{12}", hashes)
+    assert "--adapter-guidance" not in redraw(tmp_path / "a.png").words
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({}, False),
+        ({"regions": [{"where": [0, 0, 1, 1], "prompt": "an <otter>", "adapters": []}]}, True),
+        ({"prompts": ["a crab", "an <otter>"]}, True),
+        ({"negative": "<otter>"}, True),
+    ],
+)
+def test_a_word_is_named_wherever_it_is_said(more, told, tmp_path):
+    about = dict(prompt="a crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="pocket")
+    about |= dict(adapter_guidance={}, vae=None, clip_skip=None, prompt_syntax="plain") | more
+    save_file({"emb_params": torch.zeros(1)}, tmp_path / "otter.safetensors")
+    words = [(tmp_path / "otter.safetensors", ["<otter>"])]
+    save_drawn(Image.new("RGB", (8, 8)), [], about, tmp_path / "a.png", ("DDIM", None), words)
+    assert ("TI hashes" in read_picture_info(tmp_path / "a.png").parameters.settings) is told
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])

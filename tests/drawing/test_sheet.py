@@ -5,7 +5,7 @@ import pytest
 from matplotlib import font_manager, get_data_path
 from PIL import Image
 
-from sfumato.drawing.sheet import contact_sheet, label_font, sheet_size
+from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, label_font, sheet_size
 
 
 def plain(colour, size=64):
@@ -31,6 +31,13 @@ def test_a_picture_of_512_px_keeps_its_pixels():
     sheet = np.asarray(contact_sheet([[picture]]))
     top, left = (sheet.shape[0] - 512) // 2, (sheet.shape[1] - 512) // 2
     assert np.array_equal(sheet[top : top + 512, left : left + 512], np.asarray(picture))
+
+
+def test_a_picture_between_both_sizes_keeps_its_pixels_too():
+    left, top, right, bottom = boxes(contact_sheet([[plain((255, 0, 0), 200)]]), (255, 0, 0))
+    assert (right - left, bottom - top) == (200, 200)
+    assert as_on_a_sheet(plain((255, 0, 0), 16), 16).size == (16, 16)
+    assert as_on_a_sheet(plain((255, 0, 0), 1024), 1024).size == (512, 512)
 
 
 def test_labels_stay_in_their_column_however_long():

@@ -122,6 +122,14 @@ def test_a_tag_keeps_the_factors_by_block_of_its_label(generate):
     assert (len(first["blocks"]), second["blocks"]) == (26, {"up": 0.0})
 
 
+def test_an_adapter_has_the_weight_of_its_program_where_none_is_named(loras):
+    from sfumato.command_line.specs import parse_adapter
+
+    assert parse_adapter(str(loras / "line.safetensors"), weight=0.3).weight == 0.3
+    assert parse_adapter(f"{loras / 'line.safetensors'}:0.8", weight=0.3).weight == 0.8
+    assert parse_adapter(str(loras / "line.safetensors")).weight == 1.0
+
+
 def test_weights_are_read_from_the_end_so_that_a_path_may_hold_colons(loras, tmp_path, monkeypatch):
     from sfumato.command_line.specs import parse_adapter
 

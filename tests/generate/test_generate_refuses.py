@@ -34,6 +34,10 @@ WRONG = {
     ),
     "both marks in one bracket": (["[a:b|c:0.5]", "--prompt-syntax", "a1111"], "':' and '|' do not go together"),
     "a block that is none": (["a", "--lora", "line.safetensors", "--blocks", "line=upp:0"], "blocks upp: no module"),
+    "blocks of one adapter twice": (
+        ["a", "--lora", "line.safetensors", "--blocks", "line=down:0", "--blocks", "line=up:0"],
+        "line has blocks already; name them in one",
+    ),
     "a tag of no block": (["a <lora:line:1:lbw=UPS>"], "<lora:line:1:lbw=UPS>: blocks 'UPS'"),
     "no prompt": ([], "no prompt"),
     "no such adapter": (["a", "--lora", "gone.safetensors:0.8"], "gone.safetensors"),

@@ -80,6 +80,8 @@ def test_pairs_leave_out_tags_regions_and_steps_on_the_side_without(generate):
     assert close(cell("tags.png", 0, 0, 2, 1), pixels("plain.png"))
     assert close(cell("tags.png", 1, 0, 2, 1), pixels("tagged.png"))
     assert read_picture_info(Path("tags.png")).parameters.prompt == "a cat <lora:line:0.9>"
+    assert generate("a cat <lora:line:0.9>", "a cat", "--before-after", "-o", "two.png")[0] == 0
+    assert read_picture_info(Path("two.png")).parameters.prompt == "a cat <lora:line:0.9>"  # of the first
     words = ["a cat", *TWO, "--region", "otter=left", "--over-steps", "line=0-0.4"]
     assert generate(*words, "-o", "both.png")[0] == 0
     assert generate(*words, "--before-after", "-o", "pair.png")[0] == 0

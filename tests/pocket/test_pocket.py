@@ -8,6 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sfumato.bases.fingerprint import public_config
+from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_unet, build_vae
+
 POCKET = Path(__file__).parents[2] / "src" / "sfumato" / "pocket"
 SUBJECTS = {
     *("accordion", "badger", "broccoli", "bubble-tea", "cupcake", "dodo", "donkey", "flamingo", "garlic", "giraffe"),
@@ -106,6 +109,15 @@ def test_it_is_an_ordinary_stable_diffusion(pipeline):
     assert type(pipeline.text_encoder).__name__ == "CLIPTextModel"
     assert pipeline.tokenizer.model_max_length == 77
     assert all("CrossAttn" in block for block in pipeline.unet.config.down_block_types)
+
+
+def test_its_parts_are_those_that_its_trainer_builds(pipeline):
+    built = {"vae": build_vae(), "unet": build_unet(), "scheduler": build_scheduler()}
+    built["text_encoder"] = build_text_encoder(pipeline.tokenizer)
+    for name, part in built.items():
+        shipped, own = (json.loads(public_config(each)) for each in (getattr(pipeline, name), part))
+        learned_or_told = {"scaling_factor", "dtype", "architectures"}
+        assert {key for key in shipped.keys() | own.keys() if shipped.get(key) != own.get(key)} <= learned_or_told
 
 
 def test_any_text_tokenizes_and_comes_back(pipeline):

@@ -1,8 +1,14 @@
 """What is said of a picture while the pocket base learns."""
 
 import pytest
+import torch
+from torch.testing import assert_close
 
-from sfumato.pocket.captions import caption, other_caption
+from sfumato import load_base
+from sfumato.pocket.captions import all_captions, caption, other_caption, read_words
+from sfumato.pocket.encoding import encode_text
+from sfumato.pocket.pictures import read_manifest
+from tests.tiny import CPU
 
 SHARES = {"empty_share": 0.1, "group_share": 0.06, "plain_share": 0.25}
 
@@ -34,3 +40,17 @@ def test_fewer_captions_are_plain_on_request():
 )
 def test_captions_of_what_the_base_is_not_asked_for(draw, form, text):
     assert other_caption("red heart", "noto", draw=draw, form=form, empty_share=0.1) == text
+
+
+def test_each_text_is_encoded_by_itself_whatever_is_beside_it(pocket_folder):
+    base = load_base(pocket_folder, precision=CPU)
+    texts = ["key", "a crab", "key", "", "red apple " * 100]
+    together = encode_text(base.text_encoders[0], base.tokenizers[0], texts, CPU.device)
+    for text, found in zip(texts, together, strict=True):
+        assert_close(found, encode_text(base.text_encoders[0], base.tokenizers[0], [text], CPU.device)[0])
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_the_tokenizer_learns_from_every_caption_and_the_words(data):
+    texts = all_captions(read_manifest(data), read_words(data))
+    assert {"red apple, noto style", "a flat style picture of a sea animal", "picture", "of"} <= set(texts)

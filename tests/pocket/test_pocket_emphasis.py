@@ -158,6 +158,10 @@ def test_what_the_unet_is_told_of_the_two_together_goes_by_lot():
     encode = Encoder(together=1.0)
     captions = [f"{thing}, noto style" for thing in CONCEPTS] + ["a noto style picture of a crab", "hammer, flat style"]
     captions += ["", "crab", "noto style", "key, noto style, hand za"]
+    told = Loosened(directions(encode), most=0.5, seed=0)
+    assert {
+        form.format(thing=group, style="noto") for form in FORMS for group in CONCEPTS.values()
+    } <= told.named.keys()
     nothing, half = (Loosened(directions(encode), most=most, seed=0).states(captions, 3) for most in (0.0, 0.5))
     own = encode(captions)
     assert_close(nothing[5:], own[5:], rtol=0, atol=0)

@@ -107,3 +107,9 @@ def test_variants_are_the_picture_and_eleven_lossless_changes_of_it(data):
     assert torch.equal(twelve[1], drawn.pixels.flip(3))
     assert len({pixels.numpy().tobytes() for pixels in twelve}) == 12
     assert [variant.words for variant in VARIANTS[:3]] == ["", "mirrored", "rbg colors"]
+
+
+def test_a_manifest_is_read_with_a_byte_order_mark(data):
+    file, wanted = data / "manifest.json", read_manifest(data)
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert read_manifest(data) == wanted

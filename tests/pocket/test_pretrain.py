@@ -17,7 +17,6 @@ from sfumato import load_base
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
 from sfumato.pocket.latents import Latents
-from sfumato.pocket.options import rate_at
 from sfumato.pocket.pictures import VARIANTS, read_others
 from sfumato.pocket.pictures import read_pictures as read_drawings
 from sfumato.pocket.trained import PretrainState
@@ -26,11 +25,6 @@ from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
-
-
-def test_the_rate_rises_stays_and_falls_to_nothing():
-    config = Config(steps=100, warmup=10, fall_at=60)
-    assert [rate_at(step, config) for step in (0, 9, 59, 80, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
 
 
 def test_pictures_of_another_size_make_a_base_of_that_size(resized, pocket_folder, tmp_path):

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 
+from sfumato import load_base
 from sfumato.errors import BaseModelError, ConfigError, DataError
+from sfumato.pocket.init_parts import learning_parts
 from sfumato.pocket.parts import build_vae
+from tests.tiny import CPU
 from trainers.pretrain import Config, train
 
 
@@ -37,11 +40,19 @@ def test_a_plain_style_that_the_pictures_lack_is_refused(data, tmp_path):
     assert not (tmp_path / "on").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"moved_share": 1.5}, {"crossed_overlap": -0.1}, {"moved_below": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"moved_share": 1.5},
+        {"crossed_overlap": -0.1, "crossed_share": 0.1},
+        {"moved_below": -1, "moved_share": 0.1},
+        {"crossed_from": -1, "crossed_share": 0.1},
+    ],
+)
 def test_shares_and_timesteps_out_of_range_are_refused_by_name(wrong, data, tmp_path):
     option = "--" + next(iter(wrong)).replace("_", "-")
-    with pytest.raises(ConfigError, match=option):
-        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", **wrong))
+    with pytest.raises(ConfigError, match=f"{option} is .*; it must "):
+        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", steps=1, **wrong))
     assert not (tmp_path / "on").exists()
 
 
@@ -101,3 +112,13 @@ def test_a_vae_of_other_latents_is_refused_before_anything_is_written(data, tmp_
 def test_a_share_of_others_needs_them(data, tmp_path):
     with pytest.raises(DataError, match="other drawings"):
         train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", others_share=0.5))
+
+
+def test_a_base_of_another_noise_schedule_does_not_go_on(pocket_folder):
+    own = load_base(pocket_folder, precision=CPU).scheduler
+    learning_parts(str(pocket_folder), "cpu", own)
+    other = DDIMScheduler.from_config(own.config, beta_end=own.config.beta_end * 1.5)
+    with pytest.raises(
+        BaseModelError, match=f"--init {pocket_folder}: a base with another noise schedule. Name a base"
+    ):
+        learning_parts(str(pocket_folder), "cpu", other, option="--init")

@@ -65,6 +65,16 @@ def test_products_are_used_only_for_small_scores(base: Base, monkeypatch: pytest
     assert fused == [tokens]
 
 
+def test_a_mask_is_heeded(base: Base) -> None:
+    layer = base.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    x, text, mask = torch.randn(1, 16, 64), torch.randn(1, 77, 192), torch.zeros(1, 1, 77)
+    mask[..., 40:] = -10_000.0
+    wanted = layer(x, text, mask)
+    learn_on_cpu(base.unet)
+    torch.testing.assert_close(layer(x, text, mask), wanted)
+    assert not torch.allclose(layer(x, text), wanted)
+
+
 def test_another_processor_is_left_alone(base: Base) -> None:
     class Own(AttnProcessor2_0):
         pass

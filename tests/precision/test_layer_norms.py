@@ -49,7 +49,7 @@ def test_gradients_in_bf16_are_those_of_fp32_however_many_rows_there_are(pair, c
     _, wanted = normal(plain, x.float(), grad.bfloat16().float())
     _, found = normal(ours, x, grad)
     for one, other in zip(found, wanted, strict=True):
-        assert (one.float() - other).norm() < 0.01 * other.norm()
+        assert (one.float() - other).norm() < (0.01 if one.dtype == torch.bfloat16 else 0.001) * other.norm()
     assert [weight.dtype for weight in found] == [torch.bfloat16, torch.float32, torch.float32]
 
 
@@ -62,6 +62,15 @@ def test_values_and_the_gradient_of_what_comes_in_are_torchs_bits(pair, dtype, l
     wanted, (of_x_wanted, *_) = normal(plain, x.to(dtype), grad)
     assert torch.equal(drawn, wanted)
     assert torch.equal(of_x, of_x_wanted)
+
+
+def test_a_norm_over_several_sides_is_left_alone():
+    norm = nn.LayerNorm((2, 8))
+    layer_norms.sum_in_fp32(norm)
+    x = torch.randn(3, 2, 8).bfloat16().requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norm(x).sum().backward()
+    assert norm.weight.grad.shape == (2, 8)
 
 
 def test_a_copy_learns_its_own_weights(pair):

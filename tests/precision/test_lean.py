@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
 from sfumato.adapters import attach, select
 from sfumato.precision.lean import save_activation_memory
@@ -97,6 +98,15 @@ def test_in_half_precision_frozen_weights_are_not_kept_twice(unet):
     for a, b in zip(grads, lean_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
     assert kept - lean_kept > sum(2 * p.numel() for p in unet.parameters() if p.ndim == 4) / 2
+
+
+def test_a_block_with_something_between_its_norm_and_its_activation_is_left_alone():
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=32, temb_channels=8, time_embedding_norm="scale_shift")
+    given = torch.randn(1, 32, 4, 4, requires_grad=True), torch.randn(1, 8)
+    wanted = block(*given)
+    save_activation_memory(block)
+    assert torch.equal(block(*given), wanted)
 
 
 def test_drawing_takes_the_same_way_and_a_copy_is_of_its_own(unet):

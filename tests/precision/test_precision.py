@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -56,6 +57,7 @@ def test_a_cpu_stores_and_computes_in_fp32(bare):
 def test_bf16_on_a_cpu_is_autocast_over_fp32_weights(bare):
     decision = decide("bf16")
     assert (decision.storage, decision.compute, decision.vae) == (torch.float32, torch.bfloat16, torch.float32)
+    assert not decision.channels_last
     layer = decision.place(nn.Linear(4, 4), "text")
     assert layer.weight.dtype == torch.float32
     with decision.autocast():
@@ -84,6 +86,25 @@ def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch, flags
     assert not precision.multiplies_bf16(torch.device("mps"))
 
 
+@pytest.mark.parametrize("adapting", [True, False])
+def test_autocast_keeps_no_second_copy_of_a_whole_model(bare, adapting):
+    with decide("bf16", adapting=adapting).autocast():
+        assert torch.is_autocast_cache_enabled() is adapting
+
+
+@pytest.mark.parametrize(
+    ("compute", "scales"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)]
+)
+def test_the_loss_is_scaled_in_fp16_alone(bare, compute, scales):
+    assert replace(decide(), compute=compute).scaler().is_enabled() is scales
+
+
+def test_the_vae_has_a_dtype_of_its_own(bare):
+    decision = decide("bf16", adapting=True)
+    assert [decision.dtype(part) for part in ("unet", "text", "vae")] == [torch.bfloat16] * 2 + [torch.float32]
+    assert decision.place(nn.Linear(2, 2), "vae").weight.dtype == torch.float32
+
+
 def test_fp32_opens_no_autocast(bare):
     with decide("fp32").autocast():
         assert not torch.is_autocast_enabled("cpu")
@@ -110,17 +131,21 @@ def test_fp32_on_a_gpu_means_it(monkeypatch):
     assert (decision.compute, decision.tf32, decision.channels_last) == (torch.float32, False, False)
 
 
-def test_tf32_is_switched_as_decided(monkeypatch):
+@pytest.fixture
+def switches():
+    """TF32's, which are the whole process's."""
+    found = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in found]
+    yield found
+    for switch, value in zip(found, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def test_tf32_is_switched_as_decided(monkeypatch, switches):
     fake_cuda(monkeypatch, major=9)
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for requested, wanted in (("auto", True), ("fp32", False)):
-            decide(requested).apply()
-            assert [switch.allow_tf32 for switch in switches] == [wanted, wanted]
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+    for requested, wanted in (("auto", True), ("fp32", False)):
+        decide(requested).apply()
+        assert [switch.allow_tf32 for switch in switches] == [wanted, wanted]
 
 
 def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
@@ -131,8 +156,31 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     fake_cuda(monkeypatch, major=9)
-    with pytest.raises(PrecisionError, match="--device cuda:3: there are 1 CUDA devices"):
-        decide(device="cuda:3")
+    with pytest.raises(PrecisionError, match="--device cuda:1: there are 1 CUDA devices"):
+        decide(device="cuda:1")
+    assert decide(device="cuda:0").device == torch.device("cuda:0")
+
+
+def test_the_gpu_that_is_named_is_the_one_of_the_process(monkeypatch, switches):
+    fake_cuda(monkeypatch, major=9)
+    opened = []
+    monkeypatch.setattr(torch.cuda, "set_device", opened.append)
+    for name in ("cuda", "cuda:0"):
+        decide("bf16", device=name).apply()
+    assert opened == [torch.device("cuda:0")]
+
+
+def test_a_gpu_is_forecast_in_bf16_unless_something_else_is_asked_for(bare):
+    told = [forecast_precision(asked, "gpu", adapting=True) for asked in ("auto", "fp16", "fp32")]
+    assert [each.compute for each in told] == [torch.bfloat16, torch.float16, torch.float32]
+    assert [each.storage for each in told] == [each.compute for each in told]
+
+
+def test_amds_gpus_have_bf16_whatever_number_they_give(monkeypatch):
+    fake_cuda(monkeypatch, major=7)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    decision = decide()
+    assert (decision.compute, decision.tf32) == (torch.bfloat16, False)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +270,20 @@ def test_placing_freezes_casts_and_keeps_the_module():
     assert placed is layer
     assert not placed.training
     assert {(p.dtype, p.requires_grad) for p in placed.parameters()} == {(torch.float32, False)}
+
+
+def test_on_a_cpu_layers_are_placed_with_quicker_products_in_torchs_own_layout():
+    placed = decide("fp32", device="cpu").place(nn.Sequential(nn.Conv2d(2, 2, 3), nn.Linear(2, 2)))
+    assert placed[0].weight.is_contiguous()
+    assert "_conv_forward" in vars(placed[0])
+    assert "forward" in vars(placed[1])
+
+
+@pytest.mark.parametrize(("there", "by"), [(True, "oneDNN"), (False, "torch")])
+def test_onednn_multiplies_where_it_is_quicker_and_there(monkeypatch, bare, there, by):
+    monkeypatch.setattr(precision.products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(precision.products, "onednn", lambda: torch.matmul if there else None)
+    assert decide().products == by
 
 
 def test_checkpointing_reaches_the_unet():

@@ -67,17 +67,28 @@ def test_convolutions_of_small_pictures_give_torchs_values_and_gradients(maker, 
     )
 
 
+class Quantised(torch.Tensor):
+    """Of a class of its own, as libraries have them whose numbers are stored in another way."""
+
+
 def test_only_large_plain_fp32_products_take_the_other_way(by_onednn):
     large, weight = drawn(64, 512), drawn(512, 512)
     with torch.no_grad():
         products.linear(large[:1], weight)
         products.linear(large.bfloat16(), weight.bfloat16())
         products.linear(large[:0], weight)
+        products.linear(large, weight.as_subclass(Quantised))
         with torch.autocast("cpu", torch.bfloat16):
             assert products.linear(large, weight).dtype == torch.bfloat16
         assert not by_onednn
         products.linear(large, weight)
     assert len(by_onednn) == 1
+
+
+def test_where_onednn_is_switched_off_it_is_not_asked(maker):
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert products._product() is None
+    assert (products._product() is not None) == products.mkl_is_slow()
 
 
 def test_a_frozen_layer_keeps_no_input(by_onednn):
@@ -97,6 +108,7 @@ def test_a_convolution_is_a_product_where_its_weight_outweighs_the_picture():
     assert not products.is_small(torch.zeros(1, 1280, 8, 8), torch.zeros(1280, 1280, 1, 1), taps, 1)
     assert not products.is_small(torch.zeros(1, 1280, 8, 8), weight[:, :640], taps, 2)
     assert not products.is_small(torch.zeros(1, 1280, 8, 8).bfloat16(), weight.bfloat16(), taps, 1)
+    assert not products.is_small(torch.zeros(0, 1280, 8, 8), weight, taps, 1)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (True, True, True)])
@@ -127,11 +139,12 @@ class Small(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(512, 512, 3, padding=1)
         self.same = nn.Conv2d(512, 512, 3, padding="same")
+        self.around = nn.Conv2d(512, 512, 3, padding=1, padding_mode="circular")
         self.grouped = nn.Conv2d(512, 512, 3, padding=1, groups=2)
         self.linear = nn.Linear(512, 512)
 
     def forward(self, x):
-        return self.linear(self.grouped(self.same(self.conv(x))).flatten(2).transpose(1, 2))
+        return self.linear(self.grouped(self.around(self.same(self.conv(x)))).flatten(2).transpose(1, 2))
 
 
 def test_a_quickened_model_is_the_same_model(maker):
@@ -146,6 +159,15 @@ def test_a_quickened_model_is_the_same_model(maker):
         torch.testing.assert_close(quick(x), model(x))
         assert not torch.equal(quick(x), other(x))
     assert list(quick.state_dict()) == list(model.state_dict())
+
+
+def test_a_layer_after_which_something_else_computes_is_not_a_plain_one():
+    layer = nn.Linear(2, 2)
+    assert products.is_plain_linear(layer)
+    with layer.register_forward_hook(lambda module, inputs, output: output + 1):
+        assert not products.is_plain_linear(layer)
+    layer.forward = lambda x: x
+    assert not products.is_plain_linear(layer)
 
 
 @pytest.mark.parametrize(

@@ -25,3 +25,8 @@ from sfumato.prompts.negative import negative_for
 )
 def test_a_text_counts_where_the_prompt_holds_it_and_says_more(prompt, asked, negative):
     assert negative_for(prompt, asked) == negative
+
+
+def test_a_text_with_brackets_is_found_as_the_syntax_writes_it():
+    assert negative_for(r"a \(o\) crab", ["(o)"], "a1111") == r"\(o\)"
+    assert negative_for("a (o) crab", ["(o)"]) == "(o)"

@@ -13,6 +13,7 @@ from sfumato.prompts.phrases import has_phrase
         ("sks cat", "sks category", False, False),
         ("sks cat", "two sks cats", False, True),
         ("zwx", "zwx_style, 1girl", True, True),
+        ("zwx", "my_zwx, 1girl", True, True),
         ("<x>", "photo<x>s", True, True),
         ("[a]", "b[a]c", True, True),
         ("é", "café", False, False),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.bases import load_base
+from sfumato.bases import TextEmbedding, load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.regions import Region, regions
 from sfumato.drawing.pictures import Start, draw
@@ -16,7 +16,7 @@ from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.changes import LoraModule
 from sfumato.files.write_kohya import write_lora
 from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.prompt_editing import staged_prompts, stages
+from sfumato.prompts.prompt_editing import Stage, concat_stages, has_edits, staged_prompts, stages
 from sfumato.prompts.syntax import emphasised
 from tests.tiny import CPU
 
@@ -52,6 +52,7 @@ def test_what_is_said_when_is_what_a1111_s_own_examples_say(prompt, expected):
         ("[a:b:99]", [(10, "a")]),
         ("[a:b:0.39]", [(3, "a"), (10, "b")]),
         ("[a:b|c:0.5]", [(10, "[a:b|c:0.5]")]),
+        ("[a:b:c:0.5]", [(10, "[a:b:c:0.5]")]),
         ("(a [b:c:0.5]:1.2)", [(5, "(a b:1.2)"), (10, "(a c:1.2)")]),
         ("[a|b|[c:d:0.5]]", list(enumerate("abcabdabda", 1))),
         (r"\[a:b:0.5\] [a\:b:c:0.5]", [(5, r"\[a:b:0.5\] a\:b"), (10, r"\[a:b:0.5\] c")]),
@@ -76,6 +77,21 @@ def test_brackets_nest_as_deep_as_they_like(opening, closing):
 def test_a_number_may_have_any_digits(when, end):
     assert stages(f"[a:b:{when}]", 10)[0] == ((end, "a") if end else (10, "b"))
     assert stages(f"[a:b:{when}x]", 10) == [(10, f"[a:b:{when}x]")]
+
+
+def test_words_after_more_steps_than_are_usual_change_too():
+    assert has_edits("[crab:owl:999]")
+    assert not has_edits("[crab:owl] (crab:1.2) [crab:owl:1000]")
+
+
+def test_the_stages_of_several_pictures_are_those_of_one_batch():
+    def stage(last, number):
+        return Stage(last, *(TextEmbedding(torch.full((1, 2, 3), sign * number)) for sign in (1.0, -1.0)))
+
+    together = concat_stages([[stage(2, 1), stage(4, 2)], [stage(3, 5), stage(4, 6)]])
+    assert [each.last for each in together] == [2, 3, 4]
+    assert [each.text.hidden[:, 0, 0].tolist() for each in together] == [[1, 5], [2, 5], [2, 6]]
+    assert [each.negative.hidden[:, 0, 0].tolist() for each in together] == [[-1, -5], [-2, -5], [-2, -6]]
 
 
 @pytest.mark.parametrize("prompt", ["[crab:b|c:0.5]", "[a|b:c]", "[a|b:3]"])
@@ -151,9 +167,17 @@ def test_diffusers_with_a_callback_that_changes_the_embeddings_draws_the_same(po
 
 
 def test_sdxl_s_pooled_embedding_changes_too(sdxl):
-    picture = ours(sdxl, "a [red:blue:2] square", steps=4, width=64, height=64)
+    heard = []
+
+    def listen(module, args, options):
+        heard.append(options["added_cond_kwargs"]["text_embeds"])
+
+    with sdxl.unet.register_forward_pre_hook(listen, with_kwargs=True):
+        picture = ours(sdxl, "a [red:blue:2] square", steps=4, width=64, height=64)
     text = encode_stages(sdxl, ["a [red:blue:2] square"], "", 4)
     assert not torch.equal(text[0].text.pooled, text[1].text.pooled)
+    for found, stage in zip(heard, [text[0], text[0], text[1], text[1]], strict=True):
+        assert torch.equal(found, torch.cat([stage.negative.pooled, stage.text.pooled]))
     expected = theirs(sdxl, "a red square", "a blue square", last=2, steps=4)
     assert difference(picture, expected) <= 1
 
@@ -180,8 +204,22 @@ def test_each_picture_of_a_batch_changes_at_its_own_step_and_the_pipeline_is_lef
 
 def test_without_guidance_there_is_one_row_a_picture(pocket):
     settings = {"steps": 3, "guidance": 1.0, "syntax": "a1111"}
-    red, changed = (draw(pocket, prompt, 7, **settings)[0] for prompt in ("red", "[red:blue:1]"))
+    red, changed = (draw(pocket, [prompt] * 2, 7, **settings)[1] for prompt in ("red", "[red:blue:1]"))
     assert difference(red, changed) > 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_stage_is_one_tensor_at_all_of_its_steps(guidance, pocket):
+    """By which layers know a text again."""
+    heard = []
+
+    def listen(module, args, options):
+        heard.append(options["encoder_hidden_states"])
+
+    with pocket.unet.register_forward_pre_hook(listen, with_kwargs=True):
+        draw(pocket, "[red:blue:2]", 7, steps=4, guidance=guidance, syntax="a1111")
+    assert [each is heard[0] for each in heard] == [True, True, False, False]
+    assert heard[2] is heard[3]
 
 
 def test_a_picture_to_begin_from_counts_the_steps_that_are_drawn(pocket):

@@ -8,7 +8,7 @@ from sfumato.bases import load_base
 from sfumato.errors import ConfigError
 from sfumato.prompts.encoding import encode
 from sfumato.prompts.prompt_editing import stages
-from sfumato.prompts.syntax import emphasised, escaped
+from sfumato.prompts.syntax import checked_syntax, emphasised, escaped
 from sfumato.prompts.tags import split_flags, split_tags
 from sfumato.weighting.blocks import Blocks
 from tests.tiny import CPU, tiny_pocket_folder
@@ -45,6 +45,7 @@ def test_a_hypernetwork_is_told():
         ("<lora:a:0.2:0.7:lbw=b-lora-style>", Blocks.parse((0.7, 0.2), "b-lora-style")),
         ("<lora:a:0.8:lbw=down:0,up.1:1.2>", Blocks(0.8, {"down": 0.0, "up.1": 1.2})),
         ("<lora:a:0.5:te=0.2>", 0.2),
+        ("<lora:a:0.5:UNet=0.7>", (0.7, 0.5)),
         ("<lora:a:lbw=up:0.5,rest:0:te=0:unet=1>", Blocks((1.0, 0.0), {"up": 0.5}, rest=0.0)),
     ],
 )
@@ -94,6 +95,7 @@ def test_a_tag_whose_weight_is_none_is_refused(prompt):
         ("(masterpiece:1.2)1girl", [("masterpiece", 1.2), ("1girl", 1)]),
         ("no brackets: none", [("no brackets: none", 1)]),
         ("[a:b]", [("a:b", 1 / 1.1)]),
+        (r"[a\|b]", [("a|b", 1 / 1.1)]),
         (r"a \(crab\) \[at sea\] \\", [("a (crab) [at sea] \\", 1)]),
         (" ", []),
         (
@@ -134,9 +136,15 @@ def test_several_prompts_in_one_are_refused():
         emphasised("a crab :1.2 AND fog :0.5")
 
 
-def test_a_weight_of_two_points_is_none():
+@pytest.mark.parametrize("weight", ["1.2.3", "9" * 400])
+def test_a_weight_of_two_points_or_without_end_is_none(weight):
+    with pytest.raises(ConfigError, match=rf"{weight[:40]}.*a weight is a number"):
+        emphasised(f"(crab:{weight})")
+
+
+def test_what_is_said_after_some_steps_is_read_before_the_first():
     with pytest.raises(ConfigError, match=r"1\.2\.3.*a weight is a number"):
-        emphasised("(crab:1.2.3)")
+        checked_syntax("[crab:(owl:1.2.3):10]", "a1111")
 
 
 @pytest.fixture(scope="module")

@@ -192,6 +192,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):
         (["hou"], "is a piece that the tokenizer begins other words with .*; write <hou>"),
         (["__metadata__"], "its header by that name"),
         (["<lora:x>"], "prompts read that as an adapter's tag; write <lora-x> or so"),
+        (["<hypernet:x>"], "prompts read that as an adapter's tag; write <hypernet-x> or so"),
     ],
 )
 def test_placeholders_that_cannot_be_are_refused(placeholders, said, base):

@@ -78,9 +78,9 @@ def is_picture(pixels: Tensor) -> Tensor:
 def check_all(good: Tensor, seeds: list[int], complaint: str) -> None:
     """Raises BaseModelError, with the complaint and the first seed, where any of a picture's values in `good` is False.
 
-    good: (batch, ...), a row for each picture.
+    good: (batch, ...) or (batch,), a row for each picture.
     """
-    bad = [seed for seed, fine in zip(seeds, good.flatten(1).all(1).tolist(), strict=True) if not fine]
+    bad = [seed for seed, fine in zip(seeds, good.reshape(len(good), -1).all(1).tolist(), strict=True) if not fine]
     if bad:
         raise BaseModelError(f"{len(bad)} of {len(seeds)} images (seed {bad[0]}) came out {complaint}")
 

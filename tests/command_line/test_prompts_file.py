@@ -1,0 +1,15 @@
+"""Prompts out of a file."""
+
+import pytest
+
+from sfumato.command_line.pictures import prompts_in
+from sfumato.errors import ConfigError
+
+
+def test_a_line_is_a_prompt_whatever_editor_wrote_it(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa crab\r\n\r\n  # for later\r\n an owl #2 \r\n")
+    assert prompts_in(file) == ["a crab", "an owl #2"]
+    file.write_bytes("caf\u00e9".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"prompts\.txt: not readable as text \(not UTF-8\)"):
+        prompts_in(file)

@@ -1,0 +1,44 @@
+"""The tensor behind a layer's weight, and its shape as a change sees it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.precision import tensors
+
+
+def test_the_shape_of_a_grouped_convolution_is_that_of_its_weight():
+    layer = nn.Conv2d(8, 4, 3, groups=2)
+    assert tensors.shape(layer) == tuple(layer.weight.shape) == (4, 4, 3, 3)
+
+
+class Quantised(torch.Tensor):
+    """Of a class of its own, as libraries have them whose numbers are stored in another way."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "plain", "narrowed"),
+    [
+        (torch.zeros(3, 2), True, False),
+        (torch.zeros(3, 2, dtype=torch.bfloat16), True, False),
+        (torch.zeros(3, 2, dtype=torch.float8_e4m3fn), False, True),
+        (torch.zeros(3, 2, dtype=torch.int8), False, False),
+        (torch.zeros(3, 2).as_subclass(Quantised), False, False),
+        (None, False, False),
+    ],
+)
+def test_numbers_that_can_be_summed_into_are_told_from_those_that_cannot(weight, plain, narrowed):
+    assert tensors.is_plain(weight) is plain
+    assert tensors.is_narrowed(nn.Linear(2, 3), weight) is narrowed
+    assert not tensors.is_narrowed(nn.Embedding(3, 2), weight)
+
+
+@pytest.mark.parametrize("others", [{}, {"weights_map": None}, {"weights_map": {}}])
+def test_a_weight_that_is_elsewhere_is_found_behind_any_of_several_hooks(others):
+    layer, weight = nn.Linear(2, 3, device="meta"), torch.ones(3, 2)
+    hooks = [SimpleNamespace(**others), SimpleNamespace(weights_map={"weight": weight})]
+    layer._hf_hook = SimpleNamespace(hooks=hooks)
+    assert tensors.stored(layer, "weight") is weight
+    assert tensors.stored(layer, "bias").is_meta  # in none of them
