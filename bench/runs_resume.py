@@ -38,6 +38,7 @@ CASES: Mapping[str, Sequence[str]] = {
     ],
     "lora with text encoder": [*_SHARED, "--rank", "2", "--train-text-encoder"],
     "lora prodigy": [*_SHARED, "--rank", "2", "--optimizer", "prodigy"],
+    "lora muon": [*_SHARED, "--rank", "2", "--optimizer", "muon"],
     "lora lion": [*_SHARED, "--rank", "2", "--optimizer", "lion"],
     "dreambooth": [*_SHARED, "--class-name", "square", "--prior", "none", "--ema", "0.9"],
     "dreambooth lora": [

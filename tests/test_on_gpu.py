@@ -26,10 +26,10 @@ from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, over_steps
 from sfumato.drawing.way import way_for
 from sfumato.files.fingerprint import fingerprint
-from sfumato.pocket import muon
 from sfumato.pocket.style_augmentation import restyle, restyle_randomly
 from sfumato.precision import decide
 from sfumato.precision.offload import Offload
+from sfumato.training import muon
 from tests.compose.conftest import write  # noqa: F401
 from tests.files.test_change_definitions import DEFINITIONS, change_of
 from tests.pretended_gpu import pretended_gpu

@@ -339,6 +339,7 @@ def test_the_config_of_a_run_runs_again(train, tmp_path):
         (["--learning-rate", "-1"], "--learning-rate is -1"),
         (["--caption-dropout", "1"], "--caption-dropout 1 drops the new word from every caption"),
         (["--placeholder", " "], "--placeholder is empty; give a new word"),
+        (["--optimizer", "muon"], "--optimizer muon is for matrices, and a new word has none"),
         (["--initial-words", "red", "--start", "random"], "--initial-words and --start random"),
     ],
 )

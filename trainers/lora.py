@@ -208,7 +208,7 @@ def train(config: Config) -> Path:
     rates = config.learning_rate, config.text_learning_rate
     groups = optimizers.groups(lora.by_part(), *rates, ups=lora.ups(), up_ratio=config.loraplus_ratio)
     if words:
-        groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate})
+        groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate, "is_table": True})
     optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, second=config.words_first)
     scaler = precision.scaler()

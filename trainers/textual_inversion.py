@@ -208,6 +208,8 @@ def check(config: Config) -> None:
     if not count or not all(word.strip() for word in config.placeholder):
         raise ConfigError("--placeholder is empty; give a new word, such as <otter>.")
     checks.check_words_are_seen(config)
+    if config.optimizer == "muon":
+        raise ConfigError("--optimizer muon is for matrices, and a new word has none; use adamw.")
     if config.trigger is not None and config.trigger not in config.placeholder:
         raise ConfigError(f"--trigger {config.trigger}: the new word is its own trigger; leave --trigger out.")
     for option, given in (("--initial-words", len(config.initial_words)), ("--stands-for", len(config.stands_for))):

@@ -45,7 +45,7 @@ def run(net, optimizer, steps, fused=None, *, limit=0.0):
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.05])
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
 def test_weights_and_norms_are_those_of_backward_then_step(name, limit):
     plain, other = model(), model()
     one, two = (build(name, groups(net), weight_decay=0.01) for net in (plain, other))

@@ -129,7 +129,7 @@ def test_adafactor_steps_as_written_in_its_paper():
         assert_close(p.data, weight)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion", "prodigy"])
 @pytest.mark.parametrize("shape", [(64, 96), (8, 4, 3, 3), (7,)])
 def test_the_state_takes_what_is_told_before(name, shape):
     if name in ("lion", "prodigy"):

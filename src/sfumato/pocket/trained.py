@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sfumato.pocket.muon import Muon
 from sfumato.pocket.options import PretrainOptions
 from sfumato.runs.samples import evaluating
 from sfumato.runs.step import Step
 from sfumato.training.ema import Ema
+from sfumato.training.muon import Muon
 from sfumato.training.optimizers import clip
 
 _AT_THE_ENDS = ("conv_in.", "conv_out.", "embedding", "time_emb")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 LION_RATE_DIVISOR = 4
 """How many times smaller a rate is for Lion than for AdamW: 3 to 10, say Chen et al. 2023, section 5, since each of its
 steps is as long as AdamW's longest."""
+MUON_RATE_FACTOR = 4
+"""How many times higher a rate is for Muon than for AdamW: the root mean square of its steps is a fifth of the rate,
+that of AdamW's first steps the whole. Chosen by the styles of docs/methods.md, on pocket."""
 AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
 
 
@@ -35,6 +38,8 @@ def resolve(
         known["learning_rate"] = 1.0
     if config.optimizer == "lion":
         known["learning_rate"] /= LION_RATE_DIVISOR
+    if config.optimizer == "muon":
+        known["learning_rate"] *= MUON_RATE_FACTOR
     if config.epochs is not None:
         batch = (config.batch or known["batch"]) * config.accumulate * processes
         samples = examples.in_group("instance").samples

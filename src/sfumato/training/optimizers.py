@@ -1,7 +1,7 @@
 """Optimizers by name, and how their rate moves.
 
-AdamW is torch's, Adafactor transformers'. The others are extras that are asked for by name; what is not installed says
-how to get it.
+AdamW is torch's, Adafactor transformers', Muon our own. The others are extras that are asked for by name; what is not
+installed says how to get it.
 """
 
 import importlib
@@ -48,6 +48,10 @@ def _built(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_deca
         shared = {"weight_decay": weight_decay, "scale_parameter": False, "relative_step": False}
         adafactor: torch.optim.Optimizer = Adafactor(groups, **shared)
         return adafactor
+    if name == "muon":
+        from sfumato.training.muon import Muon
+
+        return Muon(groups, momentum=0.9, weight_decay=weight_decay)
     module, kind, extra = _EXTRAS[name]
     try:
         optimizer_type = getattr(importlib.import_module(module), kind)
@@ -66,8 +70,13 @@ def state_bytes(name: OptimizerName, shape: Sequence[int]) -> int:
     """What the optimizer keeps of a weight of this shape, in bytes, besides a number or two.
 
     Adafactor keeps the mean square of each row and of each column of the last two dimensions; of a vector, all squares.
+    Muon keeps a matrix's momentum; of a vector, what AdamW keeps.
     """
     numbers = math.prod(shape)
+    if name == "muon":
+        from sfumato.training.muon import is_matrix
+
+        return numbers * (4 if is_matrix(shape) else 8)
     if name == "adafactor":
         return 4 * (numbers // shape[-1] + numbers // shape[-2] if len(shape) > 1 else numbers)
     return numbers * {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "lion": 4}[name]

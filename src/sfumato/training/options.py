@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # help loads no torch
     from sfumato.runs.processes import Processes
     from sfumato.training.noising import LossSettings, NoiseSettings
 
-OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
+OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor", "prodigy", "lion"]
 AlgoName = Literal["lora", "loha", "lokr"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 
@@ -238,9 +238,10 @@ class StepOptions:
     """Seed of everything random: initial weights, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
     """Peak learning rate. Unset: the default of the method, the base family and the kind of adapter (loha: a tenth of
-    lora's; lokr: three times lora's). With lion it is a quarter of that, with prodigy 1."""
+    lora's; lokr: three times lora's). With muon it is four times that, with lion a quarter, with prodigy 1."""
     optimizer: OptimizerName = "adamw"
-    """Optimizer. adamw and adafactor are built in; adafactor keeps almost no state. adamw8bit, prodigy and lion are the
+    """Optimizer. adamw, muon and adafactor are built in; muon learns more of a style in as many steps, adafactor keeps
+    almost no state. adamw8bit, prodigy and lion are the
     extras 8bit, prodigy and lion (pip install "sfumato[8bit]")."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
