@@ -94,6 +94,10 @@ def test_toml_and_back_is_identity(tmp_path):
         (["--images", "d", "--rank", "x"], ["--rank x: wanted a whole number. See sfumato train test --help."]),
         (["--images", "d", "--mode", "c"], ['"c"', '"a", "b"']),
         (["--images", "my", "dogs"], ["'dogs': belongs to no option. Put a name with spaces into quotes."]),
+        (
+            ["--images", "my", __file__],
+            ["more files than are taken at once. Name fewer, and run it again for the others."],
+        ),
         (["my-dogs"], ["--images is needed, and 'my-dogs' belongs to no option."]),
         ([], ["--images"]),
         (["nowhere.toml"], ["nowhere.toml", "no such config file"]),

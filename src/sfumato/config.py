@@ -156,6 +156,8 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
             return f"--resume {after}: it is the run in --output that goes on; sfumato resume {after} needs no option."
     if isinstance(error, cyclopts.UnusedCliTokensError):
         left = " ".join(map(repr, error.unused_tokens or ()))
+        if any(Path(word).exists() for word in error.unused_tokens or ()):
+            return f"{left}: more files than are taken at once. Name fewer, and run it again for the others."
         return f"{left}: belongs to no option. Put a name with spaces into quotes."
     if not isinstance(error, cyclopts.MissingArgumentError):
         return " ".join(str(error).split()).replace(" from dict:", f" from {file}:")

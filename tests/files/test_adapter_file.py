@@ -117,7 +117,7 @@ def test_what_is_no_adapter_of_ours(tmp_path):
     flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     dotted = f"unet.{TO_K[1]}"
     assert of(["emb_params"]) == (
-        "a.safetensors: this is a textual inversion (1 tensors), not an adapter. It is a new word, which generate "
+        "a.safetensors: this is a textual inversion (1 tensor), not an adapter. It is a new word, which generate "
         "and grid take with --embedding, Python with read_embedding."
     )
     assert of(["first_stage_model.a", "b.c"]) == (

@@ -67,13 +67,13 @@ def test_a_part_of_nothing_is_refused_even_on_request(tmp_path):
 
 
 FOREIGN = {
-    "model.diffusion_model.input_blocks.0.0.weight": "this is a full checkpoint (1 tensors), not an adapter.",
-    "decoder.conv_in.weight": "this is a VAE (1 tensors), not an adapter.",
-    "text_model.embeddings.token_embedding.weight": "this is a whole text encoder (1 tensors), not an adapter.",
+    "model.diffusion_model.input_blocks.0.0.weight": "this is a full checkpoint (1 tensor), not an adapter.",
+    "decoder.conv_in.weight": "this is a VAE (1 tensor), not an adapter.",
+    "text_model.embeddings.token_embedding.weight": "this is a whole text encoder (1 tensor), not an adapter.",
     "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "this is an adapter for a transformer model",
     "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": "this is an adapter for a transformer model",
-    "emb_params": "this is a textual inversion (1 tensors), not an adapter.",
-    "<my-cat>": "this is a textual inversion (1 tensors), not an adapter.",
+    "emb_params": "this is a textual inversion (1 tensor), not an adapter.",
+    "<my-cat>": "this is a textual inversion (1 tensor), not an adapter.",
     "layers.0.weight": "0 of 1 keys are an adapter's for SD or SDXL, first layers.0.weight.",
 }
 

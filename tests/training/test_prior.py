@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from sfumato import data
 from sfumato.bases import load_base
 from sfumato.bases.vocabulary import clip_tokenizer
+from sfumato.drawing.call import Call
 from sfumato.errors import DataError
 from sfumato.runs.micro_batch import MicroBatch, MicroBatches
 from sfumato.training import prior
@@ -79,6 +80,22 @@ def test_a_picture_depends_on_its_number_and_not_on_who_draws_it(draw, base, tmp
     for name, content in whole.items():
         again = Image.open(folder_of(base, tmp_path) / name).tobytes()
         assert max(abs(a - b) for a, b in zip(content, again, strict=True)) <= 1
+
+
+def test_who_interrupts_a_drawing_loses_the_few_that_are_drawn_together(draw, base, tmp_path, monkeypatch):
+    whole, called = Call.draw, []
+
+    def interrupted(self, *given):
+        called.append(len(given[0]))
+        if len(called) == 2:
+            raise KeyboardInterrupt
+        return whole(self, *given)
+
+    monkeypatch.setattr(Call, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(10)
+    assert len(list(folder_of(base, tmp_path).glob("*.png"))) == 8
+    assert draw(10) == 2
 
 
 def test_what_was_cut_off_is_drawn_again(draw, base, tmp_path):

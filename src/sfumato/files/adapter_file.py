@@ -159,11 +159,13 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
     if not layout.modules:
         if layout.embeddings or what == "a textual inversion":
             raise AdapterError(
-                f"{file}: this is a textual inversion ({total:,} tensors), not an adapter. It is a new word, which "
+                f"{file}: this is a textual inversion ({pluralize(total, 'tensor')}), not an adapter. It is a new word, which "
                 "generate and grid take with --embedding, Python with read_embedding."
             )
         if what:
-            raise AdapterError(f"{file}: this is {what} ({total:,} tensors), not an adapter. Name an adapter's file.")
+            raise AdapterError(
+                f"{file}: this is {what} ({pluralize(total, 'tensor')}), not an adapter. Name an adapter's file."
+            )
         raise AdapterError(
             f"{file}: 0 of {total:,} keys are an adapter's for SD or SDXL, first {_first(layout.unknown)}. "
             "Name an adapter's file."

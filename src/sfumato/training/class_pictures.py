@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from sfumato import schedulers
-from sfumato.drawing.pictures import draw_each
+from sfumato.drawing.pictures import draw_each, drawn_at_once
 from sfumato.drawing.sheet import read_drawn
 from sfumato.errors import DataError
 from sfumato.files.atomic import atomic_path, write_text
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sfumato.data import ExampleSet
     from sfumato.runs.processes import Processes
 
+_KEPT_AT_ONCE = 8
+"""Pictures that are drawn, and so may be lost, together: a base of small ones draws hundreds at once."""
 FORMAT = 2
 """To be raised when the same key would give other pictures."""
 
@@ -106,6 +108,7 @@ def draw_class(
         [number for _, _, number in missing],
         width=resolution,
         height=resolution,
+        batch=min(_KEPT_AT_ONCE, drawn_at_once((resolution // base.vae_factor) ** 2)),
     )
     try:
         bar = tqdm(missing, desc="drawing the class", unit="image", file=sys.stderr, disable=not shown)
