@@ -96,7 +96,7 @@ def test_toml_and_back_is_identity(tmp_path):
         (["--images", "my", "dogs"], ["'dogs': belongs to no option. Put a name with spaces into quotes."]),
         (
             ["--images", "my", __file__],
-            ["more files than are taken at once. Name fewer, and run it again for the others."],
+            ["more files than are taken at once. Name fewer, and run it again"],
         ),
         (["my-dogs"], ["--images is needed, and 'my-dogs' belongs to no option."]),
         ([], ["--images"]),

@@ -152,20 +152,18 @@ def _check_dtypes(header: Header, layout: Layout) -> None:
 
 def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
     """Raise AdapterError for a file that is no adapter, says a thing twice, or is not whole."""
-    count = len(layout.modules)
+    count, tensors = len(layout.modules), pluralize(total, "tensor")
     what = describe_foreign(layout.unknown) if layout.unknown else None
     if what == TRANSFORMER:  # such a file may change CLIP as well, which the base has, too
         raise AdapterError(f"{file}: this is {what}. Take one for SD 1.x, SD 2.x or SDXL.")
     if not layout.modules:
         if layout.embeddings or what == "a textual inversion":
             raise AdapterError(
-                f"{file}: this is a textual inversion ({pluralize(total, 'tensor')}), not an adapter. It is a new word, which "
+                f"{file}: this is a textual inversion ({tensors}), not an adapter. It is a new word, which "
                 "generate and grid take with --embedding, Python with read_embedding."
             )
         if what:
-            raise AdapterError(
-                f"{file}: this is {what} ({pluralize(total, 'tensor')}), not an adapter. Name an adapter's file."
-            )
+            raise AdapterError(f"{file}: this is {what} ({tensors}), not an adapter. Name an adapter's file.")
         raise AdapterError(
             f"{file}: 0 of {total:,} keys are an adapter's for SD or SDXL, first {_first(layout.unknown)}. "
             "Name an adapter's file."
