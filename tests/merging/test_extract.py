@@ -199,6 +199,17 @@ def test_parts_are_chosen(tiny_base, adapter_file, tmp_path):
     assert {part for part, _ in read_lora(out).modules} == {"unet"}
 
 
+def test_what_was_learned_in_a_bias_alone_is_extracted(tiny_base, tmp_path):
+    base, tuned, out = tiny_base("sd1").file, tmp_path / "tuned.safetensors", tmp_path / "out.safetensors"
+    tensors = load_file(base)
+    tensors["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_out.0.bias"] += 1
+    save_file(tensors, tuned, dict(read_header(base).metadata))
+    assert run(extract, tuned, "--base", base, "--exact", "-o", out) == 0
+    ((name, bias),) = ((name, tensor) for name, tensor in load_file(out).items() if tensor.any())
+    assert name.endswith("attn2_to_out_0.diff_b")
+    assert_close(bias, torch.ones_like(bias))
+
+
 def test_another_base_is_refused(tiny_base, tmp_path, capsys):
     words = (tiny_base("sd1").folder, "--base", tiny_base("sd2").folder, "--rank", 2, "-o", tmp_path / "o.safetensors")
     assert run(extract, *words) == 2
@@ -226,6 +237,13 @@ def test_resize_keeps_what_the_file_says_of_its_training(adapter_file, tmp_path)
     kept = ("ss_tag_frequency", "ss_seed", "ss_num_train_images", "ss_base_model_version")
     assert {key: metadata[key] for key in kept} == {key: told[key] for key in kept}
     assert (metadata["ss_network_dim"], metadata["modelspec.architecture"]) == ("1", "stable-diffusion-v2-768-v/lora")
+
+
+def test_resize_refuses_what_is_no_lora(tiny_base, adapter_file, tmp_path, capsys):
+    words = ("--bake", "diff", "--base", tiny_base("pocket").folder, "-o", tmp_path / "diff.safetensors")
+    assert run(convert, adapter_file("a"), *words) == 0
+    assert run(resize, tmp_path / "diff.safetensors", "--rank", 1, "-o", tmp_path / "small.safetensors") == 2
+    assert "modules are no LoRA. Make it one first: sfumato convert --bake lora." in capsys.readouterr().err
 
 
 def test_resize_tells_what_its_file_has_no_room_for(adapter_file, tmp_path, capsys):
