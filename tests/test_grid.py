@@ -236,6 +236,23 @@ def test_of_an_adapter_that_fits_in_part_the_part_is_drawn_where_it_was_allowed(
     assert np.abs(_pixels(first) - _pixels(second)).max() <= 1
 
 
+def test_a_cell_depends_on_what_its_words_are_called(grid, tmp_path, pocket_folder):
+    width = json.loads((pocket_folder / "text_encoder/config.json").read_text())["hidden_size"]
+    save_file({"emb_params": torch.ones(1, width)}, tmp_path / "cat.safetensors")
+    for count, token in enumerate(("<x>", "<y>", "<x>"), 1):
+        assert grid("--x", "seed=1", "--y", "prompt=red <x>", "--embedding", f"{token}=cat.safetensors") == 0
+        assert len(list((tmp_path / "out/cells").iterdir())) == min(count, 2)
+
+
+def test_a_negative_prompt_that_new_words_make_too_long_is_refused(grid, tmp_path, pocket_folder, capsys):
+    width = json.loads((pocket_folder / "text_encoder/config.json").read_text())["hidden_size"]
+    save_file({"emb_params": torch.ones(16, width)}, tmp_path / "cat.safetensors")
+    words = ["--x", "seed=1", "--y", "prompt=red", "--embedding", "<x>=cat.safetensors", "--negative"]
+    assert grid(*words, "<x> " * 4) == 0
+    assert grid(*words, "<x> " * 5) == 2
+    assert "<x>" in capsys.readouterr().err
+
+
 def test_a_method_keeps_to_the_rank(grid, tmp_path):
     words = ["--x", "seed=1", "--y", "method=linear", "--prompt", "red"]
     assert grid(*BOTH, *words) == 0

@@ -1,5 +1,6 @@
 """At which steps adapters count, of what was said and of what their files ask for."""
 
+from sfumato.compose.steps import Ramp
 from sfumato.drawing.placement import AdapterPlacement
 from sfumato.weighting.span import Span
 
@@ -10,3 +11,7 @@ def test_files_are_heard_where_nothing_was_said_of_their_adapters():
     found = said.with_asked(asked)
     assert found.by_step == {"crab": Span(0.5, 0.6), "line": Span(0, 0.5)}
     assert (found.switch_labels, found.switch_every) == (("otter",), 2)
+
+
+def test_a_ramp_says_the_weight_of_every_step_and_a_span_does_not():
+    assert AdapterPlacement(by_step={"line": Span(0, 0.5), "otter": Ramp((0, 1), (1, 0))}).ramps == {"otter"}

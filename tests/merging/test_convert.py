@@ -85,10 +85,15 @@ def test_a_converted_file_keeps_what_the_file_said(adapter_file, tmp_path):
     assert after["sfumato.fingerprint"] == before["sfumato.fingerprint"]
 
 
-def test_a_file_that_tells_its_family_otherwise_tells_a1111_as_well(adapter_file, tmp_path):
+@pytest.mark.parametrize(
+    "told",
+    [{"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, {"ss_base_model_version": "sdxl_base_v1-0"}],
+    ids=["modelspec", "kohya"],
+)
+def test_a_file_that_tells_its_family_otherwise_tells_a1111_as_well(told, adapter_file, tmp_path):
     """OneTrainer's have ModelSpec's keys alone; without kohya's, A1111 takes an adapter for one of SD 1."""
     a, other = adapter_file("a", "sdxl"), tmp_path / "other.safetensors"
-    save_file(load_file(a), other, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
+    save_file(load_file(a), other, told)
     assert run(convert, other, "-o", tmp_path / "k.safetensors") == 0
     found = read_header(tmp_path / "k.safetensors").metadata
     assert found["ss_base_model_version"].startswith("sdxl_")
