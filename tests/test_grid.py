@@ -26,6 +26,7 @@ from sfumato.files.header import read_header
 from sfumato.files.lora_file import read_lora
 from sfumato.files.write_kohya import write_lora
 from sfumato.files.write_peft_keys import write_peft
+from tests.bundles import add_words
 
 
 def test_corners_come_first_and_every_cell_once():
@@ -218,6 +219,38 @@ def test_what_a_cell_depends_on_draws_another(grid, tmp_path):
     (tmp_path / "other/adapter_model.safetensors").rename(tmp_path / "folder/adapter_model.safetensors")
     assert grid(*words, "line=folder") == 0
     assert len(list((tmp_path / "out/cells").iterdir())) == count + 1
+
+
+@pytest.mark.parametrize("method", [[], ["--method", "linear"]])
+def test_of_an_adapter_that_fits_in_part_the_part_is_drawn_where_it_was_allowed(method, grid, tmp_path, pocket_folder):
+    tensors = load_file(tmp_path / "line.safetensors")
+    flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_9_attn2_to_k"  # which the base does not have
+    odd = {f"{flat}.lora_down.weight": torch.ones(2, 32), f"{flat}.lora_up.weight": torch.ones(32, 2)}
+    save_file({**tensors, **odd, f"{flat}.alpha": torch.tensor(2.0)}, tmp_path / "odd.safetensors")
+    add_words(tmp_path / "odd.safetensors", {"<cat>": {"text_encoder": torch.ones(1, 8)}})  # of another width
+    words = ["--x", "seed=1", "--y", "line=0.5", "--prompt", "red", *method, "--lora"]
+    assert grid(*words, "line=odd.safetensors") == 2
+    assert grid(*words, "line=odd.safetensors", "--partial") == 0
+    assert grid(*words, "line.safetensors") == 0
+    first, second = (tmp_path / "out/cells").iterdir()
+    assert np.abs(_pixels(first) - _pixels(second)).max() <= 1
+
+
+def test_a_cell_depends_on_what_its_words_are_called(grid, tmp_path, pocket_folder):
+    width = json.loads((pocket_folder / "text_encoder/config.json").read_text())["hidden_size"]
+    save_file({"emb_params": torch.ones(1, width)}, tmp_path / "cat.safetensors")
+    for count, token in enumerate(("<x>", "<y>", "<x>"), 1):
+        assert grid("--x", "seed=1", "--y", "prompt=red <x>", "--embedding", f"{token}=cat.safetensors") == 0
+        assert len(list((tmp_path / "out/cells").iterdir())) == min(count, 2)
+
+
+def test_a_negative_prompt_that_new_words_make_too_long_is_refused(grid, tmp_path, pocket_folder, capsys):
+    width = json.loads((pocket_folder / "text_encoder/config.json").read_text())["hidden_size"]
+    save_file({"emb_params": torch.ones(16, width)}, tmp_path / "cat.safetensors")
+    words = ["--x", "seed=1", "--y", "prompt=red", "--embedding", "<x>=cat.safetensors", "--negative"]
+    assert grid(*words, "<x> " * 4) == 0
+    assert grid(*words, "<x> " * 5) == 2
+    assert "<x>" in capsys.readouterr().err
 
 
 def test_a_method_keeps_to_the_rank(grid, tmp_path):
@@ -449,6 +482,7 @@ A1111 = ["--prompt-syntax", "a1111"]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([*BOTH, "--x", "seed=1", "--y", "steps=2,3", "--prompt", "a", "--steps", "4"], "--y varies steps, so that"),
         ([*BOTH, "--x", "method=ties,tise", "--y", "seed=2", "--prompt", "a"], "known are linear, knots"),
         ([*BOTH, "--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--method", "x"], "no method 'x'"),
         ([*BOTH, "--x", "seed=1", "--y", "density=0.2", "--prompt", "a"], "--density is of a merging method"),

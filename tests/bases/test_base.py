@@ -170,6 +170,12 @@ def test_the_pipeline_shares_the_modules_and_draws_what_the_base_decodes(tiny):
     assert torch.equal(tiny.base.decode(draw("latent")) / 2 + 0.5, draw("pt"))
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_pipeline_takes_zeros_for_no_negative_prompt_as_the_base_does(zeros, sdxl):
+    pipe = dataclasses.replace(sdxl.base, zeros_for_empty_prompt=zeros).pipeline()
+    assert pipe.config.force_zeros_for_empty_prompt is zeros
+
+
 def test_an_unknown_sampler_is_an_error(sd1):
     with pytest.raises(ConfigError, match="--sampler nothing: unknown; wanted one of ddim, "):
         sd1.base.pipeline("nothing")
@@ -348,3 +354,19 @@ def test_nonfinite_weights_are_refused(tmp_path):
         pipe.unet.conv_in.bias[0] = float("nan")
     with pytest.raises(FileError, match=r"NaN or Inf, first conv_in\.bias"):
         load_base(write_folder(pipe, tmp_path / "base"), precision=CPU)
+
+
+def test_latents_with_a_mean_for_each_channel_are_scaled_as_sdxls_pipeline_scales_them(sdxl):
+    base = load_base(sdxl.folder, precision=CPU)
+    before = (
+        base.encode_pixels(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))[0] / base.vae.config.scaling_factor
+    )
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, deviation = [0.5, -1.0, 0.0, 2.0], [0.5, 2.0, 4.0, 1.0]
+    base.vae.register_to_config(latents_mean=mean, latents_std=deviation)
+    means, deviations = (torch.tensor(each).view(1, 4, 1, 1) for each in (mean, deviation))
+    after = base.encode_pixels(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))[0]
+    torch.testing.assert_close(after, (before - means) * base.vae.config.scaling_factor / deviations)
+    with torch.no_grad():
+        wanted = base.vae.decode(latents * deviations / base.vae.config.scaling_factor + means).sample
+    torch.testing.assert_close(base.decode(latents), wanted.clamp(-1, 1))

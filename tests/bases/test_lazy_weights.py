@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from sfumato.bases import load_base
+from sfumato.bases.folder import load_unet, load_vae
+from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.errors import FileError
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_single_file
 
@@ -90,3 +92,22 @@ def test_another_fine_tune_with_the_same_header_is_refused(sd1, tmp_path):
     other.replace(file)
     with pytest.raises(FileError, match=r"a\.safetensors: the file was replaced or written over while it was in use"):
         base.encode_text(["a cat"])
+
+
+def test_each_part_is_placed_as_what_it_is(sd1):
+    shells = {"unet": [load_unet(sd1.folder, torch.float32)], "vae": [load_vae(sd1.folder / "vae", torch.float32)]}
+    placed = []
+    lazy_weights = LazyWeights(shells, lambda module, part: placed.append((type(module).__name__, part)))
+    lazy_weights.load("vae")
+    lazy_weights.load("unet", "vae")
+    assert placed == [("AutoencoderKL", "vae"), ("UNet2DConditionModel", "unet")]
+
+
+def test_a_file_that_is_gone_is_named(sd1, tmp_path):
+    file = write_single_file(sd1.pipe, tmp_path / "a.safetensors")
+    base = load_base(file, precision=CPU)
+    base.lazy_weights.load_only("unet")
+    file.unlink()
+    for ask in (base.lazy_weights.check_files, lambda: base.encode_text(["a cat"])):
+        with pytest.raises(FileError, match=r"a\.safetensors: the file .* be read \(No such file or directory\)"):
+            ask()

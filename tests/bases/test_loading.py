@@ -128,6 +128,19 @@ def test_a_folder_without_index_names_what_it_holds(tmp_path):
     assert "Name pytorch_lora_weights.safetensors in it" in refusal(tmp_path)
 
 
+def test_a_part_of_a_base_names_the_folder_above_it(pocket):
+    assert "name the folder above it, private place." in refusal(pocket / "unet")
+
+
+def test_a_file_is_no_vae_of_pockets(pocket):
+    file = pocket / "vae/diffusion_pytorch_model.safetensors"
+    assert "does not tell the shape of a VAE for pocket. Name its folder." in refusal(pocket, vae=file)
+
+
+def test_a_name_that_the_hub_cannot_have():
+    assert refusal("owner/na--me") == "owner/na--me: neither a path here nor a valid hub id. Check the spelling."
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_pickled_weights_are_refused_by_name(pocket, tmp_path, part):
     folder = shutil.copytree(pocket, tmp_path / "base")
@@ -211,6 +224,12 @@ def test_a_broken_config_is_named(pocket, tmp_path, part):
     assert refusal(folder) == f"base/{part}: not readable as JSON. Download it again."
 
 
+def test_a_config_that_is_a_list_is_named(pocket, tmp_path):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    (folder / "unet/config.json").write_text("[]")
+    assert refusal(folder) == "base/unet/config.json: no JSON object. Download it again."
+
+
 def test_a_folder_with_a_missing_part(pocket, tmp_path):
     folder = shutil.copytree(pocket, tmp_path / "base")
     shutil.rmtree(folder / "tokenizer")
@@ -289,6 +308,18 @@ def test_a_base_that_is_not_whole_in_the_cache_is_asked_for_again(missing, cache
     assert "not in the hub's local cache" in refusal("owner/base")
 
 
+def test_a_base_in_the_cache_with_a_shard_missing_is_asked_for_again(cached, pocket, tmp_path):
+    whole = pocket / "unet/diffusion_pytorch_model.safetensors"
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    files = [(file, file.relative_to(pocket)) for file in pocket.rglob("*") if file.is_file() and file != whole]
+    files += [(index, f"unet/{index.name}"), (whole, "unet/one.safetensors")]
+    cached("owner/base", *files)
+    assert "not in the hub's local cache" in refusal("owner/base")
+    snapshot = cached("owner/base", (whole, "unet/two.safetensors"))
+    assert hub.hub_folder("owner/base") == snapshot
+
+
 def test_whole_weights_are_read_before_those_of_half_precision(tmp_path):
     files = [tmp_path / f"{name}.safetensors" for name in ("model", "model.fp16", "model.bf16")]
     for file in files:
@@ -310,8 +341,9 @@ def test_sdxl_takes_zeros_for_no_prompt_unless_its_folder_says_otherwise(index, 
     assert loading._wants_zeros(index) is zeros
 
 
-def test_an_index_that_names_nothing_is_no_whole_base(cached, tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
+@pytest.mark.parametrize("index", ["{}", "[]", "{"])
+def test_an_index_that_names_nothing_is_no_whole_base(index, cached, tmp_path):
+    (tmp_path / "model_index.json").write_text(index)
     cached("owner/base", (tmp_path / "model_index.json", "model_index.json"))
     assert "not in the hub's local cache" in refusal("owner/base")
 
@@ -330,6 +362,8 @@ def test_a_disk_that_takes_no_download_is_told_from_a_hub_that_is_not_there(monk
         ("model_index.json", {"text_encoder": None}, "without text_encoder"),
         ("unet/config.json", {"block_out_channels": [32]}, "the U-Net's config.json describes none"),
         ("text_encoder/config.json", {"hidden_size": "wide"}, "the text encoder's config.json describes none"),
+        ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "a AutoencoderTiny, wanted an AutoencoderKL"),
+        ("unet/config.json", {"cross_attention_dim": 48}, "Config and weights belong to different models"),
     ],
 )
 def test_a_config_that_describes_nothing_is_one_line(file, change, what, pocket, tmp_path):
@@ -361,6 +395,7 @@ def test_a_scheduler_that_cannot_be_made_is_replaced_and_told(pocket, tmp_path):
     ("changes", "said"),
     [
         ({"beta_schedule": "odd"}, "odd"),
+        ({"_class_name": "NoSuchScheduler"}, "diffusers has no scheduler NoSuchScheduler"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "has no betas"),
     ],
 )
@@ -377,6 +412,14 @@ def test_a_tokenizer_that_knows_more_than_its_text_encoder_is_refused(pocket, tm
     tokenizer.save_pretrained(folder / "tokenizer")
     assert "base: tokenizer has " in (message := refusal(folder))
     assert "tokens, and text_encoder rows for" in message
+
+
+def test_a_text_of_another_width_is_refused(pocket, tmp_path):
+    folder = shutil.copytree(pocket, tmp_path / "base")
+    encoder = load_base(pocket, precision=CPU).text_encoders[0]
+    encoder.config.hidden_size = 48
+    type(encoder)(encoder.config).save_pretrained(folder / "text_encoder")
+    assert "base: the U-Net takes text of width 32, the text encoder gives 48." in refusal(folder)
 
 
 def test_a_pooled_text_of_another_width_is_refused(sdxl, tmp_path):

@@ -210,6 +210,31 @@ def test_a_missing_weight_is_counted(sd1, tmp_path, where):
         load(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.diffusion_model.out.2.weight", "the U-Net has no first or last layer"),
+        ("model.diffusion_model.input_blocks.1.0.out_layers.3.weight", "the U-Net has no input_blocks.1.0.out_layers"),
+        ("first_stage_model.decoder.conv_in.weight", "the VAE has no decoder.conv_in.weight"),
+        (
+            "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+            "the text encoder cond_stage_model.transformer. is incomplete",
+        ),
+    ],
+)
+def test_a_file_without_a_weight_that_tells_a_size_is_one_line(name, said, sd1, tmp_path):
+    tensors = load_file(sd1.file)
+    del tensors[name]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(BaseModelError, match=f"a.safetensors: {said}.* Download the file again"):
+        load(tmp_path / "a.safetensors")
+
+
+def test_a_vae_out_of_a_folder_names_the_folder(sd1):
+    with pytest.raises(BaseModelError, match=r"the VAE of a diffusers folder; .*Name the folder"):
+        load(sd1.file, vae=sd1.folder / "vae/diffusion_pytorch_model.safetensors")
+
+
 def test_an_unknown_weight_is_counted(sd1, tmp_path):
     tensors = load_file(sd1.file) | {"model.diffusion_model.input_blocks.1.0.gate.weight": torch.ones(2)}
     save_file(tensors, tmp_path / "a.safetensors")

@@ -44,7 +44,11 @@ def test_a_prompt_in_a_region_may_be_longer_than_a_file_s_name():
 
 
 @pytest.mark.parametrize(
-    "text", ["line", "crab=left", "line+crab=left", "line=", "line=gone.png", "line=0,0,2,1", "line=0,1,1,1"]
+    "text",
+    [
+        *("line", "crab=left", "line+crab=left", "line=", "line=gone.png", "line=0,0,2,1", "line=0,1,1,1"),
+        *("line=left:an otter <lora:crab:1>", "line=left:an otter --n grey"),
+    ],
 )
 def test_a_region_that_makes_no_sense_is_one_line(text):
     with pytest.raises(ConfigError, match="--region") as caught:

@@ -202,6 +202,17 @@ def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax
             assert [difference(*pair) <= 1 for pair in zip(together, alone, strict=True)] == [True] * 4
 
 
+def test_a_negative_prompt_of_several_chunks_is_read_as_each_picture_s_own_adapters_read_it(base, write):
+    base = dataclasses.replace(base, max_tokens=150)
+    a, how = Adapter(write("a", base.pipeline(), "q_proj"), 3.0), {"steps": 1, "negative": "blue cat, " * 20}
+    with compose(base, a):
+        wanted = [*draw(base, "red", 0, **how)]
+    wanted += draw(base, "red", 1, **how)
+    with per_picture(base, [[a], []]):
+        found = draw(base, ["red", "red"], [0, 1], **how)
+    assert [difference(*pair) <= 1 for pair in zip(found, wanted, strict=True)] == [True, True]
+
+
 def test_draw_of_another_number_of_pictures_is_refused(base, write):
     """A Base has no calls of its own; `draw` tells of its pipeline's, also of one that begins from a picture."""
     lists = [[Adapter(write("a", base, "to_q"))], []]

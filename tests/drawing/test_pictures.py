@@ -433,3 +433,8 @@ def test_an_encode_of_the_users_own_stays(begins, pocket_folder):
     start = Start(Image.new("RGB", (64, 64)), strength=0.5) if begins else None
     draw(base, "a crab", 1, steps=2, start=start)
     assert base.vae.__dict__["encode"] is own
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P"])
+def test_a_picture_to_begin_from_is_of_three_channels(mode):
+    assert Start(Image.new(mode, (16, 16))).sized(8, 24).picture.mode == "RGB"

@@ -394,6 +394,16 @@ def test_a_sampler_of_comfyui_with_noise_of_its_own_has_that_seed():
     assert found.settings["Seed"] == 7
 
 
+def test_brackets_of_comfyui_are_escaped_for_a1111_once():
+    sampler, text = {"sampler_name": "euler", "positive": ["2", 0]}, r"[a] \[b\] AND c"
+    found = read_graph(json.dumps({"1": {"inputs": sampler}, "2": {"inputs": {"text": text}}}))
+    assert found.prompt == r"\[a\] \[b\] and c"
+
+
+def test_a_setting_in_quotes_that_are_no_json_is_kept_as_it_is():
+    assert parse_parameters('a\nSteps: 20, Sampler: Euler, Seed: 1, Note: "a\\x"').settings["Note"] == '"a\\x"'
+
+
 def test_the_nearest_text_of_a_graph_is_the_prompt():
     sampler = {"sampler_name": "euler", "positive": ["2", 0]}
     both = {"first": ["3", 0], "second": ["4", 0]}

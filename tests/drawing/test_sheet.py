@@ -100,3 +100,11 @@ def test_the_size_is_known_before_there_are_pictures():
     labels = {"row_labels": ["one", "two\nlines", "w" * 80], "column_labels": ["a prompt " * 9, "b"]}
     picture = Image.new("RGB", (96, 64))
     assert contact_sheet([[picture] * 2] * 3, **labels).size == sheet_size((96, 64), **labels)
+
+
+@pytest.mark.parametrize("size", [(400, 200), (200, 400)])
+def test_pictures_that_are_not_square_lie_below_each_other_in_their_own_height(size):
+    sheet = contact_sheet([[Image.new("RGB", size, "red")], [Image.new("RGB", size, "blue")]])
+    (left, top, right, bottom), below = (boxes(sheet, colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    assert (right - left, bottom - top) == (below[2] - below[0], below[3] - below[1]) == size
+    assert bottom < below[1] < bottom + 50

@@ -38,6 +38,7 @@ WRONG = {
         ["a", "--lora", "line.safetensors", "--blocks", "line=down:0", "--blocks", "line=up:0"],
         "line has blocks already; name them in one",
     ),
+    "blocks of nobody": (["a", "--blocks", "line=down:0"], "with the label of a --lora (none are given)"),
     "a tag of no block": (["a <lora:line:1:lbw=UPS>"], "<lora:line:1:lbw=UPS>: blocks 'UPS'"),
     "no prompt": ([], "no prompt"),
     "no such adapter": (["a", "--lora", "gone.safetensors:0.8"], "gone.safetensors"),
@@ -68,6 +69,11 @@ WRONG = {
     "a file for a folder": (["a", "-o", "line.safetensors/x"], "is a file, not a folder"),
     "there already": (["a", "-o", "there.png"], "--overwrite"),
     "a sweep of nothing": (["a", "--sweep", "line=0,1"], "no --lora is called 'line'"),
+    "a sweep without a label": (["a", "--lora", "line.safetensors", "--sweep", "0,1"], "wanted LABEL=WEIGHTS"),
+    "a sweep beside a tag": (
+        ["a <lora:line:1>", "--lora", "line.safetensors", "--sweep", "line=0,1"],
+        "--sweep and <lora:...> in a prompt do not go together",
+    ),
     "a sweep of words": (
         ["a", "--lora", "line.safetensors", "--sweep", "line=0,one"],
         "line=0,one: wanted numbers, parted by commas",

@@ -116,6 +116,8 @@ def test_an_adapter_of_which_a_part_was_left_out_comes_back(generate, loras):
     assert generate(*words, "-o", "a.png")[0] == 2
     assert generate(*words, "--partial", "-o", "a.png")[0] == 0
     assert np.array_equal(told_again("a.png"), pixels("a.png"))
+    assert generate(*words, "--region", "odd=left", "-o", "b.png")[0] == 2
+    assert generate(*words, "--region", "odd=left", "--partial", "-o", "b.png")[0] == 0
 
 
 def test_an_adapter_of_a_tag_takes_no_turn_when_its_image_is_drawn_again(generate, loras):

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from sfumato.cli import guarded
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes import LoraModule
+from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
 from sfumato.files.save import write_tensors
 from sfumato.files.write_peft_keys import write_peft
@@ -84,10 +85,15 @@ def test_a_converted_file_keeps_what_the_file_said(adapter_file, tmp_path):
     assert after["sfumato.fingerprint"] == before["sfumato.fingerprint"]
 
 
-def test_a_file_that_tells_its_family_otherwise_tells_a1111_as_well(adapter_file, tmp_path):
+@pytest.mark.parametrize(
+    "told",
+    [{"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, {"ss_base_model_version": "sdxl_base_v1-0"}],
+    ids=["modelspec", "kohya"],
+)
+def test_a_file_that_tells_its_family_otherwise_tells_a1111_as_well(told, adapter_file, tmp_path):
     """OneTrainer's have ModelSpec's keys alone; without kohya's, A1111 takes an adapter for one of SD 1."""
     a, other = adapter_file("a", "sdxl"), tmp_path / "other.safetensors"
-    save_file(load_file(a), other, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
+    save_file(load_file(a), other, told)
     assert run(convert, other, "-o", tmp_path / "k.safetensors") == 0
     found = read_header(tmp_path / "k.safetensors").metadata
     assert found["ss_base_model_version"].startswith("sdxl_")
@@ -134,6 +140,19 @@ def test_what_is_not_finite_or_no_adapter_is_an_error(adapter_file, tmp_path, ca
     rewrite(a, tmp_path / "b.safetensors", lambda _, t: t * float("nan"))
     assert run(verify, tmp_path / "b.safetensors") == 2
     assert "hold NaN or Inf" in capsys.readouterr().err
+
+
+def test_a_fingerprint_that_cannot_be_read_is_a_difference(adapter_file, tmp_path, capsys):
+    a = adapter_file("a")
+    save_file(load_file(a), tmp_path / "b.safetensors", {FINGERPRINT_KEY: "[]"})
+    assert run(verify, tmp_path / "b.safetensors") == 1
+    assert "b.safetensors: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tolerance", ["0", "nan"])
+def test_a_tolerance_that_nothing_can_meet_is_refused(tolerance, adapter_file, capsys):
+    assert run(verify, adapter_file("a"), "--tolerance", tolerance) == 2
+    assert f"--tolerance {tolerance}: wanted above 0." in capsys.readouterr().err
 
 
 def test_json_tells_the_figures(adapter_file, capsys):
@@ -282,6 +301,19 @@ def test_full_differences_are_exact(loha, tiny_base, tmp_path):
     weights, wanted = base.weights(), read_adapter(loha).changes
     for target, change in read_adapter(out).changes.items():
         assert_close(change.delta(weights[target]), wanted[target].delta(weights[target]))
+
+
+def test_full_differences_are_written_in_the_format_that_was_asked_for(adapter_file, tiny_base, tmp_path):
+    words = ("-o", tmp_path / "diff.safetensors", "--bake", "diff", "--base", tiny_base("pocket").folder)
+    assert run(convert, adapter_file("a"), *words, "--dtype", "bf16") == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "diff.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_full_differences_are_for_kohyas_readers_alone(to, adapter_file, tiny_base, tmp_path, capsys):
+    words = ("--to", to, "-o", tmp_path / FORMS[to], "--bake", "diff", "--base", tiny_base("pocket").folder)
+    assert run(convert, adapter_file("a"), *words) == 2
+    assert "and --to kohya: nobody else reads it" in capsys.readouterr().err
 
 
 def test_new_words_go_to_kohya_and_are_refused_to_the_others(adapter_file, tmp_path, capsys):

@@ -402,6 +402,33 @@ def test_into_refuses_a_seed_where_nothing_is_drawn_by_lot(method, tiny_base, ad
     assert f"--seed has no effect on --method {method}; leave it out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("weight", "form", "output", "said"),
+    [
+        ("", "file", "baked", "is a single file; name a .safetensors file to write"),
+        ("", "folder", "baked.safetensors", "is a diffusers folder; name a folder to write"),
+        (":0", "file", "baked.safetensors", "nothing is left to bake: every adapter has the weight 0"),
+    ],
+)
+def test_a_base_is_written_in_its_own_form_and_not_for_nothing(
+    weight, form, output, said, tiny_base, adapter_file, tmp_path, capsys
+):
+    a = adapter_file("a", "sd1")
+    assert run(f"{a}{weight}", "--into", getattr(tiny_base("sd1"), form), "-o", tmp_path / output) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / output).exists()
+
+
+def test_second_weights_of_a_checkpoint_are_said_to_stay(tiny_base, adapter_file, tmp_path, capsys):
+    base, both = tiny_base("sd1").file, tmp_path / "both.safetensors"
+    save_file(load_file(base) | {"model_ema.decay": torch.ones(1)}, both, dict(read_header(base).metadata))
+    for source, is_said in ((base, False), (both, True)):
+        assert run(adapter_file("a", "sd1"), "--into", source, "-o", tmp_path / f"{is_said}.safetensors") == 0
+        assert (
+            "the running mean (model_ema), are both.safetensors's as they were" in capsys.readouterr().err
+        ) == is_said
+
+
 def test_a_folder_is_given_no_title(tiny_base, adapter_file, tmp_path, capsys):
     assert run(adapter_file("a"), "--into", tiny_base("pocket").folder, "-o", tmp_path / "b", "--title", "T") == 2
     assert "is a folder, which has no metadata" in capsys.readouterr().err

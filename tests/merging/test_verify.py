@@ -141,6 +141,15 @@ def test_against_another_the_words_count(words, said, tmp_path, capsys):
     assert said in error
 
 
+def test_a_word_counts_in_the_text_encoder_in_which_it_differs_most(tmp_path, capsys):
+    def word(second):
+        return {"<x>": {"text_encoder": torch.ones(2, 3), "text_encoder_2": torch.full((2, 3), second)}}
+
+    a, b = (with_words(tmp_path / f"{name}.safetensors", word(second)) for name, second in (("a", 1.0), ("b", 1.5)))
+    assert run(b, "--against", a) == 1
+    assert "its word <x> has a relative error of 0.5" in capsys.readouterr().err
+
+
 def test_a_small_difference_in_fp16_is_what_its_fingerprint_says(deltas, tmp_path, capsys):
     """Of what is written: fp16 has few digits of so small a change."""
     small = {target: tuple(each if each is None else each * 2e-7 for each in pair) for target, pair in deltas.items()}
