@@ -132,8 +132,9 @@ def _differences(config: Config, source: MergeSource, family: str, metadata: Map
     metadata = fitted_metadata(config.output, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6
+    kept = "exact" if config.dtype == "fp32" else f"rounded to {config.dtype}"
     say(
-        f"{config.output.name}: {pluralize(len(deltas), 'full difference')}, {size:.1f} MB, exact; read by ComfyUI, "
+        f"{config.output.name}: {pluralize(len(deltas), 'full difference')}, {size:.1f} MB, {kept}; read by ComfyUI, "
         "A1111/Forge and InvokeAI"
     )
     written = read_header(config.output).tensors

@@ -303,9 +303,10 @@ def test_full_differences_are_exact(loha, tiny_base, tmp_path):
         assert_close(change.delta(weights[target]), wanted[target].delta(weights[target]))
 
 
-def test_full_differences_are_written_in_the_format_that_was_asked_for(adapter_file, tiny_base, tmp_path):
+def test_full_differences_are_written_in_the_format_that_was_asked_for(adapter_file, tiny_base, tmp_path, capsys):
     words = ("-o", tmp_path / "diff.safetensors", "--bake", "diff", "--base", tiny_base("pocket").folder)
     assert run(convert, adapter_file("a"), *words, "--dtype", "bf16") == 0
+    assert "rounded to bf16; read by" in capsys.readouterr().err
     assert {tensor.dtype for tensor in load_file(tmp_path / "diff.safetensors").values()} == {torch.bfloat16}
 
 
