@@ -212,6 +212,7 @@ def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, t
         ("lora", "pictures", []),
         pytest.param("full", "pictures", ["--optimizer", "adafactor", "--fused"], marks=pytest.mark.slow),
         pytest.param("lora", "base", ["--optimizer", "adafactor"], marks=pytest.mark.slow),
+        pytest.param("full", "base", ["--optimizer", "muon"], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(method, prior, further, train):

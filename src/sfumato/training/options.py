@@ -240,9 +240,9 @@ class StepOptions:
     """Peak learning rate. Unset: the default of the method, the base family and the kind of adapter (loha: a tenth of
     lora's; lokr: three times lora's). With muon it is four times that, with lion a quarter, with prodigy 1."""
     optimizer: OptimizerName = "adamw"
-    """Optimizer. adamw, muon and adafactor are built in; muon learns more of a style in as many steps, adafactor keeps
-    almost no state. adamw8bit, prodigy and lion are the
-    extras 8bit, prodigy and lion (pip install "sfumato[8bit]")."""
+    """Optimizer. adamw, muon and adafactor are built in. muon learns more in as many steps, and forgets more; it is
+    for matrices, such as those of adapters. adafactor keeps almost no state. adamw8bit, prodigy and lion are the extras
+    8bit, prodigy and lion (pip install "sfumato[8bit]")."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
     schedule: ScheduleName = "cosine"
