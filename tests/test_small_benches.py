@@ -20,6 +20,7 @@ from bench import (
     forecast,
     full_size,
     new_words,
+    optimizer_steps,
     pocket_data,
     pocket_drawing,
     pocket_export,
@@ -298,6 +299,17 @@ def test_the_floor_is_taken_on_as_many_threads_as_the_trainings():
 def test_their_figures_are_told_in_multiples_of_ours():
     theirs, ours = ({"state_bytes": b, "optimizer_cpu_ms": t} for b, t in ((3000, 2.5), (10, 0.01)))
     assert new_words.over(theirs, {**ours, "file_bytes": 5}) == {"state_bytes": 300, "optimizer_cpu_ms": 250}
+
+
+def test_an_optimizers_part_of_a_step_is_its_time_beside_the_unets(pocket_folder, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # which would stay
+    report = optimizer_steps.measure(optimizer_steps.Config(base=str(pocket_folder), steps=1))
+    assert report["optimizers"]["adamw"]["state_bytes"] == 8 * report["trained"]
+    assert report["optimizers"]["muon"]["state_bytes"] == 4 * report["trained"]
+    for each in report["optimizers"].values():
+        assert each["share_of_step"] == pytest.approx(
+            each["cpu_ms"] / (each["cpu_ms"] + report["unet_cpu_ms"]), abs=0.1
+        )
 
 
 def test_the_drawing_bench_draws_what_diffusers_draws():
