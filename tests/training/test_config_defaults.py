@@ -23,9 +23,9 @@ def test_lion_takes_smaller_steps_unless_told_otherwise():
         assert filled(trainer, optimizer="lion", learning_rate=3e-4, **needed).learning_rate == 3e-4
 
 
-def test_muon_takes_a_rate_four_times_adamws_unless_told_otherwise():
-    assert filled(lora, optimizer="muon").learning_rate == 4e-4
-    assert filled(lora, optimizer="muon", learning_rate=3e-4).learning_rate == 3e-4
+def test_muon_takes_a_rate_three_times_adamws_unless_told_otherwise():
+    assert filled(lora, optimizer="muon").learning_rate == 3e-4
+    assert filled(lora, optimizer="muon", learning_rate=5e-4).learning_rate == 5e-4
 
 
 @pytest.mark.parametrize(
