@@ -30,7 +30,7 @@ from bench.real import print_report
 from sfumato import cli, randomness
 from sfumato.data.latents import to_floats
 from sfumato.files.atomic import atomic_path
-from sfumato.precision import multiplies_bf16
+from sfumato.precision.bf16 import multiplies_bf16
 
 BATCH, RATE = 64, 3e-3
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sfumato import cli, forecast, load_base, precision
+from sfumato import cli, forecast, load_base
 from sfumato.adapters import Kind, attach, target_layers
 from sfumato.forecast import (
     BESIDE,
@@ -18,7 +18,7 @@ from sfumato.forecast import (
     shapes_of,
     step_memory,
 )
-from sfumato.precision import decide, forecast_precision
+from sfumato.precision import choices, decide, forecast_precision
 from sfumato.precision.lean import save_activation_memory
 
 ON_CPU = Setting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
@@ -159,7 +159,7 @@ def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
     full = "dreambooth --method full"
     shown = [full, f"{full} --fused", f"{full} --fused --optimizer adamw8bit"]
     monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS[name] for name in shown])
-    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(choices, "cpu_has_bf16", lambda: True)
     assert cli.main(["memory", "--device", "cpu", "--within", "0.95"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "pocket (pocket), 64 px, batch 1, rank 16, bf16 (fp32 where no adapter is trained) on a CPU"

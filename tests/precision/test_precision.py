@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato import precision
 from sfumato.errors import PrecisionError
-from sfumato.precision import decide, forecast_precision
+from sfumato.precision import bf16, choices, decide, forecast_precision, products
 from sfumato.training import optimizers
 
 
@@ -66,7 +65,7 @@ def test_bf16_on_a_cpu_is_autocast_over_fp32_weights(bare):
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_beside_frozen_weights_a_cpu_learns_in_bf16_where_it_multiplies_that(monkeypatch, bare, has_bf16):
-    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(choices, "cpu_has_bf16", lambda: has_bf16)
     wanted = torch.bfloat16 if has_bf16 else torch.float32
     decision = decide(adapting=True)
     assert (decision.storage, decision.compute, decision.vae) == (wanted, wanted, torch.float32)
@@ -80,10 +79,10 @@ def test_beside_frozen_weights_a_cpu_learns_in_bf16_where_it_multiplies_that(mon
     ("flags", "has_bf16"), [("avx512f avx512_bf16", True), ("amx_bf16 sse2", True), ("avx512f avx2", False)]
 )
 def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch, flags, has_bf16):
-    monkeypatch.setattr(precision.products, "processor", lambda: f"vendor_id\t: a maker\nflags\t\t: {flags}")
-    assert precision.cpu_has_bf16() is has_bf16
-    assert precision.multiplies_bf16(torch.device("cpu")) is has_bf16
-    assert not precision.multiplies_bf16(torch.device("mps"))
+    monkeypatch.setattr(products, "processor", lambda: f"vendor_id\t: a maker\nflags\t\t: {flags}")
+    assert bf16.cpu_has_bf16() is has_bf16
+    assert bf16.multiplies_bf16(torch.device("cpu")) is has_bf16
+    assert not bf16.multiplies_bf16(torch.device("mps"))
 
 
 @pytest.mark.parametrize("adapting", [True, False])
@@ -208,7 +207,7 @@ def test_impossible_wishes_are_one_line(bare, wish, message):
     [(None, "this torch is a build without CUDA"), ("12.8", "torch for CUDA 12.8 may want a newer one")],
 )
 def test_a_gpu_that_torch_does_not_find_is_told(monkeypatch, bare, cuda, said):
-    monkeypatch.setattr(precision.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(choices.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     told = f"though an NVIDIA driver is installed: {said}"
     assert rows(decide())["device"] == ("cpu", f"found neither CUDA nor MPS, {told}")
@@ -249,7 +248,7 @@ def test_on_a_cpu_eight_bits_want_a_bitsandbytes_that_steps_there(monkeypatch, b
 
 def test_eight_bits_change_only_the_optimizers_row(monkeypatch):
     fake_cuda(monkeypatch, major=9)
-    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(choices.importlib.util, "find_spec", lambda _: object())
     named, plain = rows(decide(optimizer="adamw8bit")), rows(decide())
     assert named["optimizer state"] == ("8 bit", "adamw8bit was named")
     assert {what for what in named if named[what] != plain[what]} == {"optimizer state"}
@@ -281,8 +280,8 @@ def test_on_a_cpu_layers_are_placed_with_quicker_products_in_torchs_own_layout()
 
 @pytest.mark.parametrize(("there", "by"), [(True, "oneDNN"), (False, "torch")])
 def test_onednn_multiplies_where_it_is_quicker_and_there(monkeypatch, bare, there, by):
-    monkeypatch.setattr(precision.products, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(precision.products, "onednn", lambda: torch.matmul if there else None)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products, "onednn", lambda: torch.matmul if there else None)
     assert decide().products == by
 
 

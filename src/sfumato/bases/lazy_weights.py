@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sfumato.precision import give_back_freed_memory
+from sfumato.precision.memory import give_back_freed_memory
 
 if TYPE_CHECKING:
     from sfumato.bases.weights import LazyModel

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import BaseModelError, is_out_of_memory
-from sfumato.precision import give_back_freed_memory
+from sfumato.precision.memory import give_back_freed_memory
 
 _DECODED_AT_ONCE = 4096
 """Latent pixels: one picture of 512 px on SD 1.x, whose decoding takes more memory than all else of its drawing."""

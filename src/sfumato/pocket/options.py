@@ -62,7 +62,8 @@ def settled_for_device(config: AnyPretraining, learning_rate: float = 1e-3) -> t
 
     learning_rate: used if the config has none.
     """
-    from sfumato.precision import decide, multiplies_bf16
+    from sfumato.precision import decide
+    from sfumato.precision.bf16 import multiplies_bf16
 
     usual: dict[str, Any] = {
         "precision": "bf16" if multiplies_bf16(decide("fp32", device=config.device).device) else "fp32",

@@ -7,12 +7,6 @@ and would be lost.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
-import importlib.util
-import re
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,23 +16,18 @@ import torch
 from torch import nn
 
 from sfumato.errors import PrecisionError
-from sfumato.precision import layer_norms, products
+from sfumato.precision import choices, layer_norms, products
+from sfumato.precision.dtypes import DTYPES, NAMES, Requested
+from sfumato.precision.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from sfumato.precision.offload import Offload
 
-Requested = Literal["auto", "fp32", "fp16", "bf16"]
+__all__ = ["DTYPES", "NAMES", "Attention", "Part", "Precision", "Requested", "decide", "forecast_precision"]
+
 Attention = Literal["sdpa", "xformers"]
 Part = Literal["unet", "text", "vae"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
-"""The dtypes to compute and write weights in, by their names in options."""
-OPTIMIZERS_8BIT = frozenset({"adamw8bit"})
-"""Optimizers that keep their state in 8 bits, by their names in a config."""
-BITSANDBYTES_ON_CPU = (0, 50)
-"""The first version of bitsandbytes whose optimizers run on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -161,36 +150,7 @@ class Precision:
             torch.backends.cuda.matmul.allow_tf32 = self.tf32
             torch.backends.cudnn.allow_tf32 = self.tf32
         if self.device.type == "cpu":
-            _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: tensors come and go with each step, and fresh pages cost time.
-
-    Arrays over 32 MB, the most that glibc allows, still go back to the system at once. Without glibc nothing happens.
-    """
-    mallopt = _of_glibc("mallopt")
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 32 * 2**20)
-
-
-def give_back_freed_memory() -> None:
-    """Return to the system the freed memory that `apply` and the GPU's allocator keep. For when a part of a model is
-    released."""
-    malloc_trim = _of_glibc("malloc_trim")
-    if malloc_trim is not None:
-        malloc_trim(0)
-    cuda: Any = torch.cuda
-    if cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
-
-
-def _of_glibc(name: str) -> Any:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+            keep_freed_memory()
 
 
 def decide(
@@ -213,16 +173,16 @@ def decide(
     if requested not in ("auto", *DTYPES):
         raise PrecisionError(f"--precision {requested}: unknown; wanted auto, fp32, fp16 or bf16.")
     reasons: dict[str, str] = {"trained weights": "bf16 would lose most of the optimizer's small updates"}
-    place, reasons["device"] = _device(device)
-    compute, reasons["compute"] = _compute(requested, place, adapting)
-    storage, reasons["frozen weights"] = _storage(compute, place, adapting)
-    vae, reasons["VAE"] = _vae(compute, place)
-    reasons["attention"] = _check_attention(attention, place, compute)
-    state, reasons["optimizer state"] = _optimizer_state(optimizer, place)
-    tf32, reasons["TF32"] = _tf32(requested, place)
-    by, reasons["fp32 products"] = _products(place)
+    place, reasons["device"] = choices.device_of(device)
+    compute, reasons["compute"] = choices.compute_of(requested, place, adapting)
+    storage, reasons["frozen weights"] = choices.storage_of(compute, place, adapting)
+    vae, reasons["VAE"] = choices.vae_of(compute, place)
+    reasons["attention"] = choices.attention_reason(attention, place, compute)
+    state, reasons["optimizer state"] = choices.optimizer_state_of(optimizer, place)
+    tf32, reasons["TF32"] = choices.tf32_of(requested, place)
+    by, reasons["fp32 products"] = choices.products_of(place)
     channels_last = place.type == "cuda" and compute != torch.float32
-    reasons["channels last"] = _channels_last_reason(channels_last, place)
+    reasons["channels last"] = choices.channels_last_reason(channels_last, place)
     reasons["checkpointing"] = "asked for: less memory, more time" if gradient_checkpointing else "not asked for"
     if offload:
         reasons["offload"] = "asked for: each part is on the GPU only while it computes"
@@ -250,114 +210,9 @@ def forecast_precision(requested: Requested, kind: Literal["gpu", "cpu"], *, ada
     if kind == "gpu":
         compute = DTYPES["bf16" if requested == "auto" else requested]
     else:
-        compute, _ = _compute(requested, there, adapting)
-    return replace(here, compute=compute, storage=_storage(compute, there, adapting)[0], vae=_vae(compute, there)[0])
-
-
-def _device(wanted: str | torch.device) -> tuple[torch.device, str]:
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "found an Apple GPU, no CUDA"
-        return torch.device("cpu"), f"found neither CUDA nor MPS{_unused_gpu()}"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise PrecisionError(f"--device {wanted}: unknown; wanted auto, cuda, cuda:0, mps or cpu.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PrecisionError(
-            f"--device cuda: torch finds no CUDA device{_unused_gpu()}. Install a CUDA build of torch, or use cpu."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PrecisionError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise PrecisionError("--device mps: this machine has no Apple GPU that torch can use. Use cpu.")
-    if device.type not in ("cuda", "mps", "cpu"):
-        raise PrecisionError(f"--device {device}: not supported; wanted auto, cuda, mps or cpu.")
-    return device, "asked for"
-
-
-def _unused_gpu() -> str:
-    """What to add where torch finds no GPU and there is an NVIDIA driver; empty where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    if torch.version.cuda is None:
-        return ", though an NVIDIA driver is installed: this torch is a build without CUDA"
-    return f", though an NVIDIA driver is installed: torch for CUDA {torch.version.cuda} may want a newer one"
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 in hardware; old GPUs emulate it, more slowly than fp32."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this is an x86 processor that multiplies bf16 in hardware. Others emulate it, more slowly than fp32."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(products.processor().split())
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 on the device: in hardware, not emulated, which is many times slower."""
-    if device.type == "mps":  # where it was never measured
-        return False
-    return cpu_has_bf16() if device.type == "cpu" else _has_bf16(device)
-
-
-def _compute(requested: Requested, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
-    if requested == "auto":
-        if device.type == "cpu" and adapting and cpu_has_bf16():
-            return torch.bfloat16, "this CPU multiplies bf16: a step takes two thirds of the time that fp32 takes"
-        if device.type == "cpu":
-            where = "where an adapter is trained" if cpu_has_bf16() else "on CPUs built for it"
-            return torch.float32, f"exact; bf16 gains only {where}"
-        if device.type == "mps":
-            return torch.float32, "on MPS: fp16 and bf16 were never measured here; ask for them to try"
-        if _has_bf16(device):
-            return torch.bfloat16, "this GPU has bf16, which needs no loss scaling"
-        return torch.float16, "this GPU has no bf16; the loss is scaled"
-    if requested == "fp16" and device.type == "cpu":
-        raise PrecisionError("--precision fp16: is for GPUs. On a CPU use auto, fp32 or bf16.")
-    if requested == "bf16" and not _has_bf16(device):
-        raise PrecisionError("--precision bf16: this GPU has none (it takes compute capability 8.0). Use auto or fp16.")
-    return DTYPES[requested], "asked for"
-
-
-def _storage(compute: torch.dtype, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
-    if device.type == "cpu" and compute != torch.float32 and not adapting:
-        return torch.float32, "cast for each product; exact weights to merge into"
-    if compute == torch.float32:
-        return compute, "as computed"
-    return compute, "as computed: half the memory of fp32, and frozen weights are never updated"
-
-
-def _vae(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    if compute == torch.float32 or device.type == "cpu":
-        return torch.float32, "runs once an image, so exactness is cheap"
-    if compute == torch.bfloat16:
-        return torch.bfloat16, "has fp32's range; SDXL's VAE overflows in fp16"
-    return torch.float32, "SDXL's VAE overflows in fp16"
-
-
-def _check_attention(attention: str, device: torch.device, compute: torch.dtype) -> str:
-    """The reason; raises PrecisionError where the attention cannot be had."""
-    if attention == "sdpa":
-        is_slow = (
-            device.type == "cpu" and compute == torch.bfloat16
-        )  # backward, so `learn_on_cpu` gives it plain products
-        return "part of torch; plain products where gradients are wanted" if is_slow else "part of torch"
-    if attention != "xformers":
-        raise PrecisionError(f"--attention {attention}: unknown; wanted sdpa or xformers.")
-    if importlib.util.find_spec("xformers") is None:
-        raise PrecisionError(
-            '--attention xformers: the package is not installed. Run `pip install "sfumato[xformers]"`, or use sdpa, '
-            "which needs nothing."
-        )
-    if device.type != "cuda":
-        raise PrecisionError(f"--attention xformers: needs a CUDA device, this one is {device.type}. Use sdpa.")
-    return "asked for"
+        compute, _ = choices.compute_of(requested, there, adapting)
+    storage, vae = choices.storage_of(compute, there, adapting)[0], choices.vae_of(compute, there)[0]
+    return replace(here, compute=compute, storage=storage, vae=vae)
 
 
 def _offload(device: torch.device) -> Offload:
@@ -368,48 +223,3 @@ def _offload(device: torch.device) -> Offload:
         where = "an Apple GPU has" if device.type == "mps" else "a CPU has"
         raise PrecisionError(f"--offload: keeps a GPU's own memory free, and {where} none. Leave it out.")
     return Offload(device)
-
-
-def _optimizer_state(optimizer: str, device: torch.device) -> tuple[str, str]:
-    if optimizer not in OPTIMIZERS_8BIT:
-        return "fp32", "as the trained weights"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise PrecisionError(
-            f'--optimizer {optimizer}: needs bitsandbytes, which is not installed. Run `pip install "sfumato[8bit]"`, '
-            "or use adamw."
-        )
-    if device.type not in ("cuda", "cpu"):
-        raise PrecisionError(
-            f"--optimizer {optimizer}: needs a CUDA device or a CPU, this one is {device.type}. Use adamw."
-        )
-    if device.type == "cpu":
-        found = importlib.metadata.version("bitsandbytes")
-        if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < BITSANDBYTES_ON_CPU:
-            raise PrecisionError(
-                f"--optimizer {optimizer}: bitsandbytes {found} steps on CUDA alone. Run `pip install "
-                "'bitsandbytes>=0.50'`, which does on a CPU, too, or use adamw."
-            )
-        return "8 bit", f"{optimizer} was named: a quarter of the memory, and on a CPU many times the time"
-    return "8 bit", f"{optimizer} was named"
-
-
-def _tf32(requested: Requested, device: torch.device) -> tuple[bool, str]:
-    if device.type != "cuda":
-        return False, "only CUDA has it"
-    if torch.version.hip is not None or torch.cuda.get_device_properties(device).major < 8:
-        return False, "this GPU does not have it"
-    if requested == "fp32":
-        return False, "fp32 was asked for, and TF32 keeps 10 of its 23 bits"
-    return True, "for what stays in fp32 beside autocast"
-
-
-def _products(device: torch.device) -> tuple[str, str]:
-    if device.type == "cpu" and products.mkl_is_slow() and products.onednn() is not None:
-        return "oneDNN", "MKL leaves this AMD processor's AVX-512 unused, and takes twice the time"
-    return "torch", "torch's own choice"
-
-
-def _channels_last_reason(used: bool, device: torch.device) -> str:
-    if used:
-        return "half-precision convolutions run on tensor cores in this layout"
-    return "only gains with half precision" if device.type == "cuda" else "no gain measured on a CPU"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sfumato.errors import RunError, SfumatoError, is_out_of_memory
-from sfumato.precision import give_back_freed_memory
+from sfumato.precision.memory import give_back_freed_memory
 from sfumato.runs import plot
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.precision import multiplies_bf16
+from sfumato.precision.bf16 import multiplies_bf16
 
 SIZE = 0.2
 """Root mean square of an update, as a share of the rate (Liu et al. 2025, eq. 4): that of AdamW's usual ones."""

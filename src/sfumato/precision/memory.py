@@ -1,0 +1,38 @@
+"""Memory that is free again: kept by this process for the next tensor, or given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory: tensors come and go with each step, and fresh pages cost time.
+
+    Arrays over 32 MB, the most that glibc allows, still go back to the system at once. Without glibc nothing happens.
+    """
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 * 2**20)
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system the freed memory that `keep_freed_memory` and the GPU's allocator keep: for when a part of a
+    model is released."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+    cuda: Any = torch.cuda
+    if cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
