@@ -14,7 +14,8 @@ from PIL import Image
 from sfumato.compose import Adapter, compose  # new
 
 base, style, subject, photo, output = sys.argv[1:]
-pipe = StableDiffusionImg2ImgPipeline.from_pretrained(base, use_safetensors=True)
+device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+pipe = StableDiffusionImg2ImgPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True).to(device)
 mix = compose(pipe, Adapter(style, 0.7), Adapter(subject, 1.0))  # new
 noise = torch.Generator().manual_seed(7)
 picture = Image.open(photo).convert("RGB").resize((pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2)

@@ -115,6 +115,7 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
     """
     from sfumato.command_line import side_by_side
     from sfumato.precision import decide
+    from sfumato.precision.memory import give_back_dropped_models
 
     commands = {
         "style": command(config, "style", config.style, output),
@@ -148,6 +149,7 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
         for words in commands.values():
             if code := cli.main(words):  # which has said why
                 raise SystemExit(code)
+            give_back_dropped_models()
     return sheet
 
 

@@ -414,6 +414,55 @@ def test_where_there_is_no_room_for_copies_originals_are_on_the_cpu(monkeypatch)
     assert_close(copies[0], torch.ones(2, 3))
 
 
+def test_originals_in_main_memory_lie_in_one_piece_where_their_layout_allows_it(monkeypatch):
+    monkeypatch.setattr(originals, "_HUGE", 1)
+    with gpu():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**33))
+        weights = [torch.randn(2, 3, 4, 4, device="cuda") for _ in range(3)]
+        weights[1] = weights[1].to(memory_format=torch.channels_last)
+        copies, wanted = originals._copies(weights), [weight.cpu() for weight in weights]
+    assert [each.stride() for each in copies] == [each.stride() for each in weights]
+    assert copies[0].untyped_storage().data_ptr() == copies[2].untyped_storage().data_ptr()
+    assert copies[0].untyped_storage().data_ptr() != copies[1].untyped_storage().data_ptr()
+    for copy, weight in zip(copies, wanted, strict=True):
+        assert torch.equal(copy, weight)
+
+
+def test_memory_that_torch_keeps_on_a_gpu_is_room_for_originals(monkeypatch):
+    with gpu():
+        weight = torch.ones(2, 3, device="cuda")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**33))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 100)
+        for reserved, where in ((100 + 4 * weight.nbytes - 1, "cpu"), (100 + 4 * weight.nbytes, "cuda")):
+            monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_, reserved=reserved: reserved)
+            assert originals._copies([weight])[0].device.type == where
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_a_base_draws_what_its_plain_pipeline_draws(tmp_path, precision):
+    tiny_pipeline("sd1", shallow=True).save_pretrained(tmp_path)
+    with gpu():
+        base = load_base(tmp_path, precision=decide(precision, device="cuda"))
+        [found] = draw(base, "a crab", 1, steps=2, width=64, height=64)
+        pipe = base.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        text, empty = base.encode_text(["a crab"]), base.unconditional(1)
+        wanted = pipe(
+            prompt_embeds=text.hidden, negative_prompt_embeds=empty.hidden, num_inference_steps=2, width=64, height=64,
+            guidance_scale=base.defaults.guidance, generator=torch.Generator().manual_seed(1), output_type="latent",
+        ).images  # fmt: skip
+        levels = (base.decode(wanted)[0].cpu().permute(1, 2, 0) / 2 + 0.5) * 255
+        assert_close(torch.from_numpy(np.asarray(found, np.float32)), levels.float(), atol=0.51, rtol=0)
+
+
+def test_a_training_leaves_no_base_on_the_gpu_for_the_next(inputs, tmp_path):
+    with gpu():
+        assert torch.cuda.is_initialized()
+        learn("lora", inputs, tmp_path, "--steps", "1", "--targets", "cross-attention", "--rank", "1")
+        alive = [each for each in gc.get_objects() if isinstance(each, torch.nn.Conv2d)]
+        assert not [each for each in alive if each.weight.device.type == "cuda"]
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_offloaded_parts_are_on_the_gpu_one_at_a_time(family, tmp_path):
     tiny_pipeline(family, shallow=True).save_pretrained(tmp_path)
@@ -494,22 +543,30 @@ def test_pipelines_that_diffusers_offloads_draw_as_others(place):
         assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 1
 
 
-def test_what_a_gpu_cannot_decode_at_once_is_decoded_in_tiles(monkeypatch):
-    wanted = draw(pipeline("sd1"), "a crab", [1, 2], steps=1, width=64, height=64)
+@pytest.mark.parametrize("said", ["CUDA out of memory", "GET was unable to find an engine to execute this computation"])
+def test_what_a_gpu_cannot_decode_at_once_is_decoded_in_tiles(monkeypatch, said):
+    tiled = pipeline("sd1")
+    own, side = (tiled.vae.tile_latent_min_size, tiled.vae.tile_sample_min_size), 64 // tiled.vae_scale_factor
+    assert own[0] >= side  # the VAE's own tiles hold the whole picture, as each family's do
+    tiled.vae.enable_tiling()
+    tiled.vae.tile_latent_min_size, tiled.vae.tile_sample_min_size = side // 2, 32
+    wanted, asked = draw(tiled, "a crab", [1, 2], steps=1, width=64, height=64), []
     with gpu():
         pipe = pipeline("sd1").to("cuda")
-        decode, asked = pipe.vae.decode, []
+        decode = pipe.vae.decoder.forward
 
-        def small(latents, **options):
-            asked.append((len(latents), pipe.vae.use_tiling))
-            if not pipe.vae.use_tiling:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return decode(latents, **options)
+        def small(latents, *args):
+            asked.append((len(latents), latents.shape[-1]))
+            if latents.shape[-1] == side:
+                raise RuntimeError(said)
+            return decode(latents, *args)
 
-        monkeypatch.setattr(pipe.vae, "decode", small)
+        monkeypatch.setattr(pipe.vae.decoder, "forward", small)
         found = draw(pipe, "a crab", [1, 2], steps=1, width=64, height=64)
-    assert asked == [(2, False), (1, True), (1, True)]
+    assert asked[0] == (2, side)
+    assert max(asked[1:]) == (1, side // 2)
     assert not pipe.vae.use_tiling
+    assert (pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size) == own
     for one, other in zip(found, wanted, strict=True):
         assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 2
 

@@ -151,6 +151,21 @@ def test_an_overflowing_vae_decodes_again_in_fp32_and_stays_as_it_was(sd1):
     assert base.vae.dtype == torch.bfloat16
 
 
+def test_a_vae_that_finds_no_memory_in_fp32_stays_as_it_was(sd1, monkeypatch):
+    base = dataclasses.replace(sd1.base, vae=Overflowing(sd1.base.vae.config, torch.float32).bfloat16())
+    decode = base.vae.decode
+
+    def small(latents):
+        if base.vae.dtype == torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(base.vae, "decode", small)
+    with pytest.warns(UserWarning, match="overflowed"), pytest.raises(torch.OutOfMemoryError):
+        base.decode(torch.zeros(1, 4, 1, 1))
+    assert base.vae.dtype == torch.bfloat16
+
+
 def test_a_picture_that_is_never_finite_is_an_error(sd1):
     base = dataclasses.replace(sd1.base, vae=Overflowing(sd1.base.vae.config, None))
     with pytest.raises(BaseModelError, match="not finite"):

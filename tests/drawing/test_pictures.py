@@ -189,6 +189,18 @@ def test_a_picture_to_begin_from_is_encoded_in_the_vaes_own_dtype_and_leaves_it_
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("mask", [None, Image.new("L", (64, 64), 255)])
+def test_a_pipeline_in_half_precision_whose_vae_is_not_begins_with_a_picture(mask):
+    pipe = tiny_pipeline("sd1", shallow=True)
+    pipe.unet.bfloat16()
+    pipe.text_encoder.bfloat16()
+    pipe.set_progress_bar_config(disable=True)
+    start = Start(Image.new("RGB", (64, 64), "red"), strength=0.6, mask=mask)
+    [picture] = draw(pipe, "a cat", 1, steps=2, width=64, height=64, start=start)
+    assert picture.size == (64, 64)
+    assert pipe.vae.dtype == torch.float32
+
+
 def test_an_unknown_sampler_gets_a_suggestion_without_torch():
     code = (
         "import sys\nfrom sfumato import schedulers\n"
@@ -198,7 +210,7 @@ def test_an_unknown_sampler_gets_a_suggestion_without_torch():
     assert said == "--sampler dmp++ 2m: unknown; did you mean 'dpm++ 2m'?\nFalse\n"
 
 
-def test_latents_that_are_not_finite_are_no_picture(pipe):
+def test_latents_that_are_not_finite_are_no_picture(pipe, monkeypatch):
     bias = pipe.unet.conv_out.bias
     before = bias.detach().clone()
     with torch.no_grad():
@@ -206,6 +218,11 @@ def test_latents_that_are_not_finite_are_no_picture(pipe):
     try:
         with pytest.raises(BaseModelError, match=r"2 of 2 images \(seed 5\) came out not finite.*the base is broken"):
             draw(pipe, "a cat", [5, 6], steps=1)
+        monkeypatch.setattr(type(pipe.unet), "is_quantized", True, raising=False)
+        monkeypatch.setattr(type(pipe.unet), "dtype", torch.bfloat16)
+        with pytest.raises(BaseModelError, match=r"came out not finite\. "):  # which cannot be tried in fp32
+            draw(pipe, "a cat", 5, steps=1)
+        monkeypatch.undo()
         like_an_adapter = pipe.unet.register_forward_hook(lambda *_: None)
         with like_an_adapter, pytest.raises(BaseModelError, match="Draw without adapters"):
             draw(pipe, "a cat", 5, steps=1)

@@ -29,6 +29,22 @@ class Up(nn.Module):
         return drawn
 
 
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("ModuleNotFoundError: No module named 'setuptools'", "Run `pip install setuptools`, or give"),
+        ("InvalidCxxCompiler: No working C++ compiler found", "Install a C\\+\\+ compiler such as g\\+\\+, or give"),
+    ],
+)
+def test_what_compiling_wants_is_told(monkeypatch, reason, advice):
+    def compiled(function):
+        raise RuntimeError(f"{reason}\nand more")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(ConfigError, match=advice):
+        check_compiler(torch.device("cpu"))
+
+
 def test_a_compiled_unet_learns_in_bf16_what_a_plain_one_does():
     try:
         check_compiler(torch.device("cpu"))

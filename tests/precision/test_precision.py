@@ -104,6 +104,17 @@ def test_the_vae_has_a_dtype_of_its_own(bare):
     assert decision.place(nn.Linear(2, 2), "vae").weight.dtype == torch.float32
 
 
+def test_weights_in_the_products_dtype_draw_without_autocast(bare):
+    decision = decide("bf16", adapting=True)
+    frozen, learned = decision.place(nn.Linear(2, 2)), nn.Linear(2, 2)
+    for modules, is_cast in (([frozen], False), ([frozen, learned], True)):
+        with decision.drawing(*modules):
+            assert torch.is_autocast_enabled("cpu") is is_cast
+    stored = decide("bf16").place(nn.Linear(2, 2))
+    with decide("bf16").drawing(stored):
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_fp32_opens_no_autocast(bare):
     with decide("fp32").autocast():
         assert not torch.is_autocast_enabled("cpu")
@@ -114,6 +125,14 @@ def test_a_new_gpu_gets_bf16_and_tf32(monkeypatch):
     decision = decide()
     assert (decision.storage, decision.compute, decision.vae) == (torch.bfloat16,) * 3
     assert (decision.tf32, decision.channels_last) == (True, True)
+
+
+def test_a_gpu_whose_fp16_is_broken_gets_fp32(monkeypatch):
+    fake_cuda(monkeypatch, major=7)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce GTX 1660 SUPER")
+    assert (decide().storage, decide().compute) == (torch.float32, torch.float32)
+    assert "fp16" in rows(decide())["compute"][1]
+    assert decide("fp16").compute == torch.float16
 
 
 def test_an_old_gpu_gets_fp16_with_its_vae_in_fp32(monkeypatch):

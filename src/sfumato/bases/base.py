@@ -218,8 +218,10 @@ class Base:
             pixels = self.vae.decode(encoded.to(dtype)).sample.float()
             if not torch.isfinite(pixels).all() and dtype != torch.float32:
                 warnings.warn(f"the VAE overflowed in {dtype}; decoding in fp32", stacklevel=2)
-                pixels = self.vae.float().decode(encoded).sample
-                self.vae.to(dtype)
+                try:
+                    pixels = self.vae.float().decode(encoded).sample
+                finally:
+                    self.vae.to(dtype)
         if not torch.isfinite(pixels).all():
             raise BaseModelError(
                 f"{self.name}: the image is not finite, even in fp32. Latents or VAE are broken; try another --vae."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -131,8 +131,9 @@ class Baked:
             if not pristine:
                 weight.copy_(self.original)
         else:
-            terms, dense = self._split(wanted, weight)
-            original = (lambda: self._kept(weight)) if self.original is None else self._kept(weight)
+            kept = cache(lambda: self._kept(weight))  # of a GPU's weight it may lie in main memory
+            terms, dense = self._split(wanted, kept)
+            original = kept if self.original is None else kept()
             if not write_sum(weight, original, terms, dense, scratch, pristine=pristine):
                 raise overflow(self.title, weight.dtype, wanted)
         self._written = _probe(weight)
@@ -183,7 +184,9 @@ class Baked:
             self.original, self.candidates = original_of(weight, self.candidates), ()
         return self.original if self.original.device == weight.device else self.original.to(weight.device)
 
-    def _split(self, wanted: Applied, weight: Tensor) -> tuple[list[tuple[float, LoraModule]], Tensor | None]:
+    def _split(
+        self, wanted: Applied, kept: Callable[[], Tensor]
+    ) -> tuple[list[tuple[float, LoraModule]], Tensor | None]:
         """(the terms with a low-rank form, the weighted sum of the others' deltas in fp32)."""
         terms: list[tuple[float, LoraModule]] = []
         dense: Tensor | None = None
@@ -192,7 +195,7 @@ class Baked:
             if effect.low_rank is not None:
                 terms.append((number, effect.low_rank))
                 continue
-            delta = effect.change.delta(self._kept(weight))
+            delta = effect.change.delta(kept())
             dense = delta * number if dense is None else dense.add_(delta, alpha=number)
         return terms, dense
 

@@ -93,22 +93,27 @@ _memcmp = _c_memcmp()
 def _copies(weights: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the weights, on the CPU in one piece of memory with huge pages where the system has them. Those of
     weights on a GPU are on the CPU, too, where they would take much of what is free there."""
-    if not _have_room(weights):
-        weights = [weight if weight.device.type == "cpu" else weight.to("cpu", copy=True) for weight in weights]
-    sizes = [-(-weight.nbytes // 64) * 64 for weight in weights]
-    total = sum(size for size, weight in zip(sizes, weights, strict=True) if _is_plain(weight))
+    have_room = _have_room(weights)
+
+    def stays(weight: Tensor) -> bool:
+        return have_room and weight.device.type != "cpu"
+
+    sizes = [0 if stays(weight) or not weight.is_contiguous() else -(-weight.nbytes // 64) * 64 for weight in weights]
+    total = sum(sizes)
     if total < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return [weight.clone() for weight in weights]
-    arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    arena.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(arena, dtype=torch.uint8)
+        sizes, total = [0] * len(weights), 0
+    memory = torch.empty(0, dtype=torch.uint8)
+    if total:
+        arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        arena.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(arena, dtype=torch.uint8)
     copies, start = [], 0
     for weight, size in zip(weights, sizes, strict=True):
-        if not _is_plain(weight):
-            copies.append(weight.clone())
-            continue
-        copy = memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
-        copies.append(copy.copy_(weight))
+        if size:
+            copy = memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
+            copies.append(copy.copy_(weight))
+        else:
+            copies.append(weight.clone() if stays(weight) else weight.to("cpu", copy=True))
         start += size
     return copies
 
@@ -118,7 +123,13 @@ def _have_room(weights: Sequence[Tensor]) -> bool:
     needed: Counter[torch.device] = Counter()
     for weight in weights:
         needed[weight.device] += weight.nbytes if weight.device.type == "cuda" else 0
-    return all(size <= torch.cuda.mem_get_info(device)[0] // 4 for device, size in needed.items() if size)
+    return all(size <= _free(device) // 4 for device, size in needed.items() if size)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a CUDA GPU that nobody holds, and those that torch keeps for tensors to come."""
+    kept: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -58,14 +58,16 @@ class Call:
     def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         """The pictures of one batch; what is not finite or black is tried once more in fp32."""
         pipe, base, start = self.pipe, self.base, self.start
-        with base.precision.autocast() if base else nullcontext(), draw_call.step_count(self.drawn_steps):
+        with _drawing(base) if base else nullcontext(), draw_call.step_count(self.drawn_steps):
             latents = self._latents(prompts, seeds)
         in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
-        if not torch.isfinite(latents).all() and in_half:
-            parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
+        parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
+        is_quantised = any(getattr(part, "is_quantized", False) for part in parts)
+        if in_half and not is_quantised and not torch.isfinite(latents).all():
             with in_fp32(*parts), draw_call.step_count(self.drawn_steps):
                 latents = self._latents(prompts, seeds)
-        check_all(latents.isfinite(), seeds, f"not finite, even in fp32. {self._where_to_look()}")
+        complaint = "not finite" if is_quantised else "not finite, even in fp32"
+        check_all(latents.isfinite(), seeds, f"{complaint}. {self._where_to_look()}")
         pictures = [image_of(picture) for picture in pixels_of(pipe, latents, seeds)]
         if start is not None and start.mask is not None:
             # The VAE's reconstruction of what was to stay is not what was to stay.
@@ -132,7 +134,7 @@ class Call:
             return [places]
         lengths = {}
         for prompt, place in distinct.items():
-            with base.precision.autocast(), draw_call.at_once([place], len(prompts)):
+            with _drawing(base), draw_call.at_once([place], len(prompts)):
                 lengths[prompt] = self._stages_of(base, [prompt], self.drawn_steps)[0].text.hidden.shape[1]
         together: dict[int, list[int]] = {}
         for place in places:
@@ -156,6 +158,11 @@ class Call:
         )
 
 
+def _drawing(base: Base) -> AbstractContextManager[None]:
+    """The context in which the base's U-Net and text encoders draw."""
+    return base.precision.drawing(base.unet, *base.text_encoders)
+
+
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 """By VAE, what one thread at a time holds while its pictures begin with others."""
 
@@ -164,7 +171,8 @@ _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 def _itself(vae: Any) -> Iterator[None]:
     """The VAE encodes in its own dtype, and is itself after the block.
 
-    Pipelines that begin with a picture hand it on in the U-Net's dtype, and SDXL's leave an fp32 VAE in half precision.
+    Pipelines that begin with a picture give and take it in the U-Net's dtype, and SDXL's leave an fp32 VAE in half
+    precision.
     Threads that share the VAE wait for one another.
     """
     with _LOCKS.setdefault(vae, RLock()):
@@ -177,7 +185,11 @@ def _in_own_dtype(vae: Any) -> Iterator[None]:
 
     def in_own_dtype(pixels: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(pixels.device.type, enabled=False):
-            return encode(pixels.to(vae.dtype), *args, **options)
+            encoded = encode(pixels.to(vae.dtype), *args, **options)
+        found = getattr(encoded, "latent_dist", None)
+        if found is not None and found.parameters.dtype != pixels.dtype:  # SD's pipelines pass it on as it is
+            encoded.latent_dist = type(found)(found.parameters.to(pixels.dtype))
+        return encoded
 
     vae.encode = in_own_dtype
     try:

@@ -13,6 +13,10 @@ from torch import Tensor
 from sfumato.errors import BaseModelError, is_out_of_memory
 from sfumato.precision.memory import give_back_freed_memory
 
+_NO_ENGINE = "unable to find an engine"
+"""What cuDNN says where it finds no memory to compute in, and of what it cannot compute at all."""
+_TILE = 64
+"""Latent pixels of a tile's side, 512 px on SD: the VAEs' own tiles are as large as their families' usual pictures."""
 _DECODED_AT_ONCE = 4096
 """Latent pixels: one picture of 512 px on SD 1.x, whose decoding takes more memory than all else of its drawing."""
 
@@ -45,15 +49,25 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
         return torch.cat([_decode_at_once(pipe, each) for each in some])
     except RuntimeError as error:
         can_tile = hasattr(pipe.vae, "enable_tiling") and not getattr(pipe.vae, "use_tiling", False)
-        if not (can_tile and is_out_of_memory(error)):
+        if not (can_tile and (is_out_of_memory(error) or _NO_ENGINE in str(error))):
             raise
     # Here, where the error is gone, and what its frames held.
     give_back_freed_memory()
-    pipe.vae.enable_tiling()
-    try:
+    with _tiling(pipe.vae, min(_TILE, -(-max(latents.shape[2:]) // 2))):
         return torch.cat([_decode_at_once(pipe, each) for each in torch.split(latents, 1)])
+
+
+@contextmanager
+def _tiling(vae: Any, side: int) -> Iterator[None]:
+    """The VAE decodes what is larger than this many latent pixels in overlapping tiles of that side."""
+    own = vae.tile_latent_min_size, vae.tile_sample_min_size
+    vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.enable_tiling()
+    try:
+        yield
     finally:
-        pipe.vae.disable_tiling()
+        vae.disable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = own
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from sfumato import shell
@@ -123,7 +124,9 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
+        package = re.search(r"No module named '(\w+)'", reason)  # setuptools, which not every environment has
+        missing = f"Run `pip install {package[1]}`" if package else "Install a C++ compiler such as g++"
         raise ConfigError(
-            f"--compile: torch.compile does not work here ({reason}). Install a C++ compiler such as g++, or give "
-            "--no-compile, which takes longer."
+            f"--compile: torch.compile does not work here ({reason}). {missing}, or give --no-compile, which takes "
+            "longer."
         ) from None

@@ -91,6 +91,12 @@ class Precision:
         )
         return context
 
+    def drawing(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """The context in which these modules draw: `autocast`, but nothing at all where all of their weights have the
+        dtype of the products already. On a GPU autocast would only take the norms to fp32 and back."""
+        weights = (weight for module in modules for weight in module.parameters() if weight.is_floating_point())
+        return nullcontext() if all(weight.dtype == self.compute for weight in weights) else self.autocast()
+
     def scaler(self) -> torch.amp.GradScaler:
         """The loss scaler. It does nothing unless fp16 gradients would underflow without it."""
         return torch.amp.GradScaler(self.device.type, enabled=self.compute == torch.float16)

@@ -67,6 +67,8 @@ def compute_of(requested: Requested, device: torch.device, adapting: bool) -> tu
             return torch.float32, "on MPS: fp16 and bf16 were never measured here; ask for them to try"
         if has_bf16(device):
             return torch.bfloat16, "this GPU has bf16, which needs no loss scaling"
+        if "GTX 16" in torch.cuda.get_device_name(device):
+            return torch.float32, "this GPU's fp16 convolutions give NaN (pytorch #58123); ask for fp16 to try"
         return torch.float16, "this GPU has no bf16; the loss is scaled"
     if requested == "fp16" and device.type == "cpu":
         raise PrecisionError("--precision fp16: is for GPUs. On a CPU use auto, fp32 or bf16.")

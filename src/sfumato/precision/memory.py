@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from typing import Any
 
@@ -32,6 +33,13 @@ def give_back_freed_memory() -> None:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def give_back_dropped_models() -> None:
+    """Return to the system the memory of models that nobody uses any more. Their parts refer to each other, so that
+    Python frees them only when it looks for such."""
+    gc.collect()
+    give_back_freed_memory()
 
 
 def _of_glibc(name: str) -> Any:

@@ -22,6 +22,7 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
         import torch
 
         from sfumato.errors import ConfigError
+        from sfumato.precision.memory import give_back_dropped_models
         from sfumato.runs import unfinished
 
         if not dataclasses.is_dataclass(config) or isinstance(config, type):
@@ -38,5 +39,7 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
             raise
         finally:
             unfinished.unlock()
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else the base stays beside the next
+                give_back_dropped_models()
 
     return called
