@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,8 @@ from sfumato.errors import FileError
 from sfumato.files import read_adapter, read_header, read_lora, read_tensors
 from sfumato.files.fingerprint import verify
 from sfumato.files.metadata import thumbnail_uri
+from sfumato.runs.step import Step
+from sfumato.training import noising
 from sfumato.training.class_pictures import read_class
 from sfumato.training.full import write_folder as full_writer
 from sfumato.training.prior import class_seed
@@ -242,6 +245,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(method, prior, further
     assert rows(path) == log
     assert again.keys() == whole.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_what_led_to_a_loss_is_gone_before_the_next_is_computed(train, monkeypatch):
+    """Where fp16 overflows, --fused does not go back through it a second time, which would let go of it."""
+    losses, alive = noising.per_sample_losses, []
+
+    def looked_at(*args, **options):
+        assert [each() for each in alive] == [None] * len(alive)
+        found = losses(*args, **options)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(noising, "per_sample_losses", looked_at)
+
+    def overflows(step, *_, **__):
+        step.skipped = True
+        return False
+
+    monkeypatch.setattr(Step, "healthy", overflows)
+    train("run", "--fused")
+    assert len(alive) == STEPS
 
 
 @pytest.mark.parametrize("clip", [pytest.param("0", marks=pytest.mark.slow), "0.05"])

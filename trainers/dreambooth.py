@@ -263,6 +263,7 @@ def train(config: Config) -> Path:
                 norm = fused.backward(part, limit=config.clip, healthy=partial(step.healthy, scaler))
             loss += part.detach()
             class_loss += of_class.detach()
+            del errors, of_subject, of_class, part  # with what led to them, which --fused keeps where it overflows
         if fused is None:
             # Before unscaling, so that all processes find the same overflow and skip the same steps.
             processes.sum_gradients(parameters, loss, class_loss)

@@ -153,11 +153,11 @@ def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.dev
 def train_vae(config: Config, precision: Precision) -> Path:
     """Train the VAE on every image that it may see; returns the folder of its averaged weights, fp32."""
     from sfumato import load_base, randomness
+    from sfumato.pocket.init_parts import fp32_on
     from sfumato.pocket.outputs import save_model
     from sfumato.pocket.parts import build_vae, first_weights
     from sfumato.pocket.pictures import read_others, read_pictures
     from sfumato.pocket.trained import trained_of
-    from sfumato.precision import decide
     from sfumato.runs.run import Run
 
     named = read_pictures(config.data)
@@ -166,7 +166,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
     run.say(precision.table())
     facts = {"data": pictures.fingerprint(), "init": "none"}
     if config.init:
-        base = load_base(config.init, precision=decide("fp32", device=config.device))
+        base = load_base(config.init, precision=fp32_on(config.device))
         facts["init"] = base.fingerprint()  # --init-share reads it anew where a run goes on
         vae = base.vae.requires_grad_(True)
     else:

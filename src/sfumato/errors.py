@@ -20,8 +20,12 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
 
 
-_MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-"""What torch says for GPUs, for CPUs and for cuBLAS, each as a RuntimeError."""
+_MEMORY_IS_FULL = (
+    "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
+    "unable to find an engine to execute", "valid cuDNN algorithm",
+)  # fmt: skip
+"""What torch says for GPUs, for CPUs, on Windows, for cuBLAS and for cuDNN without room to compute in, each as a
+RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,6 @@ from torch.testing import assert_close
 
 from sfumato.compose import Adapter, adapter_guidance, compose, current
 from sfumato.compose.caller import unconditional_rows, unet_lock
-from sfumato.compose.lowrank import exact_products
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import Ramp, Switch, over_steps
@@ -25,6 +24,7 @@ from sfumato.drawing.tagged import TaggedPrompts
 from sfumato.errors import AdapterError
 from sfumato.files import read_header, write_tensors
 from sfumato.files.read import read_tensors
+from sfumato.precision.exact import exact_products
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.compose.test_regions import U_NET

@@ -6,8 +6,9 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sfumato.compose import lowrank
-from sfumato.compose.lowrank import Scratch, exact_products, write_sum
+from sfumato.compose.lowrank import Scratch, write_sum
 from sfumato.files.changes import LoraModule
+from sfumato.precision.exact import exact_products
 from sfumato.precision.products import processor
 
 LEFT = LoraModule(down=tensor([[1.0, 0.0]]), up=tensor([[2.0], [0.0]]), alpha=1.0)  # adds 2 at (0, 0)

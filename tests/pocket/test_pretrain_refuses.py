@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from sfumato import load_base
 from sfumato.errors import BaseModelError, ConfigError, DataError
-from sfumato.pocket.init_parts import learning_parts
+from sfumato.pocket.init_parts import fp32_on, learning_parts
 from sfumato.pocket.parts import build_vae
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
@@ -117,6 +117,13 @@ def test_a_share_of_others_needs_them(data, tmp_path):
 def test_a_base_of_another_noise_schedule_does_not_go_on(pocket_folder):
     own = load_base(pocket_folder, precision=CPU).scheduler
     learning_parts(str(pocket_folder), "cpu", own)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for is_on in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = is_on
+            assert (fp32_on("cpu").tf32, fp32_on("cpu").storage) == (is_on, torch.float32)  # as the run has decided
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     other = DDIMScheduler.from_config(own.config, beta_end=own.config.beta_end * 1.5)
     with pytest.raises(
         BaseModelError, match=f"--init {pocket_folder}: a base with another noise schedule. Name a base"

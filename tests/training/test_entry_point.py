@@ -1,6 +1,8 @@
 """A trainer called from Python: by a notebook, a service, a thread."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from sfumato.trainers import dreambooth, lora, textual_inversion
 from sfumato.errors import AdapterError, RunError
 from sfumato.files import read_tensors
 from sfumato.runs.options import FolderOptions
+from sfumato.training.entry_point import training_entry_point
 from sfumato.training.finish import upload
 from sfumato.training.options import TrainerOptions
 from tests.runs.said import start
@@ -28,6 +31,28 @@ def test_it_learns_where_the_caller_computes_no_gradients(trainer, off, pocket_f
         trainer.train(config)
     row = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
     assert row["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_base_on_a_gpu_is_gone_when_the_training_is_over(monkeypatch, on_gpu):
+    """Its parts refer to each other, and Python itself seldom looks for such."""
+    gone = []
+
+    @training_entry_point
+    def train(config):
+        base = torch.nn.Module()
+        base.part = base
+        weakref.finalize(base, gone.append, True)
+        return config.images
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    gc.disable()
+    try:
+        train(lora.Config(images=Path(), output=Path()))
+        assert gone == [True] * on_gpu
+    finally:
+        gc.enable()
 
 
 def test_after_an_error_the_folder_is_free_while_the_error_is_kept(pocket_folder, pictures, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.training import muon
 from sfumato.training.muon import Muon, orthogonal
@@ -16,6 +17,39 @@ def test_orthogonal_brings_singular_values_near_one(monkeypatch, is_multiplied, 
     values = torch.linalg.svdvals(orthogonal(matrices))
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+class TF32(TorchDispatchMode):
+    """Products as a GPU has them where TF32 is on: of numbers that are rounded to 10 bits."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.backends.cuda.matmul.fp32_precision != "ieee" and function in PRODUCTS:
+            args = (*args[:-2], *(rounded(each) for each in args[-2:]))
+        return function(*args, **(kwargs or {}))
+
+
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default]
+
+
+def rounded(x):
+    return ((x.contiguous().view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+def test_small_directions_stay_small_where_tf32_is_on(monkeypatch):
+    before = torch.backends.cuda.matmul.allow_tf32
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, 16, generator=generator))[0] for side in (16, 320))
+    matrix = ((left * torch.logspace(0, -4, 16)) @ right.mT)[None]
+    wanted = orthogonal(matrix)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with TF32():
+            assert (rounded(matrix) @ rounded(matrix.mT) - matrix @ matrix.mT).abs().max() < 1e-6  # the mode rounds
+            found = orthogonal(matrix)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_muon_moves_every_weight_by_a_fifth_of_its_rate():

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from sfumato.compose.baked import Applied, Effect, overflow
-from sfumato.compose.lowrank import Scratch, exact_products
+from sfumato.compose.lowrank import Scratch
 from sfumato.errors import AdapterError
 from sfumato.precision import tensors
+from sfumato.precision.exact import exact_products
 
 
 class Live:

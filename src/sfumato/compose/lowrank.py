@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -261,43 +259,3 @@ def _split(stacked: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
     torch.cat((high.up, high.up, low.up), 1, out=left)
     torch.cat((high.down, low.down, high.down), 0, out=right)
     return left, right
-
-
-class _Exact:
-    """The process's settings of fp32 products: the first thread that wants them exact changes them, and the last puts
-    them back."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._within = 0
-        self._before: list[str] = []
-
-    def begin(self, places: Sequence[Any]) -> None:
-        with self._lock:
-            if not self._within:
-                self._before = [place.fp32_precision for place in places]
-                for place in places:
-                    place.fp32_precision = "ieee"
-            self._within += 1
-
-    def end(self, places: Sequence[Any]) -> None:
-        with self._lock:
-            self._within -= 1
-            if not self._within:
-                for place, precision in zip(places, self._before, strict=True):
-                    place.fp32_precision = precision
-
-
-_EXACT = _Exact()
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """fp32 products in fp32, not TF32 or bf16, whatever the caller has switched on, by torch's old settings or new."""
-    backends: Any = torch.backends  # whose stubs lack these
-    places = backends.mkldnn.matmul, backends.cuda.matmul
-    _EXACT.begin(places)
-    try:
-        yield
-    finally:
-        _EXACT.end(places)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sfumato.compose.baked import Applied, Baked
 from sfumato.compose.live import Live
-from sfumato.compose.lowrank import Scratch, exact_products
+from sfumato.compose.lowrank import Scratch
 from sfumato.compose.match import MatchedWeight
 from sfumato.compose.originals import Originals
+from sfumato.precision.exact import exact_products
 from sfumato.weighting.adapter import Weight, weight_at
 
 Site = Baked | Live

@@ -13,8 +13,6 @@ from torch import Tensor
 from sfumato.errors import BaseModelError, is_out_of_memory
 from sfumato.precision.memory import give_back_freed_memory
 
-_NO_ENGINE = "unable to find an engine"
-"""What cuDNN says where it finds no memory to compute in, and of what it cannot compute at all."""
 _TILE = 64
 """Latent pixels of a tile's side, 512 px on SD: the VAEs' own tiles are as large as their families' usual pictures."""
 _DECODED_AT_ONCE = 4096
@@ -49,7 +47,7 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
         return torch.cat([_decode_at_once(pipe, each) for each in some])
     except RuntimeError as error:
         can_tile = hasattr(pipe.vae, "enable_tiling") and not getattr(pipe.vae, "use_tiling", False)
-        if not (can_tile and (is_out_of_memory(error) or _NO_ENGINE in str(error))):
+        if not (can_tile and is_out_of_memory(error)):
             raise
     # Here, where the error is gone, and what its frames held.
     give_back_freed_memory()

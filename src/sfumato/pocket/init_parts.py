@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffusers import DDIMScheduler
 from sfumato.bases import Base, load_base
 from sfumato.bases.folder import load_vae
 from sfumato.errors import BaseModelError
-from sfumato.precision import decide
+from sfumato.precision import Precision, decide
 
 
 def read_vae(folder: Path, device: torch.device) -> Any:
@@ -35,7 +36,7 @@ def learning_parts(
     option: which names it. Raises BaseModelError for a base that learned to predict something else than `scheduler`
     has.
     """
-    base = load_base(source, precision=decide("fp32", device=device))
+    base = load_base(source, precision=fp32_on(device))
     _refuse_strangers(base, scheduler, f"{option} {source}")
     unet, text_encoder = base.unet.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
     return unet, text_encoder, base.tokenizers[0], base.vae
@@ -43,7 +44,12 @@ def learning_parts(
 
 def base_fingerprint(source: str, device: str) -> str:
     """By what a run that goes on knows its base again."""
-    return load_base(source, precision=decide("fp32", device=device)).fingerprint()
+    return load_base(source, precision=fp32_on(device)).fingerprint()
+
+
+def fp32_on(device: str) -> Precision:
+    """For a base whose parts learn on, in fp32: the switches of the process stay as the run has decided."""
+    return replace(decide("fp32", device=device), tf32=torch.backends.cuda.matmul.allow_tf32)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -7,7 +7,7 @@ global batch, so each process takes its slice of that batch and the gradients ar
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,6 +25,18 @@ _WHILE_THE_MAIN_ONE_WRITES = timedelta(hours=3)
 _MESSAGE_BYTES = 2**26
 _OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables by which processes find each other."""
+
+
+@contextmanager
+def _alone_on_its_gpu() -> Iterator[None]:
+    """For one process, that accelerate does not ask whether the machine's GPUs reach each other: it refuses some."""
+    unset = [name for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE") if name not in os.environ]
+    os.environ |= dict.fromkeys(unset, "1")
+    try:
+        yield
+    finally:
+        for name in unset:
+            del os.environ[name]
 
 
 def _leave() -> None:
@@ -47,7 +59,10 @@ class Processes:
         """Meet the other processes, if `accelerate launch` started any."""
         on_cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
         try:
-            state = PartialState(cpu=on_cpu, timeout=_WHILE_THE_MAIN_ONE_WRITES)
+            with nullcontext() if "LOCAL_RANK" in os.environ else _alone_on_its_gpu():
+                state = PartialState(cpu=on_cpu, timeout=_WHILE_THE_MAIN_ONE_WRITES)
+        except NotImplementedError as error:  # of GPUs that do not reach each other
+            raise RunError(f"several processes cannot meet: {' '.join(str(error).split())}") from None
         except ValueError as error:  # a launcher's variables, of which some are left over
             given = ", ".join(name for name in _OF_LAUNCHERS if name in os.environ)
             raise RunError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.precision.bf16 import multiplies_bf16
+from sfumato.precision.exact import exact_products
 
 SIZE = 0.2
 """Root mean square of an update, as a share of the rate (Liu et al. 2025, eq. 4): that of AdamW's usual ones."""
@@ -93,7 +94,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = _by_gram(x) if few else _directly(x)
+    if few:
+        with exact_products():
+            x = _by_gram(x)
+    else:
+        x = _directly(x)
     return (x if wide else x.mT).float()
 
 
@@ -106,7 +111,11 @@ def _directly(x: Tensor) -> Tensor:
 
 def _by_gram(x: Tensor) -> Tensor:
     """The same with two products of the matrices' own size instead of ten: each step multiplies from the left by a
-    symmetric polynomial of the rows' products, and all of these commute."""
+    symmetric polynomial of the rows' products, and all of these commute.
+
+    For exact products alone: what TF32 rounds off the largest direction would be as much as a small one has, and five
+    steps would make a large one of it.
+    """
     square = x @ x.mT
     whole = torch.eye(square.shape[1], dtype=x.dtype, device=x.device).expand_as(square)
     for _ in range(5):
