@@ -106,9 +106,9 @@ def test_a_batch_of_several_lengths_tells_each_what_it_is_told_alone(tiny):
     assert [each.hidden.shape[1] for each in apart] == [77, 154, 231, 77]
     with torch.no_grad():
         each = torch.cat([told(text, [row]) for row, text in enumerate(apart)])
-        assert_close(told(together, [0, 1, 2, 3]), each, atol=2e-5, rtol=1e-4)
+        assert_close(told(together, [0, 1, 2, 3]), each, atol=1e-3, rtol=0)  # a processor's rounding is 5e-5
         other = told(base.encode_text([prompts[0], prompts[0], *prompts[2:]]), [0, 1, 2, 3])
-    assert not torch.allclose(other[1], each[1], atol=1e-4)  # which the texts do decide
+    assert not torch.allclose(other[1], each[1], atol=1e-2)  # which the texts do decide
 
 
 def test_gradients_reach_the_last_chunk(sd1):
