@@ -46,7 +46,7 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
         some = torch.split(latents, decoded_at_once(latents))
         return torch.cat([_decode_at_once(pipe, each) for each in some])
     except RuntimeError as error:
-        can_tile = hasattr(pipe.vae, "enable_tiling") and not getattr(pipe.vae, "use_tiling", False)
+        can_tile = hasattr(pipe.vae, "tile_latent_min_size") and not getattr(pipe.vae, "use_tiling", False)
         if not (can_tile and is_out_of_memory(error)):
             raise
     # Here, where the error is gone, and what its frames held.
@@ -58,8 +58,8 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
 @contextmanager
 def _tiling(vae: Any, side: int) -> Iterator[None]:
     """The VAE decodes what is larger than this many latent pixels in overlapping tiles of that side."""
-    own = vae.tile_latent_min_size, vae.tile_sample_min_size
-    vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * 2 ** (len(vae.config.block_out_channels) - 1)
+    own = latent_side, pixel_side = vae.tile_latent_min_size, vae.tile_sample_min_size
+    vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * round(pixel_side / latent_side)
     vae.enable_tiling()
     try:
         yield
