@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from sfumato.trainers import lora
 
 from sfumato.bases import hub, loading
 from sfumato.bases.family import family_of_config
@@ -20,8 +23,8 @@ from sfumato.bases.hub import files_to_fetch
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
 from sfumato.bases.weights import text_skeleton
-from sfumato.errors import BaseModelError, SfumatoError
-from tests.tiny import CPU, hub_with, tiny_pipeline, tiny_pocket_folder
+from sfumato.errors import BaseModelError, ConfigError, SfumatoError
+from tests.tiny import CPU, hub_with, tiny_pipeline, tiny_pocket_folder, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -503,3 +506,39 @@ def test_a_vocabulary_that_is_none_is_one_line(text, pocket, tmp_path):
 def test_a_tokenizers_settings_of_another_kind_are_one_line(pocket, tmp_path):
     folder = changed(pocket, tmp_path, "tokenizer/tokenizer_config.json", {"added_tokens_decoder": 5})
     assert "base/tokenizer: the tokenizer cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_class_embeds": 4}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}]
+)
+def test_a_unet_that_takes_a_class_is_refused(change, tmp_path):
+    folder = write_folder(tiny_pipeline("sd2", shallow=True), tmp_path / "base")
+    unet = UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(folder / "unet"), **change})
+    unet.save_pretrained(folder / "unet")
+    with pytest.raises(BaseModelError, match="an image's embedding or a class beside the prompt, as unCLIP"):
+        load_base(folder, precision=CPU)
+
+
+def test_an_adapter_is_not_trained_on_a_unet_that_takes_the_guidance(tmp_path, pictures):
+    folder = write_folder(tiny_pipeline("sd1", shallow=True), tmp_path / "base")
+    config = {**UNet2DConditionModel.load_config(folder / "unet"), "time_cond_proj_dim": 8}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    trained = lora.Config(images=pictures, output=tmp_path / "run", base=str(folder), caption="a square", device="cpu")
+    with pytest.raises(ConfigError, match="distilled for few steps"):
+        lora.train(trained)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "HeunDiscreteScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_zero_terminal_snr_is_in_the_bases_own_scheduler(name, tmp_path):
+    """It is written beside a whole model that was trained, for diffusers to draw with."""
+    folder = write_folder(tiny_pipeline("sd1", shallow=True), tmp_path / "base")
+    file = folder / "scheduler/scheduler_config.json"
+    told = json.loads(file.read_text()) | {"_class_name": name, "prediction_type": "v_prediction"}
+    file.write_text(json.dumps(told))
+    base = load_base(folder, precision=CPU, zero_terminal_snr=True)
+    base.scheduler.save_pretrained(tmp_path / "again")
+    again = getattr(diffusers, json.loads((tmp_path / "again/scheduler_config.json").read_text())["_class_name"])
+    # Euler's keeps the last one above 0, so that sigmas are finite.
+    assert again.from_pretrained(tmp_path / "again").alphas_cumprod[-1] < 1e-6
+    assert base.alpha_bar[-1] == 0

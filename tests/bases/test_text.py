@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from sfumato.bases.folder import load_tokenizer
 from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_tokenizer
 
 PROMPTS = ["a red cat", "a photo of an astronaut riding a horse on mars"]
@@ -103,3 +104,16 @@ def test_embeddings_can_be_taken_apart_and_put_together(sdxl):
     assert torch.equal(again.hidden, text.hidden.flip(0))
     assert torch.equal(again.pooled, text.pooled.flip(0))
     assert len(again) == 2
+
+
+@pytest.mark.parametrize("text", ["1girl, k-on!, smile", "wow!!! a red car", "love live! school", "!"])
+def test_openclips_padding_is_a_letter_in_a_text(text, tmp_path):
+    """As OpenCLIP reads it, with whose vocabulary CLIP's is one: both encoders of SDXL have the same tokens."""
+    wanted = clip_tokenizer(positions=77)(text).input_ids
+    tokenizer = clip_tokenizer(pad_token="!", positions=77)
+    tokenizer.save_pretrained(tmp_path / "tokenizer_2")
+    for each in (tokenizer, load_tokenizer(tmp_path, "tokenizer_2", 77)):
+        assert each(text).input_ids == wanted
+        assert each("cat", padding="max_length", max_length=5).input_ids == [49406, 2368, 49407, 0, 0]
+        each.add_tokens(["<otter>"])
+        assert each(f"<otter>{text}").input_ids == [49406, 49408, *wanted[1:]]

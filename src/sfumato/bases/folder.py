@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from sfumato.bases.config_file import read_config
 from sfumato.bases.family import Encoder
+from sfumato.bases.vocabulary import reading_its_padding
 from sfumato.bases.weights import LazyModel, StoredWeight, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
@@ -112,4 +113,4 @@ def load_tokenizer(folder: Path, part: str, positions: int) -> Any:
             f"{folder.name}/{part}: the tokenizer cannot be read ({reason}). Download it again."
         ) from None
     tokenizer.model_max_length = positions  # one number, the text encoder's, decides
-    return tokenizer
+    return reading_its_padding(tokenizer)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,11 @@ def _check(parts: _Parts, name: str, clip_skip: int | None, max_tokens: int | No
                 f"{name}: the U-Net takes a pooled text of {taken} numbers, the second text encoder gives {pooled}. "
                 "Name another base."
             )
+    if unet.get("class_embed_type") or unet.get("num_class_embeds"):
+        raise BaseModelError(
+            f"{name}: the U-Net takes an image's embedding or a class beside the prompt, as unCLIP and upscalers do. "
+            "Name another base."
+        )
     width = sum(text.hidden_size for text in texts)
     if unet.cross_attention_dim != width:
         raise BaseModelError(
@@ -404,8 +410,13 @@ def _scheduler(config: Mapping[str, Any], name: str) -> Any:
     found = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if found is None:
         raise BaseModelError(f"{name}: diffusers has no scheduler {class_name}. Correct scheduler_config.json.")
+    settings = dict(config)
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in signature(found.__init__).parameters:
+        # PNDM and others would keep the key and draw without it, also from a folder that is written.
+        found = diffusers.DDIMScheduler
+        settings |= {"clip_sample": False, "timestep_spacing": "trailing"}
     try:
-        return found.from_config(dict(config))
+        return found.from_config(settings)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         # The base is as good as any: what trains and draws it takes the betas alone.
         betas = {key: value for key, value in config.items() if key in _BETAS}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 MERGES = Path(__file__).parent / "configs" / "clip" / "merges.txt.gz"
@@ -28,7 +30,23 @@ def byte_pair_tokenizer(merges: list[tuple[str, str]], *, pad_token: str = END, 
     tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     settings: dict[str, Any] = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=positions, **settings)
+    return reading_its_padding(CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=positions, **settings))
+
+
+def reading_its_padding(tokenizer: Any) -> Any:
+    """The tokenizer, which reads its padding token in a text as any other word.
+
+    OpenCLIP pads with token 0, which is the letter "!". transformers takes each "!" of a text for padding then, where
+    OpenCLIP itself and sd-scripts read "k-on!," as CLIP does.
+    """
+    if tokenizer.pad_token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
+        return tokenizer
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    told["added_tokens"] = [token for token in told["added_tokens"] if token["content"] != tokenizer.pad_token]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(told))
+    if wrap := getattr(tokenizer, "_wrap_decode_method_backend_tokenizer", None):  # which reads </w> as a space
+        wrap()
+    return tokenizer
 
 
 @cache

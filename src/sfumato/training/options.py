@@ -215,6 +215,11 @@ class BaseOptions:
             zero_terminal_snr=self.zero_terminal_snr,
             unet=False,
         )
+        if base.unet.config.get("time_cond_proj_dim"):
+            raise ConfigError(
+                f"--base {self.base}: distilled for few steps (LCM), its U-Net takes the guidance as an input. Train "
+                "on the base that it was made from; its adapters fit this one."
+            )
         # Not the text encoders: what else is in a batch may decide how their products are rounded.
         precision.prepare_for_training(base.unet)
         if precision.device.type == "cpu":  # its kernels were never run elsewhere
