@@ -35,11 +35,11 @@ class Needs:
         """The base's own tokenizer; that of CLIP's vocabulary where its files are not here."""
         from transformers import CLIPTokenizer
 
-        from sfumato.bases.vocabulary import clip_tokenizer
+        from sfumato.bases.vocabulary import clip_tokenizer, reading_its_padding
 
         folder = self.folder / "tokenizer"
         if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return reading_its_padding(CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
         return clip_tokenizer(positions=77)
 
     def ids(self, text: str) -> list[int]:
