@@ -298,7 +298,7 @@ def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
 
 
 def test_every_option_of_the_base_reaches_what_loads_it(recorded):
-    made = SimpleNamespace(unet="unet")
+    made = SimpleNamespace(unet=SimpleNamespace(config={}))
     learned = []
     precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), prepare_for_training=learned.append)
     given = recorded("sfumato.bases.load_base", made)
@@ -313,7 +313,7 @@ def test_every_option_of_the_base_reaches_what_loads_it(recorded):
         "zero_terminal_snr": True,
         "unet": False,
     }
-    assert learned == ["unet"]
+    assert learned == [made.unet]
 
 
 @pytest.mark.parametrize(("processes", "device"), [(1, "cuda:1"), (2, "cuda:0")])
