@@ -117,3 +117,9 @@ def test_openclips_padding_is_a_letter_in_a_text(text, tmp_path):
         assert each("cat", padding="max_length", max_length=5).input_ids == [49406, 2368, 49407, 0, 0]
         each.add_tokens(["<otter>"])
         assert each(f"<otter>{text}").input_ids == [49406, 49408, *wanted[1:]]
+
+
+def test_a_padding_token_beside_the_vocabulary_stays(tmp_path):
+    clip_tokenizer(pad_token="<|pad|>", positions=77).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path, "tokenizer", 77)
+    assert tokenizer("cat", padding="max_length", max_length=5).input_ids == [49406, 2368, 49407, 49408, 49408]

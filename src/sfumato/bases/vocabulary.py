@@ -34,7 +34,7 @@ def byte_pair_tokenizer(merges: list[tuple[str, str]], *, pad_token: str = END, 
 
 
 def reading_its_padding(tokenizer: Any) -> Any:
-    """The tokenizer, which reads its padding token in a text as any other word.
+    """The tokenizer, which reads its padding token in a text as any other word, if it is one of the vocabulary.
 
     OpenCLIP pads with token 0, which is the letter "!". transformers takes each "!" of a text for padding then, where
     OpenCLIP itself and sd-scripts read "k-on!," as CLIP does.
@@ -42,6 +42,8 @@ def reading_its_padding(tokenizer: Any) -> Any:
     if tokenizer.pad_token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
         return tokenizer
     told = json.loads(tokenizer.backend_tokenizer.to_str())
+    if tokenizer.pad_token not in told["model"]["vocab"]:  # a token of its own, which would be lost
+        return tokenizer
     told["added_tokens"] = [token for token in told["added_tokens"] if token["content"] != tokenizer.pad_token]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(told))
     if wrap := getattr(tokenizer, "_wrap_decode_method_backend_tokenizer", None):  # which reads </w> as a space
