@@ -119,6 +119,7 @@ def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
     assert half.weights < 0.6 * full.weights
 
 
+@pytest.mark.slow
 def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
     way = Training("", "lora", targets="mid_block.*(conv1|to_q)$")
     steps = (step_memory(shapes, way, replace(ON_CPU, conv_rank=rank)) for rank in (4, 1))
@@ -141,6 +142,7 @@ def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
     assert other.alive - lora.alive < 8 * max(sizes) < sum(sizes)
 
 
+@pytest.mark.slow
 def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
     monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"]])
     assert (
@@ -155,6 +157,7 @@ def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
     assert "--factor 0: must be a number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
     full = "dreambooth --method full"
     shown = [full, f"{full} --fused", f"{full} --fused --optimizer adamw8bit"]
@@ -168,6 +171,7 @@ def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
     assert marked[-1] == "* more than 0.95 GiB"
 
 
+@pytest.mark.slow
 def test_the_table_as_json(pocket_folder, monkeypatch, capsys):
     monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["textual_inversion"]])
     assert cli.main(["memory", "--base", str(pocket_folder), "--device", "cpu", "--json"]) == 0

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load
 from torch.testing import assert_close
@@ -127,6 +128,7 @@ def test_a_lora_learns_beside_the_words_that_are_saved(pocket_folder, pictures, 
         assert torch.equal(tensor, load(whole)[name])
 
 
+@pytest.mark.slow
 def test_words_and_crossed_samples_go_on_with_what_they_began_from(pocket_folder, pictures, tmp_path, capsys):
     """Their crossed samples are drawn with the words as they were at the start, which no checkpoint holds."""
     words = ["train", "lora", "--images", str(pictures), "--base", str(pocket_folder), "--caption", "<x> {caption}"]

@@ -228,6 +228,7 @@ def test_updates_stay_within_the_largest_norm(program, train):
     assert 0 < shares[-1] <= 1
 
 
+@pytest.mark.slow
 def test_in_half_precision_and_with_checkpointing_nearly_the_same_is_learned(train):
     kind = ("--algo", "lokr", "--targets", SOME)
     losses = []

@@ -95,6 +95,7 @@ def test_width_and_height_are_not_mixed_up(pocket):
     assert draw(pocket, "a cat", 1, steps=1, width=32, height=64)[0].size == (32, 64)
 
 
+@pytest.mark.slow
 def test_every_sampler_keeps_the_bases_schedule_and_leaves_the_pipelines_alone(pocket):
     """2 steps of each draw a picture; the betas and what is predicted are the base's."""
     schedule = pocket.scheduler.config

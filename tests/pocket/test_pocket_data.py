@@ -33,6 +33,7 @@ def test_a_mirrored_alias_is_no_drawing_of_its_own():
     assert [resolve(icons, name) for name in ("a", "b", "c")] == ["fish", None, None]
 
 
+@pytest.mark.slow
 def test_the_judge_tells_real_pictures_apart_and_never_sees_withheld_ones(data):
     pictures = read_pictures(data)
     seen, _ = pictures.apart(withheld_cells(data))

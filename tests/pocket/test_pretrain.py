@@ -86,6 +86,7 @@ def test_a_text_encoder_at_rest_stays_and_a_run_knows_it_again(data, pocket_fold
         train(Config(train_text_encoder=False, resume=True, **settings))
 
 
+@pytest.mark.slow
 def test_weights_that_no_gradient_reaches_are_told_of(data, pocket_folder, tmp_path, monkeypatch, capsys):
     asked = Config(stage="unet", data=data, init=str(pocket_folder), output=tmp_path / "whole", steps=1, batch=2)
     train(replace(asked, sample_every=0))
@@ -116,6 +117,7 @@ def test_branches_that_begin_at_zero_are_waited_for_before_weights_are_told_of(c
     assert ("no gradient" in capsys.readouterr().err) == cut
 
 
+@pytest.mark.slow
 def test_a_unet_that_is_told_less_of_thing_and_style_together_goes_on_where_it_stopped(data, pocket_folder, tmp_path):
     settings = {"batch": 4, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0, "fall_at": 1}
     settings |= {"stage": "unet", "init": str(pocket_folder), "data": data, "train_text_encoder": False}

@@ -150,6 +150,7 @@ def test_pictures_held_out_are_measured_within_their_masks(base, examples, monke
     assert within["validation"] != whole["validation"]
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_of_pictures_held_out(pictures, tmp_path, pocket_folder, quick):
     """The run without them is the same, and needs no other measurements than it asks for."""
     found = hold_out(read_folder(pictures, caption_template="{caption}"), 0.34)
