@@ -90,6 +90,16 @@ def test_a_word_is_fetched_without_the_model_beside_it(monkeypatch, tmp_path, fi
         parse_embedding("owner/otter")
 
 
+def test_a_word_of_two_encoders_is_fetched_whole(monkeypatch, tmp_path, file):
+    second = "learned_embeds_2.safetensors"
+    asked = answer(monkeypatch, ["a.safetensors", second, WORD])
+    file.rename(tmp_path / WORD)
+    (tmp_path / second).write_bytes((tmp_path / WORD).read_bytes())
+    monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or tmp_path)
+    assert parse_embedding("owner/otter") == (None, tmp_path / WORD)
+    assert asked == [[WORD, second]]
+
+
 def test_a_model_in_the_cache_is_no_word(cached, tmp_path):
     folder = tiny_pocket_folder(tmp_path / "model")
     snapshot = cached(
@@ -105,6 +115,7 @@ def test_a_model_in_the_cache_is_no_word(cached, tmp_path):
     [
         (["README.md", "line.safetensors", "steps/a.safetensors"], ["line.safetensors"]),
         (["a.safetensors", LORA], [LORA]),
+        ([LORA, WORD, "learned_embeds_2.safetensors"], [LORA]),
         (["adapter_config.json", "adapter_model.safetensors", "README.md"], ["adapter_config.json", "adapter_model.s"]),
         (["model_index.json", "unet/diffusion_pytorch_model.safetensors"], [*hub.CONFIGS, "unet/diffusion_pytorch_m"]),
     ],

@@ -241,6 +241,32 @@ def test_the_card_of_a_difference_says_who_reads_it(text, tmp_path):
     assert ("the text encoders' norms" in said) is text
 
 
+@pytest.mark.parametrize(
+    ("family", "config", "said"),
+    [
+        (
+            "sd1",
+            {"algo": "lora", "dora": True},
+            "Forge and InvokeAI read the file as it is. diffusers draws with the LoRA",
+        ),
+        ("sdxl", {"algo": "lokr"}, "Forge and InvokeAI read the file as it is. diffusers refuses it, and sd-scripts"),
+        (
+            "sd1",
+            {"algo": "lokr"},
+            "AUTOMATIC1111 and Forge read the file as it is. diffusers refuses it, InvokeAI recog",
+        ),
+        (
+            "sdxl",
+            {"algo": "loha", "dora": True},
+            "and Forge read the file as it is. diffusers refuses it, InvokeAI refuses",
+        ),
+    ],
+)
+def test_the_card_says_which_programs_read_the_kind(family, config, said, tmp_path):
+    about = replace(ABOUT, family=family, config=config)
+    assert said in write_card(tmp_path, tmp_path / "x.safetensors", about, [], []).read_text(encoding="utf-8")
+
+
 def test_the_card_of_an_extracted_lora_names_no_targets(tmp_path):
     config = {"method": "full", "rank": 16, "targets": "everything"}
     text = write_card(tmp_path, tmp_path / "x.safetensors", replace(ABOUT, config=config), [], []).read_text()
@@ -257,7 +283,7 @@ def test_every_program_is_told_how_it_calls_a_word(card, tmp_path):
     """ComfyUI and InvokeAI have a spelling of their own; what Forge and diffusers do not find is not promised."""
     add_words_section(card, {"<x>": tmp_path / "my-x.safetensors"}, ABOUT, inside=None)
     text = card.read_text(encoding="utf-8")
-    assert "`my-x` in AUTOMATIC1111 and Forge, `embedding:my-x` in ComfyUI, `<my-x>` in InvokeAI." in text
+    assert "`my-x` in AUTOMATIC1111 and Forge, `embedding:my-x` in ComfyUI." in text
     add_words_section(card, {"<x>": tmp_path / "line-x.safetensors"}, ABOUT, inside=tmp_path / "line.safetensors")
     text = card.read_text(encoding="utf-8")
     assert "`embedding:line` in a prompt" in text

@@ -258,6 +258,34 @@ def test_kohyas_oft_is_told_by_its_prefix_and_always_constrained(tmp_path):
     torch.testing.assert_close(change.delta(weight.float()).double(), kohya_oft(weight), rtol=1e-5, atol=1e-6)
 
 
+def read_from_comfyui(tensors, tmp_path):
+    save_file({f"diffusion_model.{key}": value.float() for key, value in tensors.items()}, tmp_path / "a.safetensors")
+    [change] = read_adapter(tmp_path / "a.safetensors").changes.values()
+    return change
+
+
+def test_comfyuis_oft_is_constrained_by_alpha_itself(tmp_path):
+    """weight_adapter/oft.py of ComfyUI, where the Train LoRA node's alpha is 1: the norm of Q is at most alpha."""
+    weight = noise(0, *LINEAR)
+    key = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    change = read_from_comfyui({f"{key}.oft_blocks": 3 * BLOCKS, f"{key}.alpha": torch.tensor(1.0)}, tmp_path)
+    q = 3 * (BLOCKS - BLOCKS.transpose(1, 2))
+    assert q.norm() > 1
+    turn = [torch.linalg.solve(torch.eye(3) - each, torch.eye(3) + each, left=False) for each in q.double() / q.norm()]
+    wanted = torch.block_diag(*turn).T @ weight - weight
+    torch.testing.assert_close(change.delta(weight.float()).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_comfyuis_lora_of_a_convolution_is_flat(tmp_path):
+    """weight_adapter/lora.py of ComfyUI, as its Train LoRA node writes it: mm(up, down).reshape(weight.shape)."""
+    down, up = noise(1, RANK, IN * 9), noise(2, OUT, RANK)
+    key = "input_blocks.1.0.in_layers.2"
+    change = read_from_comfyui({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, tmp_path)
+    assert change.fits(CONV)
+    assert change.shape == CONV
+    torch.testing.assert_close(change.delta().double(), (up @ down).view(CONV), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_a_weight_that_does_not_fit_is_refused(name, tmp_path):
     shape, tensors, _ = DEFINITIONS[name]
@@ -290,6 +318,15 @@ def test_onetrainers_oft_rotates_inputs_and_a_convolution_the_other_way(shape, s
     packed = packed / (2 * 3**0.5) if scaled else packed
     turn = torch.block_diag(*packed_rotation(packed, 5))
     wanted = (weight.flatten(1) @ (turn if len(shape) == 4 else turn.T)).view(shape) - weight
+    torch.testing.assert_close(change.delta(weight.float()).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_onetrainers_oft_in_other_names_is_told_by_the_files_metadata(tmp_path):
+    weight, packed = noise(0, *LINEAR), 0.2 * noise(7, IN // 4, 6)
+    path, key = tmp_path / "a.safetensors", f"unet.{PATHS[2]}.oft_R.weight"
+    save_file({key: packed.float()}, path, {"ot_branch": "master"})
+    [change] = read_adapter(path).changes.values()
+    wanted = weight @ torch.block_diag(*packed_rotation(packed, 5)).T - weight
     torch.testing.assert_close(change.delta(weight.float()).double(), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -76,7 +76,8 @@ def test_each_kind_that_is_read_is_applied_and_measured():
 def test_what_fits_a_weight_is_told_by_its_factors():
     change = Lokr(Factor(torch.ones(2, 3)), Factor(torch.ones(3, 12)), 1.0)
     assert change.fits((6, 9, 2, 2))
-    assert not change.fits((6, 4, 3, 3))
+    assert change.fits((6, 4, 3, 3))  # as ComfyUI takes it, with a channel's kernel on both sides of a factor's edge
+    assert not change.fits((6, 5, 3, 3))
     assert not Difference(None, torch.ones(3)).fits((6, 8))
 
 

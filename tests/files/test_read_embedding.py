@@ -23,6 +23,7 @@ ALONE = {
         "sd1",
     ),
     "sd-scripts and A1111": ({"emb_params": (3, 768)}, {"file": {ONE: (3, 768)}}, "sd1"),
+    "OneTrainer": ({"emp_params": (3, 768)}, {"file": {ONE: (3, 768)}}, "sd1"),
     "SDXL": ({"clip_l": (2, 768), "clip_g": (2, 1280)}, {"file": {ONE: (2, 768), TWO: (2, 1280)}}, "sdxl"),
     "diffusers' advanced scripts": (
         {"text_encoders_0": (2, 768), "text_encoders_1": (2, 1280)},
@@ -100,6 +101,7 @@ def test_what_a_prompt_cannot_hold_is_not_understood(tmp_path):
         ({"model.diffusion_model.x.weight": (2, 2)}, "this is a full checkpoint"),
         ({"layers.0.weight": (2, 2)}, r"1 of 1 keys are not understood, first layers\.0\.weight"),
         ({f"{KEY}.alpha": ()}, "1 of 1 keys are not understood"),
+        ({"emp_params": (2, 768), "emp_params_out": (2, 768)}, "1 of 2 keys are not understood, first emp_params_out"),
     ],
 )
 def test_what_is_no_textual_inversion_is_refused_in_one_line(tensors, what, tmp_path):

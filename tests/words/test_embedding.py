@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
@@ -576,3 +576,16 @@ def test_as_many_vectors_as_are_read_are_enough_and_lengths_are_told_beside_the_
         words.check(["<x> " * 5])
     with embedding.new_words(base, ["<x>"], start="mean") as words:
         assert words.report()[0].endswith("; 1.00 of the mean length")
+
+
+@pytest.mark.parametrize("steps", ["", "-steps-500"])
+def test_the_second_half_that_diffusers_writes_for_sdxl_is_read_with_the_first(steps, tmp_path):
+    """textual_inversion_sdxl.py: two files, each of one encoder."""
+    first, second = (tmp_path / f"{name}{steps}.safetensors" for name in ("learned_embeds", "learned_embeds_2"))
+    save_file({"<cat>": torch.ones(2, 768)}, first)
+    assert embedding.read(first)["<cat>"].keys() == {"text_encoder"}
+    save_file({"<cat>": torch.ones(2, 1280)}, second)
+    for token in (None, "<dog>"):
+        [(name, parts)] = embedding.read(first, token).items()
+        assert name == (token or "<cat>")
+        assert {part: rows.shape[1] for part, rows in parts.items()} == {"text_encoder": 768, "text_encoder_2": 1280}

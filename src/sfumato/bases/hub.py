@@ -54,6 +54,8 @@ def hub_vae(hub_id: str) -> Path:
 
 LORA, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 """What diffusers' trainers call their files."""
+_SECOND = {WORD: "learned_embeds_2.safetensors"}
+"""What lies beside them: a word's vectors for SDXL's second encoder."""
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -99,7 +101,7 @@ def hub_file(name: str, usual: str = LORA) -> Path:
     if is_model(files):
         return folder
     found_in = _of_adapter(files, hub_id, usual)
-    return folder / found_in[0] if len(found_in) == 1 else folder
+    return folder if _last(found_in[0]) in _PEFT else folder / found_in[0]
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -112,8 +114,10 @@ def _of_adapter(files: Sequence[str], hub_id: str, usual: str) -> list[str]:
     if {_last(file) for file in peft} == set(_PEFT):
         return peft
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
-    if usual in weights or len(weights) == 1:
-        return [usual] if usual in weights else weights
+    if usual in weights:
+        return [usual, *(file for file in weights if file == _SECOND.get(usual))]
+    if len(weights) == 1:
+        return weights
     if weights:
         raise BaseModelError(
             f"{hub_id}: holds {len(weights)} files; name one of them, as {hub_id}/{weights[0]}. There are "

@@ -28,12 +28,21 @@ def title_of(about: Description) -> str:
 def readers_of(about: Description, file: str) -> str:
     """Which other programs read a file that is no plain LoRA, and what to do for those that do not."""
     config = about.config or {}
-    wrong = "draws with the LoRA alone, without its lengths," if config.get("algo") == "lora" else "refuses it"
+    algo, dora = config.get("algo", "lora"), bool(config.get("dora"))
+    diffusers = "draws with the LoRA alone, without its lengths" if algo == "lora" else "refuses it"
+    first, invoke = "ComfyUI, AUTOMATIC1111, Forge and InvokeAI", ""
+    if dora and algo != "lora":  # InvokeAI takes whatever has lengths for a LoRA
+        first, invoke = "ComfyUI, AUTOMATIC1111 and Forge", ", InvokeAI refuses it"
+    elif algo == "lokr" and about.family != "sdxl":  # it looks for the text's width in a whole factor
+        first, invoke = (
+            "ComfyUI, AUTOMATIC1111 and Forge",
+            ", InvokeAI recognises it only if its large factors are whole",
+        )
     base = shell.quote(about.base)
     baked = (
         f"sfumato convert {shell.quote(file)} --bake lora --keep-energy 0.99 --base {base} --output NAME.safetensors"
     )
     return (
-        f"ComfyUI, AUTOMATIC1111, Forge and InvokeAI read the file as it is. diffusers {wrong} and sd-scripts does not "
-        f"know the kind: for these `{baked}` writes a LoRA."
+        f"{first} read the file as it is. diffusers {diffusers}{invoke}, and sd-scripts does not know the kind: for "
+        f"these `{baked}` writes a LoRA."
     )

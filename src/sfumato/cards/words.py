@@ -118,9 +118,10 @@ pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id"""
         lines = f'{pipeline}pipe.load_textual_inversion("{path.name}")'
     named = (
         "Other programs know a word by its file's name, which you may change to one that nobody writes: "
-        f"{code(path.stem)} in AUTOMATIC1111 and Forge, {code(f'embedding:{path.stem}')} in ComfyUI, "
-        f"{code(f'<{path.stem}>')} in InvokeAI."
+        f"{code(path.stem)} in AUTOMATIC1111 and Forge, {code(f'embedding:{path.stem}')} in ComfyUI"
     )
+    if about.family == "sdxl":  # in other families' files InvokeAI takes the number of vectors for their width
+        named += f", {code(f'<{path.stem}>')} in InvokeAI"
     return f"""With [diffusers](https://github.com/huggingface/diffusers):
 
 ```python
@@ -137,5 +138,5 @@ with embedding.load(pipe, "{path.name}"):
     {drawn}
 ```
 
-{readers(about, named)}
+{readers(about, named + ".")}
 """

@@ -108,12 +108,13 @@ def _read(source: WeightFile, partial: bool) -> AdapterFile:
     unusable = layout.incomplete
     _check_dtypes(header, layout)
     changes: dict[Target, Change] = {}
+    by_onetrainer = "ot_branch" in header.metadata
     for target, keys in layout.modules.items():
         if target in unusable:
             continue
         roles = {role: tensors[name] for role, name in keys.names.items()}
         changes[target] = read_change(
-            ModuleTensors(header.path.name, target, keys.kind, keys.names, roles, source.settings)
+            ModuleTensors(header.path.name, target, keys.kind, keys.names, roles, source.settings, by_onetrainer)
         )
     left_out = [name for keys in unusable.values() for name in keys.names.values()]
     return AdapterFile(

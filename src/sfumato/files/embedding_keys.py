@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 _ENCODERS = {
     "emb_params": "text_encoder",  # sd-scripts
+    "emp_params": "text_encoder",  # OneTrainer's SD 1.x and 2.x, spelled so
     "string_to_param.*": "text_encoder",  # A1111's pickle, packed into a safetensors file by LyCORIS
     "clip_l": "text_encoder",  # everybody's SDXL
     "clip_g": "text_encoder_2",
@@ -14,7 +15,7 @@ _ENCODERS = {
 }
 _IGNORED = ("string_to_token.*",)
 """A1111's own number of the token."""
-_OUTPUTS = ("clip_l_out", "clip_g_out")
+_OUTPUTS = ("clip_l_out", "clip_g_out", "emp_params_out")
 """OneTrainer's vectors of a token beyond the encoder, which a prompt cannot hold."""
 SECOND_WIDTH = 1280
 """The width of SDXL's second encoder, by which a vector under its token's name goes to that."""

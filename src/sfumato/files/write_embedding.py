@@ -27,8 +27,8 @@ def write_embedding(
     """Write one word's vectors; whole or not at all, and equal bytes for equal content.
 
     vectors: "text_encoder" and, for SDXL, "text_encoder_2" -> (vectors, width). With one encoder the file has one key,
-    the token, which diffusers' `load_textual_inversion`, A1111, ComfyUI and InvokeAI read alike; with two it has clip_l
-    and clip_g, as all but diffusers read them, and the token in its metadata.
+    the token, which diffusers' `load_textual_inversion`, A1111 and ComfyUI read alike, and InvokeAI does not recognise;
+    with two it has clip_l and clip_g, as all but diffusers read them, and the token in its metadata.
     metadata: as `sfumato.files.describe` returns; what it says of a LoRA is put right here. dtype: fp32 is exact, and a
     vector takes 3 KiB.
     Raises AdapterError for vectors that are none, FileError for values the file cannot hold.

@@ -1,6 +1,7 @@
 """LoHa, LoKr and DoRA files in LyCORIS's grammar: kohya's names, each kind's own tensors, and how it was made.
 
-ComfyUI, A1111, Forge, InvokeAI and LyCORIS read all of it. diffusers and sd-scripts do not: a LoRA without
+ComfyUI, A1111 and Forge read all of it; LyCORIS does without magnitudes, and InvokeAI all but magnitudes of a LoHa or
+LoKr and an SD 1.x or 2.x LoKr whose large factors are products. diffusers and sd-scripts do not: a LoRA without
 magnitudes is for all, and `write_lora` writes it.
 """
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sfumato.bases.portable import make_portable
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.kohya import Target
 from sfumato.files.read import is_finite
@@ -74,6 +75,7 @@ def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:
         _check_finite(part, dtype, path)
     with model_folder(path) as temporary:
         pipe.save_pretrained(str(temporary), safe_serialization=True)
+        make_portable(temporary, pipe)
     return path
 
 

@@ -17,6 +17,7 @@ adds meanwhile stay; their rows move up into the place of ours.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,12 +133,18 @@ def is_in_use(source: Any, token: str, parts: Mapping[str, Tensor]) -> bool:
 def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[str, Tensor]]:
     """The words of an embedding file: {token: {"text_encoder" | "text_encoder_2": (vectors, width)}}.
 
-    token: another name for the only word of the file.
+    token: another name for the only word of the file. Beside `learned_embeds.safetensors` its second half for SDXL,
+    `learned_embeds_2.safetensors`, is read, too: diffusers' textual_inversion_sdxl.py writes the two.
     """
     from sfumato.files import read_embedding
 
     file = read_embedding(path)
     found = {key: dict(parts) for key, parts in file.embeddings.items()}
+    named = re.fullmatch(r"learned_embeds(-steps-\d+)?\.safetensors", file.path.name)
+    second = file.path.with_name(f"learned_embeds_2{named[1] or ''}.safetensors") if named else file.path
+    if named and second.is_file():
+        for key, parts in read_embedding(second).embeddings.items():
+            found[key] = {**parts, **found.get(key, {})}
     if token is None:
         return found
     if len(found) != 1:

@@ -90,7 +90,7 @@ class Lokr:
         if len(shape) < 2 or shape[0] != first[0] * second[0] or prod(shape[1:]) != first[1] * prod(second[1:]):
             return False
         flat = len(second) == 2  # the kernel may be in its columns
-        return shape[1] % first[1] == 0 if flat else tuple(shape[1:]) == (first[1] * second[1], *second[2:])
+        return flat or tuple(shape[1:]) == (first[1] * second[1], *second[2:])
 
     def low_rank(self) -> LoraModule | None:
         return None

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sfumato.files.changes.change import check_fits, trim
 from sfumato.files.changes.module_tensors import ModuleTensors
+from sfumato.files.kohya import Target
+
+_OF_3X3 = ("conv1", "conv2", "conv", "conv_in", "conv_out")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class LoraModule:
 
     @classmethod
     def from_tensors(cls, parts: ModuleTensors) -> LoraModule:
-        down, up = parts["down"], parts["up"]
+        down, up = _with_kernel(parts["down"], parts.target), parts["up"]
         rank = down.shape[0] if down.ndim else 0
         fits = down.ndim in (2, 4) and up.ndim in (2, 4)
         if not fits or up.shape[1] != rank or up.shape[1:].numel() != rank:
@@ -105,3 +108,9 @@ class LoraModule:
             down = torch.einsum("pqhw,qi->pihw", self.mid.to(down), down.flatten(1))
         shape = self.shape if weight is None else weight.shape
         return self.scale * (up.flatten(1) @ down.flatten(1)).view(shape)
+
+
+def _with_kernel(down: Tensor, target: Target) -> Tensor:
+    """Down, of a convolution of 3x3 with its kernel: ComfyUI's Train LoRA node writes (rank, in * 9)."""
+    flat = target[0] == "unet" and target[1].rpartition(".")[2] in _OF_3X3 and down.ndim == 2
+    return down.view(len(down), -1, 3, 3) if flat and down.shape[1] and down.shape[1] % 9 == 0 else down

@@ -18,7 +18,10 @@ KERNEL_LIMIT = 1024
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """tensors: by role, views of the mapped file. names: what the file calls them. settings: peft's, if it has any."""
+    """tensors: by role, views of the mapped file. names: what the file calls them. settings: peft's, if it has any.
+
+    by_onetrainer: whether the file says that OneTrainer wrote it.
+    """
 
     file: str
     target: Target
@@ -26,6 +29,7 @@ class ModuleTensors:
     names: Mapping[str, str]
     tensors: Mapping[str, Tensor]
     settings: PeftSettings
+    by_onetrainer: bool = False
 
     def __getitem__(self, role: str) -> Tensor:
         return self.tensors[role]

@@ -67,6 +67,8 @@ class OutputOft:
         alpha = parts.number("alpha")
         if kohya and alpha is None:
             raise parts.error("there is no alpha, by which kohya's OFT is constrained")
+        if alpha is not None and parts.names["oft_blocks"].startswith("diffusion_model."):  # ComfyUI's Train LoRA node,
+            alpha /= prod(blocks.shape[:2])  # whose constraint is alpha itself
         return cls(blocks, alpha, kohya, rescale, parts.vector("bias"))
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -118,7 +120,7 @@ class InputOft:
         size = (1 + isqrt(1 + 8 * packed.shape[1])) // 2 if packed.ndim == 2 else 0
         if packed.ndim != 2 or size * (size - 1) // 2 != packed.shape[1]:
             raise parts.shape_error("oft_r", "(blocks, size * (size - 1) / 2)")
-        if parts.names["oft_r"].startswith("lora_"):  # no one else writes it in kohya's names
+        if parts.by_onetrainer or parts.names["oft_r"].startswith("lora_"):  # no one else writes it in kohya's names
             if parts.number("oft_scaled"):
                 packed = packed.float() / (2 * (size - 1) ** 0.5)
             return cls(packed, packed.shape[0] == 1, 5, None, onetrainer=True, bias_delta=parts.vector("bias"))
