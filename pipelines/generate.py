@@ -434,14 +434,15 @@ def _against(
     """
     from sfumato.drawing.notes import asked_negatives
 
-    found = []
+    found, changed = [], []
     for picture in pictures:
         counted = wanted.counted_in(picture)
         asked = [text for label, texts in mix.negatives.items() if label in counted for text in texts]
         is_free = "negative" not in picture.overrides and {**settings, **picture.overrides}["guidance"] > 1
         negative = negative_for(picture.prompt, asked, settings["prompt_syntax"]) if is_free else ""
+        changed += [negative] if negative else []
         found.append(replace(picture, overrides={**picture.overrides, "negative": negative}) if negative else picture)
-    say(*asked_negatives(each.overrides["negative"] for each in found if each not in pictures))
+    say(*asked_negatives(changed))
     return found
 
 

@@ -287,11 +287,12 @@ def _write_sheet(
     The sheet's file contains the settings of the first cell, the axes, and what generates the whole sheet again.
     """
     from sfumato.drawing.pnginfo import read_picture_info, save_picture
-    from sfumato.drawing.sheet import contact_sheet, read_drawn
+    from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, read_drawn
     from sfumato.files.atomic import write_text
 
     def read(path: Path) -> Image | None:
-        return read_drawn(path) if path in there else None
+        picture = read_drawn(path) if path in there else None
+        return None if picture is None else as_on_a_sheet(picture, max(picture.size), len(paths))
 
     cells = [[read(paths[column, row]) for column in range(len(x.values))] for row in range(len(y.values))]
     sheet = contact_sheet(cells, row_labels=y.labels, column_labels=x.labels)

@@ -36,8 +36,8 @@ def test_a_picture_of_512_px_keeps_its_pixels():
 def test_a_picture_between_both_sizes_keeps_its_pixels_too():
     left, top, right, bottom = boxes(contact_sheet([[plain((255, 0, 0), 200)]]), (255, 0, 0))
     assert (right - left, bottom - top) == (200, 200)
-    assert as_on_a_sheet(plain((255, 0, 0), 16), 16).size == (16, 16)
-    assert as_on_a_sheet(plain((255, 0, 0), 1024), 1024).size == (512, 512)
+    assert as_on_a_sheet(plain((255, 0, 0), 16), 16, 1).size == (16, 16)
+    assert as_on_a_sheet(plain((255, 0, 0), 1024), 1024, 1).size == (512, 512)
 
 
 def test_labels_stay_in_their_column_however_long():
@@ -108,3 +108,19 @@ def test_pictures_that_are_not_square_lie_below_each_other_in_their_own_height(s
     (left, top, right, bottom), below = (boxes(sheet, colour) for colour in ((255, 0, 0), (0, 0, 255)))
     assert (right - left, bottom - top) == (below[2] - below[0], below[3] - below[1]) == size
     assert bottom < below[1] < bottom + 50
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(50, 50), (5, 1000), (100, 100)])
+def test_a_sheet_of_very_many_is_one_that_programs_open(rows, columns):
+    labels = {"row_labels": ["0.5"] * rows, "column_labels": ["a"] * columns}
+    width, height = sheet_size((512, 512), **labels)
+    assert 2**26 < width * height < 2 * Image.MAX_IMAGE_PIXELS
+    kept = as_on_a_sheet(Image.new("RGB", (512, 512)), 512, rows * columns)
+    assert width > columns * kept.width > 0.5 * width
+
+
+def test_what_is_kept_for_a_sheet_makes_the_same_sheet():
+    pictures = [Image.effect_noise((700, 600), 60).convert("RGB") for _ in range(2)]
+    kept = [as_on_a_sheet(picture, 700, 2) for picture in pictures]
+    assert kept[0].size == (512, 439)
+    assert contact_sheet([kept]).tobytes() == contact_sheet([pictures]).tobytes()

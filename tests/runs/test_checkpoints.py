@@ -170,8 +170,23 @@ def test_only_as_many_are_read_again_as_stay(tmp_path, monkeypatch):
     real = Checkpoints.problem
     monkeypatch.setattr(Checkpoints, "problem", lambda store, step: read.append(step) or real(store, step))
     store.save(3, ONE)
-    assert 3 not in read
+    assert read == []
     assert store.steps() == [2, 3]
+
+
+def test_of_those_of_an_earlier_process_each_is_read_once_and_what_was_touched_again(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        Checkpoints(tmp_path, keep=9).save(step, ONE)
+    store, read = Checkpoints(tmp_path, keep=3), []
+    real = Checkpoints.problem
+    monkeypatch.setattr(Checkpoints, "problem", lambda store, step: read.append(step) or real(store, step))
+    store.save(4, ONE)
+    assert read == [3, 2]
+    assert store.steps() == [2, 3, 4]
+    (tmp_path / "000004/state.json").write_text("")
+    store.save(5, ONE)
+    assert read == [3, 2, 4]
+    assert store.steps() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

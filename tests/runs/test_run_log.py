@@ -387,3 +387,27 @@ def test_several_processes_are_told_to_go_on_as_several(tmp_path, capsys):
     assert ended.value.code == 143
     again = f'accelerate launch --num_processes 2 -m sfumato resume "{tmp_path / "my run"}"'
     assert f"stopped after step 1 of 5, saved. Go on with: {again}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 2, 39, 40, 41, 79, 80, 1000])
+def test_a_sheet_of_many_steps_shows_the_first_the_last_and_some_between(count):
+    steps = list(range(0, 10 * count, 10))
+    shown = sheets.thinned(steps, 40)
+    assert (shown[0], shown[-1]) == (steps[0], steps[-1])
+    assert shown == sorted(set(shown))
+    assert (shown == steps) == (count <= 40)
+    assert 20 < len(shown) <= 40 or count <= 40
+
+
+def test_pictures_of_steps_that_the_sheet_leaves_out_are_not_read(tmp_path, monkeypatch):
+    run = SimpleNamespace(folder=tmp_path, is_main=True, count=1)
+    drawn = sheets.Samples(run, ["a"], 5, lambda prompts, seeds: [Image.new("RGB", (4, 4))])
+    for step in range(100):
+        folder = tmp_path / f"samples/{step:06d}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "0.png")
+    read, real = [], sheets.read_drawn
+    monkeypatch.setattr(sheets, "read_drawn", lambda path: read.append(path) or real(path))
+    drawn.draw(100)
+    assert len(read) <= sheets.MOST_ROWS
+    assert [path.parent.name for path in read[::33]] == ["000000", "000099"]

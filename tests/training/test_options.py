@@ -123,6 +123,13 @@ def test_looks_and_checkpoints_come_four_times_unless_told():
     assert (config.sample_every, config.measure_every, config.checkpoint_every) == (0, 3, 3)
 
 
+def test_a_long_run_loses_at_most_a_thousand_steps():
+    config, _ = resolve(replace(CONFIG, steps=100_000), BASE, pictures_of(16), 1)
+    assert (config.sample_every, config.measure_every, config.checkpoint_every) == (25_000, 25_000, 1000)
+    config, _ = resolve(replace(CONFIG, steps=100_000, checkpoint_every=9000), BASE, pictures_of(16), 1)
+    assert config.checkpoint_every == 9000
+
+
 def test_prodigys_rate_is_a_factor_of_one():
     assert resolve(replace(CONFIG, optimizer="prodigy"), BASE, pictures_of(16), 1)[0].learning_rate == 1.0
     assert (

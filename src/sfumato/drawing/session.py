@@ -17,7 +17,7 @@ from sfumato.drawing.drawn import used_in
 from sfumato.drawing.pictures import Start, draw_each
 from sfumato.drawing.placement import AdapterPlacement, applied
 from sfumato.drawing.request import PictureRequest
-from sfumato.drawing.sheet import contact_sheet, sheet_size
+from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, sheet_size
 from sfumato.weighting.adapter import Adapter, Weight, is_idle, weight_text, with_unet_scaled
 
 Drawn = tuple[Image, tuple[Adapter, ...], dict[str, Any]]
@@ -122,10 +122,11 @@ class DrawingSession:
 
         The adapters are told as in the first row in which the one that is swept counts.
         """
-        drawn, before = [], self.mix.weights[label]
+        drawn, before, count = [], self.mix.weights[label], len(weights) * len(self.pictures)
+        side = max(max(size) for size in self.sizes(None, before_after=False))
         for weight in weights:
             self.mix.set_weights({label: with_unet_scaled(label, before, weight)})
-            drawn.append(list(self.draw(self.pictures)))
+            drawn.append([as_on_a_sheet(each, side, count) for each in self.draw(self.pictures)])
             print(f"{label} {weight:g}", file=sys.stderr)
         rows, columns = self._sweep_labels(label, weights)
         sheet = contact_sheet(drawn, row_labels=rows, column_labels=columns)

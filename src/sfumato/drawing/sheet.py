@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _INK = (25, 25, 25)
 _SMALLEST_CELL_PX = 128
 _LARGEST_CELL_PX = 512
+_MOST_PX = 2**27
+"""Of all pictures of a sheet: Pillow opens no image of more than 179 million, and few programs do."""
 
 
 def label_font(size_px: int, text: str = "") -> Font:
@@ -67,8 +70,8 @@ def contact_sheet(
 ) -> Image.Image:
     """An RGB sheet of the pictures, each row one list; None leaves a cell white, and rows may differ in length.
 
-    Small pictures are enlarged by whole numbers to 128 px and large ones reduced to 512 px. Labels are wrapped to the
-    cells' width. Raises ValueError without any picture.
+    Small pictures are enlarged by whole numbers to 128 px and large ones reduced to 512 px, or further where there are
+    hundreds. Labels are wrapped to the cells' width. Raises ValueError without any picture.
     """
     pictures = [picture for row in cells for picture in row if picture is not None]
     if not pictures:
@@ -126,7 +129,7 @@ def _layout(
 ) -> _Layout:
     """Of a sheet of so many rows and columns; picture: the largest width and height."""
     rows, columns = shape
-    scale = _scale(max(picture))
+    scale = _scale(max(picture), rows * columns)
     cell = round(picture[0] * scale), round(picture[1] * scale)
     size_px = min(28, max(14, cell[0] // 10))
     font = label_font(size_px, "".join([title, *column_labels, *row_labels]))
@@ -144,16 +147,17 @@ def _layout(
     return _Layout(scale, cell, font, gap, line_px, left, top, titles, heads, sides, size)
 
 
-def _scale(side: int) -> float:
-    """Pixels of the sheet to a pixel of a picture with this longest side."""
-    if side < _SMALLEST_CELL_PX:
+def _scale(side: int, count: int) -> float:
+    """Pixels of the sheet to a pixel of a picture with this longest side, one of so many."""
+    largest = min(_LARGEST_CELL_PX, math.isqrt(_MOST_PX // count))
+    if side < _SMALLEST_CELL_PX <= largest:
         return -(-_SMALLEST_CELL_PX // side)
-    return min(1.0, _LARGEST_CELL_PX / side)
+    return min(1.0, largest / side)
 
 
-def as_on_a_sheet(picture: Image.Image, side: int) -> Image.Image:
-    """The picture no larger than a contact sheet shows it beside pictures of this longest side: enough to keep."""
-    return _resized(picture, min(1.0, _scale(side)))
+def as_on_a_sheet(picture: Image.Image, side: int, count: int) -> Image.Image:
+    """The picture no larger than a contact sheet shows it, one of so many of this longest side: enough to keep."""
+    return _resized(picture, min(1.0, _scale(side, count)))
 
 
 def _resized(picture: Image.Image, scale: float) -> Image.Image:

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from sfumato.errors import FileError, RunError
 from sfumato.files import read_tensors, write_tensors
 from sfumato.files.atomic import atomic_folder, sync
-from sfumato.files.read import is_finite
+from sfumato.files.read import Stamp, is_finite, stamp
 from sfumato.files.save import header_bytes, ordered, raw_bytes
 from sfumato.runs.state import pack, unpack
 
@@ -45,6 +46,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = folder, max(2, keep)
+        self._verified: dict[int, tuple[Stamp, ...]] = {}
 
     def steps(self) -> list[int]:
         """The steps that have a directory, valid or not, oldest first; what is called otherwise is none of ours."""
@@ -126,12 +128,29 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         """Remove all but the newest `keep` that verify, once that many do."""
-        valid = [step for step in reversed(self.steps()) if step == newest or self.problem(step) is None][: self.keep]
+        self._verified[newest] = self._stamps(newest)
+        valid = list(islice(filter(self._is_whole, reversed(self.steps())), self.keep))
         if len(valid) < self.keep:
             return
         for step in self.steps():
             if step < min(valid):
                 shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether the checkpoint verifies; what has and was not touched since is not read again, it may be 10 GB."""
+        found = self._stamps(step)
+        if found and self._verified.get(step) == found:
+            return True
+        whole = self.problem(step) is None
+        if whole:
+            self._verified[step] = found
+        return whole
+
+    def _stamps(self, step: int) -> tuple[Stamp, ...]:
+        try:
+            return tuple(stamp(path.stat()) for path in sorted(self.path(step).iterdir()))
+        except OSError:
+            return ()
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed process was writing; the run's lock says that nobody else writes here."""

@@ -17,7 +17,7 @@ class FolderOptions:
     """Folder of the run: what is learned, its model card, checkpoints, samples, log and plot."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, besides those at the start and the end. 0 saves only the last one, and one at an
-    interruption. Unset: a quarter of the run."""
+    interruption. Unset: a quarter of the run, at most 1000."""
     keep: int = 2
     """Number of checkpoints to keep; fewer than two count as two."""
     resume: bool = False

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
+MOST_ROWS = 40
+"""Of a sheet, which is drawn anew each time: with more it would take longer each time, and no program would show it."""
+
 
 class Samples:
     """The sample pictures of one run.
 
         RUN/samples/000060/0.png    each picture, by step and prompt
-        RUN/samples.png             all of them on one sheet
+        RUN/samples.png             all of them on one sheet, or MOST_ROWS of the steps
 
     modules: what is set to evaluation while drawing. within: a context to draw in, such as a running mean's `applied`.
     draw: draws pictures for prompts and seeds. Only the main process does.
@@ -66,8 +69,9 @@ class Samples:
         for number, picture in enumerate(pictures):
             with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
                 picture.save(temporary)
-        side = max(max(picture.size) for picture in pictures)
-        rows = [(each, [as_on_a_sheet(picture, side) for picture in row]) for each, row in self._rows(self._steps)]
+        side, steps = max(max(picture.size) for picture in pictures), thinned(self._steps, MOST_ROWS)
+        count = len(steps) * len(pictures)
+        rows = [(each, [as_on_a_sheet(picture, side, count) for picture in row]) for each, row in self._rows(steps)]
         labels = [f"step {each}" for each, _ in rows]
         sheet = contact_sheet([row for _, row in rows], row_labels=labels, column_labels=self.prompts)
         with atomic_path(self._run.folder / "samples.png") as temporary:
@@ -87,6 +91,12 @@ class Samples:
 
     def _paths(self, step: int) -> list[Path]:
         return [self._folder / f"{step:06d}" / f"{number}.png" for number in range(len(self.prompts))]
+
+
+def thinned(steps: Sequence[int], most: int) -> list[int]:
+    """The first, the last, and every so manieth between, so that there are at most `most` (two or more)."""
+    stride = max(1, -(-(len(steps) - 1) // (most - 1)))
+    return [*steps[:-1][::stride], *steps[-1:]]
 
 
 @contextmanager

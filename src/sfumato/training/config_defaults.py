@@ -22,6 +22,8 @@ MUON_RATE_FACTOR = 3
 """How many times higher a rate is for Muon than for AdamW: the root mean square of its steps is a fifth of the rate,
 that of AdamW's first steps the whole. Chosen by styles on pocket: at four times, one lost more of its things than it
 gained (docs/methods.md)."""
+LARGEST_CHECKPOINT_INTERVAL = 1000
+"""In steps, where none is given: what a power cut may cost, and no quarter of a run of days."""
 AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
 
 
@@ -53,7 +55,11 @@ def resolve(
     is_free = getattr(config, "drift_limit", None) is None
     often = -(-config.steps // 10) if examples.in_group("validation") and is_free else quarter
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
-    for name, unset in (("sample_every", quarter), ("measure_every", often), ("checkpoint_every", quarter)):
+    for name, unset in (
+        ("sample_every", quarter),
+        ("measure_every", often),
+        ("checkpoint_every", min(quarter, LARGEST_CHECKPOINT_INTERVAL)),
+    ):
         values[name] = unset if getattr(config, name) is None else getattr(config, name)
     if getattr(config, "train_text_encoder", False):
         assert config.learning_rate is not None
