@@ -147,7 +147,7 @@ def _check_axes(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -
     if (x.kind, x.label) == (y.kind, y.label) and x.kind != "adapter":
         raise ConfigError(f"--x and --y both vary {x.label or x.kind}; give them different settings.")
     if config.prompt is None and "prompt" not in (x.kind, y.kind):
-        raise ConfigError("there is no prompt; give --prompt, or an axis such as --y 'prompt=a crab|an owl'.")
+        raise ConfigError('there is no prompt; give --prompt, or an axis such as --y "prompt=a crab|an owl".')
     if config.adapter_weight != Config.adapter_weight and "adapter" not in (x.kind, y.kind):
         raise ConfigError(
             f"--adapter-weight {config.adapter_weight:g}: no axis is adapter=...; a --lora has its weight as FILE:0.8."

@@ -250,8 +250,11 @@ def next_commands(style: Path, subject: Path, config: Config) -> list[str]:
     """Three commands that work as they are, even without an active environment: they call sfumato as it was called."""
     a, b = shell.quote(str(style)), shell.quote(str(subject))
     on = "" if is_pocket(config) else f"{shell.join(base_words(config))} "
-    by_path = Path(sys.argv[0]).name == "sfumato" and shutil.which("sfumato") is None
-    program = shell.quote(sys.argv[0]) if by_path else "sfumato"
+    called = Path(sys.argv[0])
+    if called.is_relative_to(Path.cwd()):  # PowerShell runs nothing in quotes, which a space above may need
+        called = called.relative_to(Path.cwd())
+    by_path = called.name == "sfumato" and shutil.which("sfumato") is None
+    program = shell.quote(str(called)) if by_path else "sfumato"
     return [
         f'{program} generate "{SUBJECT}" {on}--lora {a} --lora {b} --seed 3 -o flamingo.png',
         f"{program} generate guitar tulip owl {on}--lora {a} --sweep style=0,0.5,1 -o sweep.png",

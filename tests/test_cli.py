@@ -253,6 +253,31 @@ def test_the_commands_that_quickstart_names_run_where_no_environment_is_active(m
         assert {shlex.split(line)[0] for line in next_commands(Path("a"), Path("b"), Config())} == {called}
 
 
+def test_the_commands_that_quickstart_names_begin_without_quotes_in_a_folder_with_a_space(monkeypatch, tmp_path):
+    """PowerShell runs no program that stands in quotes."""
+    from pathlib import Path
+
+    from sfumato.pipelines.quickstart import Config, next_commands
+
+    clone = tmp_path / "my clone"
+    clone.mkdir()
+    monkeypatch.chdir(clone)
+    monkeypatch.setattr("sys.argv", [str(clone / ".venv/bin/sfumato"), "quickstart"])
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert all(line.startswith(".venv/bin/sfumato ") for line in next_commands(Path("a"), Path("b"), Config()))
+
+
+def test_a_torch_that_windows_cannot_load_is_said(capsys):
+    said = 'initialization routine failed. Error loading "C:\\c10.dll" or one of its dependencies.'
+
+    def program(_):
+        raise OSError(1114, said)
+
+    assert cli.guarded(program, []) == 2
+    assert "torch cannot be loaded (" in (line := capsys.readouterr().err)
+    assert line.endswith("Redistributable (https://aka.ms/vs/17/release/vc_redist.x64.exe), or torch again.\n")
+
+
 @pytest.mark.parametrize(
     ("words", "said"), [(["train"], "train wants a trainer: "), (["ls", "foo"], "ls takes nothing")]
 )

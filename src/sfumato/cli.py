@@ -236,6 +236,11 @@ _ADVICE = {
 
 
 def _on_file(error: OSError) -> str:
+    if "or one of its dependencies" in str(error):  # so torch says of its own libraries on Windows
+        return (
+            f"torch cannot be loaded ({_reason(error)[:200]}). Install Microsoft's Visual C++ Redistributable "
+            "(https://aka.ms/vs/17/release/vc_redist.x64.exe), or torch again."
+        )
     place = error.filename2 or error.filename
     where = f"{place}: " if place is not None else ""
     advice = _ADVICE.get(error.errno or 0, "Make room or see to its permissions.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from sfumato.errors import ConfigError
+from sfumato.text_files import decode
 
 _ADVICE = r"Write paths with / or in single quotes: 'C:\pictures'."
 
@@ -15,9 +15,8 @@ _ADVICE = r"Write paths with / or in single quotes: 'C:\pictures'."
 def read_toml(path: Path) -> dict[str, Any]:
     """The file's values; UTF-8, or UTF-16 that says so. Raises ConfigError, one line, for what is no TOML; OSError."""
     data = path.read_bytes()
-    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return tomllib.loads(data.decode("utf-16" if is_wide else "utf-8-sig"))
+        return tomllib.loads(decode(data))
     except (ValueError, RecursionError) as error:  # a number too long, values too deep, or no TOML at all
         said = " ".join(str(error).split())
         advice = f" {_ADVICE}" if "Unescaped" in said or "hex value" in said else ""

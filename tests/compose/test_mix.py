@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,10 @@ def test_a_weight_that_cannot_be_meant_is_refused(sd1, write, weight):
     mixed = weights_sha(sd1)
     refused(lambda: mix.set(a=weight), "a: ")
     assert weights_sha(sd1) == mixed != before
+
+
+def test_a_label_is_written_as_a_keyboard_does_whatever_finder_made_of_the_files_name():
+    assert Adapter(unicodedata.normalize("NFD", "dossier/été.safetensors")).label == "été"
 
 
 def test_one_label_twice_is_refused(sd1, write):

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 from made_up import noise_picture
@@ -31,6 +31,14 @@ def test_pictures_come_sorted_by_name_with_the_words_of_their_names(pictures):
     assert names(folder) == ["crab.png", "house.png", "pizza.png", "red-apple.png", "rocket.png", "tulip.png"]
     assert captions(folder)[3] == "red apple, zwx style"
     assert folder.notes == ()
+
+
+def test_the_order_is_that_of_the_letters_on_every_system(tmp_path, monkeypatch):
+    """Windows compares paths in small letters, and with another order a seed would train another model there."""
+    for name in ("a", "B", "img_1", "IMG_2"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(PurePath, "__lt__", lambda one, other: str(one).lower() < str(other).lower())
+    assert names(read_folder(tmp_path, caption_template="a")) == ["B.png", "IMG_2.png", "a.png", "img_1.png"]
 
 
 def test_caption_files_come_before_metadata_and_names(pictures):

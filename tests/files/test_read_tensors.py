@@ -1,7 +1,9 @@
 """Tensors out of the mapped file: the values that the safetensors library reads, and none that are not finite."""
 
+import functools
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,12 +119,23 @@ def test_copies_of_a_file_that_changed_or_holds_what_is_not_finite_are_refused(t
         read_copies(header, ["w"], torch.float32)
 
 
-def test_what_cannot_be_mapped_or_has_no_numbers(tmp_path):
+def fail(words):
+    raise RuntimeError(words)
+
+
+def test_what_cannot_be_mapped_or_has_no_numbers(tmp_path, monkeypatch):
     path = write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
     header = read_header(path)
     path.unlink()
     assert said(read_tensors, path, header=header).startswith("a.safetensors: the file could not be mapped (")
     save_file({"v": torch.ones(1), "w": torch.tensor([1.0, float("nan")])}, path)
+    with monkeypatch.context() as patched:
+        empty = SimpleNamespace(data_ptr=functools.partial(fail, "data pointer on an invalid python storage"))
+        patched.setattr(torch.UntypedStorage, "from_file", lambda *_: empty)
+        assert said(read_tensors, path) == (
+            "a.safetensors: the file could not be mapped (data pointer on an invalid python storage). Close other "
+            "programs, or enlarge Windows' page file."
+        )
     assert said(read_tensors, path) == (
         "a.safetensors: 1 of 2 tensors hold NaN or Inf, first w. The training that wrote it diverged; use an earlier "
         "save."

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -83,6 +84,19 @@ def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch, flags
     assert bf16.cpu_has_bf16() is has_bf16
     assert bf16.multiplies_bf16(torch.device("cpu")) is has_bf16
     assert not bf16.multiplies_bf16(torch.device("mps"))
+
+
+def test_where_linux_does_not_tell_the_flags_torch_does(monkeypatch):
+    """On Windows the processor's name holds its maker and no flags."""
+    asked = {
+        f"_is_{name}_supported": name in ("avx512", "avx512_bf16") for name in ("avx512", "avx512_bf16", "amx_tile")
+    }
+    for name, has in asked.items():
+        assert hasattr(torch.cpu, name)
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
+    monkeypatch.setattr(products, "Path", lambda _: Path("/nowhere"))
+    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 25 Model 97, AuthenticAMD")
+    assert products.processor.__wrapped__() == "AMD64 Family 25 Model 97, AuthenticAMD avx512f avx512_bf16"
 
 
 @pytest.mark.parametrize("adapting", [True, False])
@@ -261,7 +275,7 @@ def test_on_a_cpu_eight_bits_want_a_bitsandbytes_that_steps_there(monkeypatch, b
     if steps:
         assert decide(optimizer="adamw8bit").optimizer_state == "8 bit"
         return
-    with pytest.raises(PrecisionError, match=r"bitsandbytes 0\.49\.2 steps on CUDA alone. Run `pip install 'bitsandb"):
+    with pytest.raises(PrecisionError, match=r"bitsandbytes 0\.49\.2 steps on CUDA alone. Run `pip install \"bitsandb"):
         decide(optimizer="adamw8bit")
 
 

@@ -1,5 +1,7 @@
 """Where texts hold phrases."""
 
+import unicodedata
+
 import pytest
 
 from sfumato.prompts.phrases import has_phrase
@@ -18,6 +20,8 @@ from sfumato.prompts.phrases import has_phrase
         ("[a]", "b[a]c", True, True),
         ("é", "café", False, False),
         ("dress", "red dresses", False, True),
+        ("강아지", unicodedata.normalize("NFD", "강아지, 사진"), True, True),
+        (unicodedata.normalize("NFD", "chaton été"), "un chaton été", True, True),
     ],
 )
 def test_a_phrase_stands_by_itself(phrase, text, held, in_the_plural):

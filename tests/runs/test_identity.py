@@ -97,6 +97,9 @@ def test_a_fact_that_cannot_be_written_stops_and_lets_the_folder_go(tmp_path, mo
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def held_open(*_):
+        raise PermissionError(errno.EACCES, "The file is in use", "samples.png")
+
     for resume, elsewhere in ((False, ", or give another --output"), (True, "")):
         if resume:
             start(tmp_path).close()
@@ -105,6 +108,11 @@ def test_a_fact_that_cannot_be_written_stops_and_lets_the_folder_go(tmp_path, mo
             patched.setattr(identity, "write_facts", full)
             said = problem(lambda run=run: run.identify(data="d"))
         assert said == f"{tmp_path / 'run'}: No space left on device. Make room{elsewhere}."
+        run = start(tmp_path, resume=resume)
+        with monkeypatch.context() as patched:
+            patched.setattr(identity, "write_facts", held_open)
+            said = problem(lambda run=run: run.identify(data="d"))
+        assert said == f"samples.png: The file is in use. Close what has it open{elsewhere}."
         assert not run._claim.is_held
         assert (tmp_path / "run").exists() == resume
 
@@ -125,11 +133,19 @@ def test_a_folder_that_does_not_tell_its_program_is_not_another_s(tmp_path):
     assert differences(tmp_path, config, "small") == ["program other -> small"]
 
 
-@pytest.mark.parametrize("content", [None, b"width = ", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, b"width = ", b"\xff\xfe\x00", b"\xff"])
 def test_a_config_that_cannot_be_read_is_a_difference(content, tmp_path):
     if content is not None:
         (tmp_path / "config.toml").write_bytes(content)
     assert differences(tmp_path, Config(output=Path("run")), "small") == ["config.toml is missing or broken"]
+
+
+def test_a_config_that_an_editor_marked_as_unicode_is_read(tmp_path):
+    config = Config(output=Path("run"))
+    folder_of(config, tmp_path)
+    text = (tmp_path / "config.toml").read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(text, encoding="utf-8-sig")
+    assert differences(tmp_path, config, "small") == []
 
 
 def test_a_long_value_is_cut_and_comes_on_one_line(tmp_path):

@@ -17,6 +17,7 @@ from sfumato.command_line.specs import checked_folder, without_tags
 from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
 from sfumato.prompts.tags import LETTERS
+from sfumato.text_files import decode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Of the pictures that are written, in small letters."""
@@ -25,7 +26,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def prompts_in(file: Path) -> list[str]:
     """The prompts of --prompts-file, one a line. Raises ConfigError where it is no text."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.strip() for line in decode(file.read_bytes()).split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(

@@ -1,15 +1,14 @@
 """Captions: from the files people keep them in, through a template."""
 
-import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import MappingProxyType
 
 from charset_normalizer import from_bytes
 
 from sfumato.errors import ConfigError, DataError
+from sfumato.text_files import decode, wide_by_mark
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of the files with one picture's caption, in the order they are looked for."""
@@ -17,14 +16,6 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = "metadata.jsonl"
 _FIELDS = ("caption", "trigger")
 _LARGEST_CAPTION = 1_000_000
-_WIDE_BOMS = MappingProxyType(
-    {
-        codecs.BOM_UTF32_LE: "utf-32",
-        codecs.BOM_UTF32_BE: "utf-32",
-        codecs.BOM_UTF16_LE: "utf-16",
-        codecs.BOM_UTF16_BE: "utf-16",
-    }
-)
 
 
 _LIKELY = ["cp1252", "cp932", "cp1251", "gb18030", "euc_kr", "big5"]
@@ -135,10 +126,7 @@ def _bytes(path: Path) -> bytes:
 def _unicode(data: bytes) -> str | None:
     """The text, if the bytes say that they are Unicode."""
     try:
-        wide = next((name for bom, name in _WIDE_BOMS.items() if data.startswith(bom)), None)
-        if wide is None and _wide_without_mark(data):
-            return None
-        return data.decode(wide or "utf-8-sig")
+        return None if wide_by_mark(data) is None and _wide_without_mark(data) else decode(data)
     except UnicodeDecodeError:
         return None
 
@@ -149,7 +137,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     That is Hugging Face's imagefolder; `caption` does for `text`. Raises DataError with the line's number.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other ends of lines, U+2028 say
+        lines = decode(path.read_bytes()).split("\n")  # a text may hold other ends of lines, U+2028 say
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path.name}: cannot be read as UTF-8 ({type(error).__name__}). Save it so.") from None
     found: dict[str, str] = {}

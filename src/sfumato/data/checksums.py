@@ -14,6 +14,7 @@ from types import MappingProxyType
 from sfumato.data.captions import is_text
 from sfumato.errors import DataError
 from sfumato.files.atomic import write_text
+from sfumato.text_files import decode
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](?:\./)?(.+?)\r?")
@@ -33,7 +34,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             raise DataError(f"{NAME}: {path.stat().st_size:,} bytes; no list of checksums is that long. Write it anew.")
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a name may hold other ends of lines, U+2028 say
+        lines = decode(path.read_bytes()).split("\n")  # a name may hold other ends of lines, U+2028 say
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{NAME}: cannot be read as UTF-8 ({type(error).__name__}). Write it anew.") from None
     found: dict[str, str] = {}

@@ -195,7 +195,9 @@ class _Reader:
         self.captions = [e for e in entries if self._is_caption(e) and self._is_inside(e)]
         self.likely = None
         self.read_below = {parent for path in below for parent in path.parents}
-        pictures = [entry for entry in sorted({*entries, *below}) if self._is_picture(entry)]
+        # By their parts: Windows compares paths in small letters, and the order decides what is learned.
+        ordered = sorted({*entries, *below}, key=lambda path: path.parts)
+        pictures = [entry for entry in ordered if self._is_picture(entry)]
         for path in pictures:
             caption = self._caption(path, described.get(path, ""), words)
             mask = self._mask_of(path)

@@ -280,7 +280,7 @@ def filled(base: Base, cell: Cell) -> dict[str, Any]:
 def digest_of(path: Path) -> str:
     """What an adapter is, metadata included, which say how it is drawn with: the sha256 of its files' sha256 in their
     order, one for a plain file, all of peft's folder."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*")), key=lambda file: file.parts)
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:

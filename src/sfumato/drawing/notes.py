@@ -118,7 +118,7 @@ def unread_marks(prompts: Sequence[str], syntax: Syntax) -> list[str]:
     if wild := [found[0] for text in prompts if (found := _WILDCARDS.search(text))]:
         lines.append(
             f"{wild[0]} is drawn as letters: there are no wildcards. Give each prompt by itself, or draw them with "
-            "sfumato grid --x 'prompt=red crab|blue crab'."
+            'sfumato grid --x "prompt=red crab|blue crab".'
         )
     if named := [found[0] for text in prompts if (found := re.search(r"\bembedding:[\w.-]+", text))]:
         lines.append(

@@ -132,10 +132,13 @@ def _mapped(path: Path, header: Header, names: Iterable[str]) -> dict[str, Tenso
     """Views of the file. Every offset was checked with the header, which must be the file's still."""
     try:
         memory = torch.UntypedStorage.from_file(str(path), False, header.size)
+        memory.data_ptr()  # raises where Windows had no memory to map it, which torch does not look at
         size = path.stat().st_size
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise FileError(f"{path.name}: the file could not be mapped ({reason}). Download it again.") from None
+        is_full = "1455" in reason or "invalid python storage" in reason
+        advice = "Close other programs, or enlarge Windows' page file" if is_full else "Download it again"
+        raise FileError(f"{path.name}: the file could not be mapped ({reason}). {advice}.") from None
     start = torch.empty(0, dtype=torch.uint8).set_(memory[: header.data_start])
     _check_unchanged(header, size, start.numpy().data)
     tensors = {}

@@ -128,8 +128,8 @@ def optimizer_state_of(optimizer: str, device: torch.device) -> tuple[str, str]:
         found = importlib.metadata.version("bitsandbytes")
         if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < BITSANDBYTES_ON_CPU:
             raise PrecisionError(
-                f"--optimizer {optimizer}: bitsandbytes {found} steps on CUDA alone. Run `pip install "
-                "'bitsandbytes>=0.50'`, which does on a CPU, too, or use adamw."
+                f"--optimizer {optimizer}: bitsandbytes {found} steps on CUDA alone. Run "
+                '`pip install "bitsandbytes>=0.50"`, which does on a CPU, too, or use adamw.'
             )
         return "8 bit", f"{optimizer} was named: a quarter of the memory, and on a CPU many times the time"
     return "8 bit", f"{optimizer} was named"

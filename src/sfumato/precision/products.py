@@ -56,11 +56,21 @@ def mkl_is_slow() -> bool:
 
 @cache
 def processor() -> str:
-    """What Linux tells of the first processor, its maker and flags among it; elsewhere its name."""
+    """What Linux tells of the first processor, its maker and flags among it; elsewhere its name, which on Windows holds
+    the maker, and the flags that torch knows of."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
     except OSError:
-        return platform.processor()
+        flags = (flag for flag, asked in _FLAGS.items() if getattr(torch.cpu, asked, bool)())
+        return " ".join([platform.processor(), *flags])
+
+
+_FLAGS = {
+    "avx512f": "_is_avx512_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "amx_bf16": "_is_amx_tile_supported",  # no processor has the one without the other
+}
+"""By Linux's names of flags, what torch calls its questions; they are its own, and may be lacking."""
 
 
 def _product() -> Callable[..., Tensor] | None:

@@ -6,6 +6,7 @@ Importing this loads no torch.
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _BEFORE, _AFTER = r"(?<![^\W_])", r"(?![^\W_])"
 """No letter or digit beside it. An underscore parts words, as CLIP's tokenizer has it: "zwx" is in "zwx_style"."""
@@ -23,4 +24,6 @@ def whole(phrase: str, *, plural: bool = False) -> str:
 
 def has_phrase(phrase: str, text: str, *, plural: bool = False) -> bool:
     """Whether the text holds the phrase, in small letters or capitals; plural: as of `whole`."""
+    # macOS writes accents in names of files apart from their letters, and the tokenizer joins them.
+    phrase, text = (unicodedata.normalize("NFC", each) for each in (phrase, text))
     return re.search(whole(phrase, plural=plural), text, re.IGNORECASE) is not None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sfumato.errors import RunError
+from sfumato.errors import ConfigError, RunError
 from sfumato.runs import identity
 from sfumato.runs.options import FolderOptions
+from sfumato.toml import read_toml
 
 WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
 """What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
@@ -161,8 +161,8 @@ def forget_samples(folder: Path, step: int) -> None:
 def _name_of(folder: Path) -> str:
     """What the run in the folder calls what it learns."""
     try:
-        name = tomllib.loads((folder / "config.toml").read_text("utf-8")).get("name")
-    except (OSError, ValueError):
+        name = read_toml(folder / "config.toml").get("name")
+    except (OSError, ConfigError):
         name = None
     return name if isinstance(name, str) and name and Path(name).name == name else folder.resolve().name
 

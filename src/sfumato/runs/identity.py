@@ -13,8 +13,10 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from sfumato import config as configs
+from sfumato.errors import ConfigError
 from sfumato.files.atomic import write_text
 from sfumato.runs.options import AnyRun, FolderOptions, settled
+from sfumato.toml import read_toml
 
 WITHOUT_EFFECT = frozenset(
     (
@@ -147,8 +149,8 @@ def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:
     if saved_program and facts.get("copy") != (copy and copy.as_posix()):
         changed.append(f"program {facts.get('copy') or 'its own'} -> {copy or 'its own'}")
     try:
-        before = tomllib.loads((folder / "config.toml").read_bytes().decode())
-    except (OSError, ValueError):
+        before = read_toml(folder / "config.toml")
+    except (OSError, ConfigError):
         return [*changed, "config.toml is missing or broken"]
     now = tomllib.loads(configs.to_toml(anchored(config)))
     before = _defaults(config) | before  # of a field that is newer than the folder

@@ -268,7 +268,8 @@ class Run:
         folder = shell.quote(str(self.folder))
         if self._claim.copy:
             started = f"{launcher.removesuffix('-m ')}" or "python "
-            return f"{started}{shell.quote(str(self._claim.copy))} {folder}/config.toml --output {folder} --resume"
+            config = shell.quote(str(self.folder / "config.toml"))
+            return f"{started}{shell.quote(str(self._claim.copy))} {config} --output {folder} --resume"
         return f"{launcher}sfumato resume {folder}"
 
     def _or_stop(self, write: Callable[[], None]) -> None:
@@ -277,7 +278,9 @@ class Run:
         except OSError as error:
             self.withdraw()
             elsewhere = "" if self._config.resume else ", or give another --output"
-            raise RunError(f"{self.folder}: {error.strerror}. Make room{elsewhere}.") from None
+            # Windows removes no file that another program has open.
+            advice = "Close what has it open" if isinstance(error, PermissionError) else "Make room"
+            raise RunError(f"{error.filename or self.folder}: {error.strerror}. {advice}{elsewhere}.") from None
 
     # For `Step`
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -41,7 +42,10 @@ class Adapter:
     @property
     def label(self) -> str:
         """The adapter's name in the mix."""
-        return without_suffix(public_name(self.path)) if self.name is None else self.name
+        if self.name is not None:
+            return self.name
+        # As a keyboard writes it: macOS has accents in names of files apart from their letters.
+        return unicodedata.normalize("NFC", without_suffix(public_name(self.path)))
 
 
 def public_name(path: str | os.PathLike[str]) -> str:

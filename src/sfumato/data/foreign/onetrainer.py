@@ -22,6 +22,7 @@ from sfumato.data.foreign.settings import (
 )
 from sfumato.data.listing import list_folder
 from sfumato.errors import ConfigError
+from sfumato.text_files import decode
 
 _MOST_REPEATS = 99_999
 """As a source of a dataset.toml has them."""
@@ -176,7 +177,7 @@ def _prompts(text: Mapping[str, Any], folder: Path, notes: list[str]) -> list[st
         raise ConfigError(f"prompt_source is {origin!r}; wanted sample, concept or filename.")
     path = str(text.get("prompt_path", ""))
     try:
-        lines = (find(path, folder) or Path(path)).read_text(encoding="utf-8-sig").splitlines()
+        lines = decode((find(path, folder) or Path(path)).read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(f"prompt_path {path!r}: not readable as text ({reason}). Name the file of prompts.") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from sfumato.data.captions import CAPTION_SUFFIXES
 from sfumato.errors import ConfigError
+from sfumato.text_files import decode
 
 Sources = list[dict[str, Any]]
 """Keys and values of each [[source]], in the order of datasets/README.md."""
@@ -28,7 +29,7 @@ FROM_NAMES = (
 def read(path: Path) -> Any:
     """The file's values, without those that name nothing. Raises ConfigError for what is no TOML, YAML or JSON."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(f"{path}: not readable as text ({reason}). Name the config of the other tool.") from None
