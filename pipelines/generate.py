@@ -15,7 +15,7 @@ from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.base_options import DrawingBaseOptions
 from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
-from sfumato.command_line.plan import Plan
+from sfumato.command_line.plan import Plan, without_existing
 from sfumato.command_line.regions_and_steps import parse_region, parse_steps
 from sfumato.command_line.specs import (
     in_blocks,
@@ -32,6 +32,7 @@ from sfumato.config import parse
 from sfumato.drawing.placement import AdapterPlacement, RegionSpec
 from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
@@ -86,6 +87,9 @@ class Config(DrawingBaseOptions):
     """Where to save: a .png (or .jpg, .webp) file for one image or one sheet, a folder for several images."""
     overwrite: bool = False
     """Replace images that exist. Otherwise they are an error before anything is generated."""
+    skip_existing: bool = False
+    """Leave images that exist as they are, whatever their settings, and generate the others: with it the same command
+    goes on after an interruption."""
     prompts_file: Path | None = None
     """Text file with one prompt on each line. Empty lines and lines that begin with # are skipped."""
     sweep: str | None = None
@@ -159,7 +163,10 @@ def plan(config: Config) -> Plan:
         raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
     check_start(config.image, config.mask, config.strength)
     embeddings = tuple(parse_embedding(spec) for spec in config.embedding)
-    files = picture_files(config.output, pictures, is_sheet=is_sheet, overwrite=config.overwrite, given=config.prompts)
+    if config.overwrite and config.skip_existing:
+        raise ConfigError("--overwrite and --skip-existing: images that exist are replaced or left; give one of them.")
+    may_exist = config.overwrite or config.skip_existing
+    files = picture_files(config.output, pictures, is_sheet=is_sheet, may_exist=may_exist, given=config.prompts)
     size = None if config.size is None else parse_size(config.size)
     negative = config.negative or ""
     return Plan(pictures, negative, adapters, strengths, embeddings, size, files, sweep, placement)
@@ -278,6 +285,13 @@ def _placement(
 def generate(config: Config) -> tuple[Path, ...]:
     """Generate what the config asks for. Returns the files; each is complete and contains its settings."""
     wanted = plan(config)
+    files = wanted.files
+    if config.skip_existing:
+        wanted = without_existing(wanted)
+        if left := len(files) - len(wanted.files):
+            say(f"{left} of {pluralize(len(files), 'image')} exist already and are left as they are.")
+        if not wanted.files:
+            return files
 
     from sfumato.drawing.drawn import sampler_label, save_drawn
     from sfumato.drawing.notes import unguided
@@ -307,7 +321,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         for (picture, used, about), file in zip(drawn, wanted.files, strict=True):
             save_drawn(picture, used, about, file, sampler, words)
             print(file)
-    return wanted.files
+    return files
 
 
 def _with_asked(

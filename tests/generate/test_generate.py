@@ -264,3 +264,45 @@ def test_weighted_words_and_words_of_some_steps_change_the_picture(generate):
     code, _, err = generate("a circle", *syntax, "--region", f"line=0,0,1,1:{prompts[2]}", "-o", "whole.png")
     assert code == 0, err
     assert abs(pixels("whole.png") - late).max() <= 1
+
+
+def test_images_that_exist_are_left_and_the_others_are_the_same_as_of_one_call(generate):
+    words = ["a cat", "a dog <lora:line:0.8>", "an owl --s 3", "--lora", "o=otter.safetensors:0.6", "--count", "2"]
+    assert generate(*words, "-o", "whole")[0] == 0
+    names = sorted(path.name for path in Path("whole").iterdir())
+    Path("part").mkdir()
+    for name in names[1::2]:
+        Path("part", name).write_bytes(b"mine")
+    code, out, err = generate(*words, "-o", "part")
+    assert (code, out) == (2, "")
+    assert err.endswith("say --overwrite, or --skip-existing for the others alone.\n")
+    code, out, err = generate(*words, "-o", "part", "--skip-existing")
+    assert (code, "3 of 6 images exist already and are left as they are." in err) == (0, True)
+    assert out.splitlines() == [str(Path("part", name)) for name in names[::2]]
+    for name in names[::2]:
+        # In a batch of another size the last bits of a sum are others.
+        assert np.abs(pixels(f"part/{name}").astype(int) - pixels(f"whole/{name}")).max() <= 1
+    assert all(Path("part", name).read_bytes() == b"mine" for name in names[1::2])
+    code, out, err = generate(*words, "-o", "part", "--skip-existing")
+    assert (code, out) == (0, "")
+    assert err == "6 of 6 images exist already and are left as they are.\n"
+
+
+def test_a_sheet_that_exists_is_left_whole(generate):
+    words = [
+        "a cat",
+        "a dog",
+        "--lora",
+        "line.safetensors",
+        "--sweep",
+        "line=0,1",
+        "-o",
+        "sheet.png",
+        "--skip-existing",
+    ]
+    assert generate(*words)[:2] == (0, "sheet.png\n")
+    before = Path("sheet.png").read_bytes()
+    assert generate(*words)[:2] == (0, "")
+    assert Path("sheet.png").read_bytes() == before
+    code, _, err = generate(*words, "--overwrite")
+    assert (code, "--overwrite and --skip-existing" in err) == (2, True)

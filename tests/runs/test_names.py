@@ -77,7 +77,7 @@ def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> N
     from sfumato.drawing.request import PictureRequest
 
     asked = [PictureRequest(prompt, 7, None, {}) for prompt in prompts]
-    files = picture_files(root / "run", asked, is_sheet=False, overwrite=False, given=prompts)
+    files = picture_files(root / "run", asked, is_sheet=False, may_exist=False, given=prompts)
     assert len({str(file).casefold() for file in files}) == len(prompts)
     assert all(file.parent == root / "run" and file.resolve().parent == (root / "run").resolve() for file in files)
     assert all(len(file.name.encode()) < 255 and file.name.isprintable() for file in files)

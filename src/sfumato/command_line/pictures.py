@@ -92,11 +92,11 @@ _OTHER_FILES = frozenset(
 
 
 def picture_files(
-    output: Path, pictures: Sequence[PictureRequest], *, is_sheet: bool, overwrite: bool, given: Sequence[str]
+    output: Path, pictures: Sequence[PictureRequest], *, is_sheet: bool, may_exist: bool, given: Sequence[str]
 ) -> tuple[Path, ...]:
     """One file for each picture, or one for the sheet of all. given: the prompts as the command line has them.
 
-    Raises ConfigError for a file that exists, without `overwrite`, and where they cannot be written.
+    Raises ConfigError for a file that exists, unless it `may_exist`, and where they cannot be written.
     """
     count = 1 if is_sheet else len(pictures)
     suffix = "" if output.is_dir() else output.suffix.lower()
@@ -113,8 +113,11 @@ def picture_files(
     files = (output,) if is_file else in_folder
     checked_folder(output.parent if is_file else output, f"--output {output}")
     there = [file for file in files if file.exists()]
-    if there and not overwrite:
-        raise ConfigError(f"--output {output}: {there[0]} exists already; name another place, or say --overwrite.")
+    if there and not may_exist:
+        or_skip = "" if len(files) == 1 else ", or --skip-existing for the others alone"
+        raise ConfigError(
+            f"--output {output}: {there[0]} exists already; name another place, or say --overwrite{or_skip}."
+        )
     return files
 
 

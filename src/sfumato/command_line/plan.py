@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 from sfumato.drawing.placement import AdapterPlacement
@@ -63,3 +64,12 @@ class Plan:
         return (
             {each.label: each.weight for each in self.adapters} if picture.tag_weights is None else picture.tag_weights
         )
+
+
+def without_existing(plan: Plan) -> Plan:
+    """The plan without the images whose files exist; a sheet's are all there or all wanted."""
+    wanted = [not file.exists() for file in plan.files]
+    if len(plan.files) < len(plan.pictures):
+        wanted *= len(plan.pictures)
+    files = tuple(file for file in plan.files if not file.exists())
+    return replace(plan, pictures=tuple(compress(plan.pictures, wanted)), files=files)
