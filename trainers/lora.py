@@ -225,7 +225,7 @@ def train(config: Config) -> Path:
     run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
     noising = config.noising(base)
     priors = priors_of(config, base, dataset, class_set, noising, lora)
-    crossing = crossing_of(config, base, dataset, processes, lora)
+    crossing = crossing_of(config, base, dataset, processes, lora, global_batch)
     lora.train()
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
@@ -502,14 +502,18 @@ def priors_of(
     return priors
 
 
-def crossing_of(config: Config, base: Base, dataset: Dataset, processes: Processes, lora: Attached) -> Crossing | None:
+def crossing_of(
+    config: Config, base: Base, dataset: Dataset, processes: Processes, lora: Attached, global_batch: int
+) -> Crossing | None:
     """The base model's versions of the images for --crossed-share, if that was asked for."""
     if not config.crossed_share:
         return None
-    from sfumato.training.crossed import Crossing
+    from sfumato.training.crossed import Course, Crossing
 
+    assert config.steps is not None, "resolve() fills it"
+    course = Course(config.steps, global_batch, config.noising(base).timesteps)
     with lora.disabled():
-        return Crossing(base, dataset, config.seed, config.crossed_share, shown=processes.is_main)
+        return Crossing(base, dataset, config.seed, config.crossed_share, course, shown=processes.is_main)
 
 
 def trained_adapter_of(

@@ -11,7 +11,7 @@ from sfumato import data, diffusion, randomness
 from sfumato.bases import load_base
 from sfumato.errors import DataError
 from sfumato.runs.micro_batch import MicroBatch
-from sfumato.training.crossed import DDIM_STEPS, FIRST_SHARE, START_SHARES, Crossing
+from sfumato.training.crossed import DDIM_STEPS, FIRST_SHARE, START_SHARES, Course, Crossing
 from sfumato.training.noising import draw_noised
 from tests.tiny import CPU
 
@@ -126,6 +126,27 @@ def test_the_share_is_that_of_the_samples_and_the_seed_says_of_which(base, datas
         found[share, seed] = changed
         assert sum(changed) == pytest.approx(share * sum(could), abs=0.2 * sum(could) if share else 0)
     assert found[0.5, 7] != found[0.5, 8]
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_what_a_run_does_not_cross_is_not_drawn_and_all_that_it_does(steps, base, dataset, crossing, monkeypatch):
+    """By seed 7 all that is crossed is a function of the step and the place."""
+    monkeypatch.setattr(Crossing, "_draw", lambda _, batch, text: batch.latents)
+    course = Course(steps, 4, range(len(base.alpha_bar)))
+    few, crossed, seen = Crossing(base, dataset, 7, 0.5, course, shown=False), set(), set()
+    for step in range(steps):
+        micro = MicroBatch(step, 4, 0, 4)
+        plain = draw_noised(base, dataset, 7, micro, embed_text=False)
+        views = list(zip(plain.batch.indices, plain.batch.variants, strict=True))
+        changed = (another(crossing, 0.5).cross(plain, micro).noise != plain.noise).flatten(1).any(1)
+        crossed |= {view for view, is_changed in zip(views, changed.tolist(), strict=True) if is_changed}
+        seen |= set(views)
+        few.cross(plain, micro)
+    assert few._drawn.keys() == crossed
+    assert 0 < len(crossed) < len(seen)
+    assert Crossing(base, dataset, 7, 1.0, Course(500, 4, course.timesteps), shown=False)._drawn.keys() == set(
+        crossing._drawn
+    )
 
 
 def test_a_place_of_the_global_batch_is_crossed_alike_whoever_draws_it(base, dataset, crossing):

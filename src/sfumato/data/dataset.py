@@ -6,7 +6,7 @@ any number of processes, accumulated micro-batches or restarts sees the same sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 
@@ -18,6 +18,9 @@ from sfumato.data.order import Order
 from sfumato.data.tags import vary
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
+
+View = tuple[int, int]
+"""A picture, and which of its crops and whether mirrored."""
 
 
 class Dataset:
@@ -103,19 +106,29 @@ class Dataset:
         Without `embed_text` the captions come without their embeddings.
         """
         places = range(batch_size)[first : None if count is None else first + count]
-        order = self.order(seed, step, batch_size)
-        indices = [order[place] for place in places]
-        drawn = list(zip((self._items[index] for index in indices), places, strict=True))
+        views = self.drawn_views(seed, step, batch_size)
+        indices, variants = [views[place][0] for place in places], [views[place][1] for place in places]
 
         def noise(row: int, shape: tuple[int, ...]) -> torch.Tensor:
             return randomness.normal(shape, seed, "posterior", step, places[row])
 
-        variants = [self._variant(item, seed, step, place) for item, place in drawn]
-        captions = [self._caption(item, seed, step, place) for item, place in drawn]
+        drawn = zip(indices, places, strict=True)
+        captions = [self._caption(self._items[index], seed, step, place) for index, place in drawn]
         return self._batch(indices, variants, captions, noise, embed_text=embed_text)
 
-    def views(self, pixels: int) -> Iterator[Batch]:
-        """Each picture once, and once mirrored where it may be; by sizes, at most so many pixels at once.
+    def drawn_views(self, seed: int, step: int, batch_size: int) -> list[View]:
+        """The view of each place of a step's global batch."""
+        order = self.order(seed, step, batch_size)
+        return [(index, self._variant(self._items[index], seed, step, place)) for place, index in enumerate(order)]
+
+    @property
+    def view_count(self) -> int:
+        """How many there are: of each picture one, and one more where it may be mirrored."""
+        return sum(2 if item.flip else 1 for item in self._items)
+
+    def views(self, pixels: int, wanted: Container[View] | None = None) -> Iterator[Batch]:
+        """Each picture once, and once mirrored where it may be, or those of them that are wanted; by sizes, at most so
+        many pixels at once.
 
         The latents are the posteriors' means, the captions whole, without embeddings. Raises DataError for pictures
         that are cut at random places.
@@ -123,7 +136,8 @@ class Dataset:
         if any(item.crop.positions > 1 for item in self._items):
             raise crops_move()
         turns = [(0, 1) if item.flip else (0,) for item in self._items]
-        return self._by_size([(index, variant) for index, own in enumerate(turns) for variant in own], pixels)
+        views = [(index, variant) for index, own in enumerate(turns) for variant in own]
+        return self._by_size([view for view in views if wanted is None or view in wanted], pixels)
 
     def middles(self, count: int, pixels: int) -> Iterator[Batch]:
         """So many of the pictures, drawn by lot and always the same, in turns if there are fewer; each cut in its
@@ -132,9 +146,9 @@ class Dataset:
         indices = [lot[place % len(lot)] for place in range(count)]
         return self._by_size([(index, self._middle(self._items[index])) for index in indices], pixels)
 
-    def _by_size(self, views: Sequence[tuple[int, int]], pixels: int) -> Iterator[Batch]:
-        """Batches of these (picture, variant), each of one size."""
-        of_size: dict[Size, list[tuple[int, int]]] = {}
+    def _by_size(self, views: Sequence[View], pixels: int) -> Iterator[Batch]:
+        """Batches of these views, each of one size."""
+        of_size: dict[Size, list[View]] = {}
         for index, variant in views:
             of_size.setdefault(self._items[index].crop.size, []).append((index, variant))
         for (width, height), alike in of_size.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from sfumato.words import embedding
 if TYPE_CHECKING:
     from sfumato.bases import Base, TextEmbedding
     from sfumato.data import Batch, Dataset
+    from sfumato.data.dataset import View
     from sfumato.training.noising import NoisedBatch
 
 START_SHARES = (0.6, 0.75, 0.9)
@@ -38,29 +40,58 @@ def first_timestep(base: Base) -> int:
     return round(FIRST_SHARE * len(base.alpha_bar))
 
 
+@dataclass(frozen=True)
+class Course:
+    """The steps that a run takes. batch: the global one. timesteps: those of the base that are drawn."""
+
+    steps: int
+    batch: int
+    timesteps: range
+
+
 class Crossing:
-    """The base's drawing of each view of the pictures, and the samples that show it.
+    """The base's drawing of the views of the pictures that a run crosses, and the samples that show it.
 
     The base is to be as it was before the training while this is made. share: of the samples from FIRST_SHARE on that
-    are crossed, 0 to 1. All is a function of seed, step and place in the global batch. Raises DataError for crops at
-    random places.
+    are crossed, 0 to 1. course: None draws all views. All is a function of seed, step and place in the global batch.
+    Raises DataError for crops at random places.
     """
 
-    def __init__(self, base: Base, data: Dataset, seed: int, share: float, *, shown: bool = True):
+    def __init__(
+        self, base: Base, data: Dataset, seed: int, share: float, course: Course | None = None, *, shown: bool = True
+    ):
         self._base, self._seed, self._share = base, seed, share
         self._first = first_timestep(base)
-        batches = list(data.views(LATENTS_AT_ONCE // 2 * base.vae_factor**2))  # two rows each, for guidance
+        wanted = None if course is None else self._crossed(data, course)
+        batches = list(data.views(LATENTS_AT_ONCE // 2 * base.vae_factor**2, wanted))  # two rows each, for guidance
+        told = [list(dict.fromkeys(each.captions)) for each in batches]
         with (
             torch.no_grad(),
             base.lazy_weights.restored_after(),
         ):  # once for all: what rests is read from its file again
-            texts = [embedding.encode(base, each.captions).to("cpu") for each in batches]  # there may be thousands
+            texts = [embedding.encode(base, each).to("cpu") for each in told]  # there may be thousands
             self._untold = base.unconditional(1)
-        self._drawn: dict[tuple[int, int], Tensor] = {}
+        self._drawn: dict[View, Tensor] = {}
         batches_shown = tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown)
-        for batch, text in zip(batches_shown, texts, strict=True):
-            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, text), strict=True):
+        for batch, captions, text in zip(batches_shown, told, texts, strict=True):
+            own = text[[captions.index(each) for each in batch.captions]]
+            for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, own), strict=True):
                 self._drawn[index, variant] = latents.cpu()  # there may be thousands
+
+    def _crossed(self, data: Dataset, course: Course) -> set[View]:
+        """The views that the run crosses, from its first step on, however far it has come: of thousands of pictures a
+        run may see a few."""
+        found: set[View] = set()
+        for step in range(course.steps):
+            if len(found) == data.view_count:
+                break
+            timesteps = diffusion.stratified_timesteps(course.batch, course.timesteps, self._seed, step).tolist()
+            views = data.drawn_views(self._seed, step, course.batch)
+            found |= {view for place, view in enumerate(views) if self._is_crossed(timesteps[place], step, place)}
+        return found
+
+    def _is_crossed(self, timestep: int, step: int, place: int) -> bool:
+        return timestep >= self._first and randomness.uniform(self._seed, "crossed", step, place) < self._share
 
     @torch.no_grad()
     def _draw(self, batch: Batch, text: TextEmbedding) -> Tensor:
@@ -92,7 +123,7 @@ class Crossing:
         views = zip(noised.batch.indices, noised.batch.variants, strict=True)
         for row, (view, timestep) in enumerate(zip(views, noised.timesteps.tolist(), strict=True)):
             place = micro.step, micro.first + row
-            if timestep >= self._first and randomness.uniform(self._seed, "crossed", *place) < self._share:
+            if self._is_crossed(timestep, *place):
                 part = randomness.uniform(self._seed, "crossed part", *place)
                 shown[row] = torch.lerp(latents[row], self._drawn[view].to(latents), part)
         alpha_bar = self._base.alpha_bar.to(latents.device)[noised.timesteps]
