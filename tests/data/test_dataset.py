@@ -9,7 +9,7 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.data import Example, open_image, prepare, read_folder
+from sfumato.data import Example, open_image, prepare, preparing, read_folder
 from sfumato.errors import ConfigError, DataError
 
 
@@ -156,6 +156,39 @@ def test_pictures_that_no_step_holds_are_told(pictures, base):
     assert not [
         note for note in prepare(read(pictures), base, resolution=64, will_draw=(0, 3, 2)).notes if "none" in note
     ]
+
+
+def test_what_an_hour_would_be_wasted_on_is_said_before_it_is_spent(pictures, base, monkeypatch):
+    monkeypatch.setattr(preparing, "KEPT_BYTES", 0)
+    said = []
+    data = prepare(
+        read(pictures),
+        base,
+        resolution=64,
+        will_draw=(0, 2, 2),
+        say=lambda note: said.append((note, base.encoded)),
+        progress=lambda *what: said.append(what),
+    )
+    (unseen, _), (memory, _), first, *_ = said
+    assert unseen == "2 of 6 images come in none of the 2 steps; more steps learn from all."
+    assert memory == "latents take 0 MiB of memory; --cache DIR keeps them on disk"
+    assert first == ("images", 0, 6)
+    assert [encoded for _, encoded in said[:2]] == [0, 0]
+    assert data.notes == []
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"crop": "pad"}, {"crop": "random"}])
+@pytest.mark.parametrize(("most", "mask"), [(2048, "none"), (0, "files")])
+def test_the_memory_that_latents_take_is_foreseen(options, most, mask, shapes, base, monkeypatch):
+    monkeypatch.setattr(preparing, "MOST_VARIANTS", most)
+    for path in [*shapes.glob("*.png")] if mask == "files" else ():
+        Image.open(path).save(path.with_suffix(".mask.png"))
+    options = {"resolution": 64, "buckets": False, **options}
+    taken = sum(item.nbytes for item in prepare(read(shapes, mask=mask), base, **options)._items)
+    for kept, count in ((taken, 0), (taken - 1, 1)):
+        monkeypatch.setattr(preparing, "KEPT_BYTES", kept)
+        notes = prepare(read(shapes, mask=mask), base, **options).notes
+        assert len([note for note in notes if "MiB of memory" in note]) == count
 
 
 def test_flips_are_mirror_images_and_come_half_the_time(pictures, base):

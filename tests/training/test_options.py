@@ -286,6 +286,7 @@ def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
     draws = (3, 10, 4)
     assert ALL_GIVEN.prepare("examples", "base", embed_text=False, will_draw=draws, drawn_over=True) == "prepared"
     assert given.pop("progress") is not None
+    assert given.pop("say") is not None
     assert given == {
         "first": ("examples", "base"),
         "resolution": 96,

@@ -79,10 +79,6 @@ class Dataset:
             self._orders[key] = Order(self._samples, self.sizes, seed, batch_size, self._together or batch_size)
         return self._orders[key][step]
 
-    def unseen(self, seed: int, steps: int, batch_size: int) -> int:
-        """How many pictures come in none of the steps 0 to `steps` of a run."""
-        return len(self) - len({index for step in range(steps) for index in self.order(seed, step, batch_size)})
-
     def drawn_captions(self, seed: int, steps: int, batch_size: int) -> set[str]:
         """Every caption that the steps 0 to `steps` of a run hold."""
         return {

@@ -35,6 +35,15 @@ class Order:
             self._next_epoch()
         return self._full[step * self._batch : (step + 1) * self._batch]
 
+    def unseen(self, steps: int) -> int:
+        """How many pictures come in none of the steps 0 to `steps`."""
+        left = set(self._samples)
+        for step in range(steps):
+            left.difference_update(self[step])
+            if not left:
+                break
+        return len(left)
+
     def _next_epoch(self) -> None:
         for place in randomness.permutation(len(self._samples), self._seed, "order", self._epoch):
             picture = self._samples[place]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -40,6 +41,7 @@ from sfumato.data.images import upright_size
 from sfumato.data.latents import PreparedPicture, encode, keep_pixels
 from sfumato.data.listing import some
 from sfumato.data.options import CropMode, Options
+from sfumato.data.order import Order
 from sfumato.data.prefetch import prefetch
 from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import CaptionEmbeddings
@@ -103,6 +105,7 @@ def prepare(
     cache: Path | None = None,
     drawn_over: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Decode, crop and encode every example once.
 
@@ -114,7 +117,8 @@ def prepare(
     for them. together: how many samples of a step must be of one size, those of a call of the U-Net; unset, all.
     cache: a folder for latents and embeddings, where they are found again. drawn_over: whether `views` will be asked
     for, so that what it refuses is refused before anything is decoded. progress: called with "images" or "captions",
-    and how many of how many are done.
+    and how many of how many are done. say: told, before anything is decoded, how many pictures come in no step and what
+    memory the latents take; unset, the notes tell.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
@@ -126,15 +130,18 @@ def prepare(
     skip_bad = isinstance(examples, ExampleSet) and examples.skip_bad
     examples = [replace(example, options=example.options.over(defaults)) for example in examples]
     sizes = checked_sizes(resolution, _bucket_step(base, resolution), buckets=buckets)
-    if drawn_over and any(crop.positions > 1 for _, crop in _random_crops(examples, sizes, base.vae_factor)):
+    foreseen = list(_foreseen(examples, sizes, base.vae_factor))
+    if drawn_over and any(crop.positions > 1 for _, crop in foreseen):
         raise crops_move()
     store = None if cache is None else Cache(cache)
-    plan = _plan_of(examples, sizes, base, store)
+    plan = _plan_of(foreseen, sizes, base, store)
+    for note in _early_notes(foreseen, plan, store, base, will_draw, together):
+        (say or notes.append)(note)
     tell = progress or _tell_nobody
     gathered = _gathered(examples, plan, store, base, skip_bad, tell)
     items = gathered.items
     refuse_bad(gathered.bad, len(examples), skip_bad)
-    notes.extend(_notes(gathered, plan, store, base))
+    notes.extend(_notes(gathered, plan, base))
     device = base.precision.device if hasattr(base, "precision") else torch.device("cpu")
     dataset = Dataset(
         items,
@@ -146,11 +153,6 @@ def prepare(
         notes=notes,
         together=together,
     )
-    if will_draw is not None and (unseen := dataset.unseen(*will_draw)):
-        dataset.notes.append(
-            f"{unseen} of {pluralize(len(dataset), 'image')} come in none of the {will_draw[1]} steps; more "
-            "steps learn from all."
-        )
     if embed_text:
         texts = CaptionEmbeddings(base, store)
         dataset.notes.extend(_embed(texts, dataset, items, will_draw, tell))
@@ -171,33 +173,62 @@ def _bucket_step(base: Base, resolution: int) -> int:
     return side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
 
 
-def _plan_of(examples: Sequence[Example], sizes: list[Size], base: Base, store: Cache | None) -> _Plan:
-    vae = getattr(base, "vae", None)
-    weights = weights_digest([vae]) if store and vae is not None else ""
-    in_loop = _too_many(examples, sizes, base.vae_factor)
-    return _Plan(sizes, base.vae_factor, in_loop, weights, str(getattr(vae, "dtype", None)))
-
-
-def _too_many(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> bool:
-    """Whether the random crops are too many to be encoded beforehand."""
-    variants = 0
-    for example, crop in _random_crops(examples, sizes, vae_factor):
-        variants += crop.positions * (2 if example.options.flip else 1)
-        if variants > MOST_VARIANTS:
-            return True
-    return False
-
-
-def _random_crops(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> Iterator[tuple[Example, Crop]]:
-    """The examples that are cut at random places, by what their files' headers say, with their crops."""
+def _foreseen(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> Iterator[tuple[Example, Crop]]:
+    """The examples with their crops, by what their files' headers say."""
     for example in examples:
-        if example.options.crop != "random":
-            continue
         try:
             size = upright_size(example.path)
         except DataError:
             continue  # said when it is decoded
-        yield example, fit_crop(size, nearest_bucket(size, sizes), "random", vae_factor)
+        yield example, fit_crop(size, nearest_bucket(size, sizes), example.options.crop or "center", vae_factor)
+
+
+def _plan_of(foreseen: Sequence[tuple[Example, Crop]], sizes: list[Size], base: Base, store: Cache | None) -> _Plan:
+    vae = getattr(base, "vae", None)
+    weights = weights_digest([vae]) if store and vae is not None else ""
+    return _Plan(sizes, base.vae_factor, _too_many(foreseen), weights, str(getattr(vae, "dtype", None)))
+
+
+def _too_many(foreseen: Sequence[tuple[Example, Crop]]) -> bool:
+    """Whether the random crops are too many to be encoded beforehand."""
+    random = [(example, crop) for example, crop in foreseen if example.options.crop == "random"]
+    return sum(crop.positions * (2 if example.options.flip else 1) for example, crop in random) > MOST_VARIANTS
+
+
+def _early_notes(
+    foreseen: Sequence[tuple[Example, Crop]],
+    plan: _Plan,
+    store: Cache | None,
+    base: Base,
+    will_draw: tuple[int, int, int] | None,
+    together: int | None,
+) -> Iterator[str]:
+    """What the person should know before hours are spent on it."""
+    if will_draw is not None and foreseen:
+        seed, steps, batch = will_draw
+        samples = [place for place, (example, _) in enumerate(foreseen) for _ in range(example.repeats)]
+        order = Order(samples, [crop.size for _, crop in foreseen], seed, batch, together or batch)
+        if unseen := order.unseen(steps):
+            yield (
+                f"{unseen} of {pluralize(len(foreseen), 'image')} come in none of the {steps} steps; more steps learn "
+                "from all."
+            )
+    size = sum(_bytes_of(example, crop, plan, base) for example, crop in foreseen)
+    if size > KEPT_BYTES and store is None:
+        yield f"latents take {size / 2**20:,.0f} MiB of memory; --cache DIR keeps them on disk"
+    elif size > KEPT_BYTES:
+        yield f"latents take {size / 2**20:,.0f} MiB and stay on disk, memory-mapped"
+
+
+def _bytes_of(example: Example, crop: Crop, plan: _Plan, base: Base) -> int:
+    """What the tensors of a picture take."""
+    masked = example.mask is not None or example.alpha_mask or crop.inside is not None
+    mask = math.prod(crop.resized) // plan.vae_factor**2 if masked else 0
+    if plan.in_loop and crop.positions > 1:
+        return 3 * math.prod(crop.resized) + mask
+    variants = crop.positions * (2 if example.options.flip else 1)
+    numbers: int = 2 * base.unet.config.in_channels * math.prod(crop.size) // plan.vae_factor**2
+    return variants * numbers * torch.float32.itemsize + mask
 
 
 @dataclass
@@ -374,7 +405,7 @@ def _embed(
             yield f"{len(captions):,} captions are too many to keep in memory; they are encoded in the loop"
 
 
-def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) -> Iterator[str]:
+def _notes(gathered: _Gathered, plan: _Plan, base: Base) -> Iterator[str]:
     """What the person should know of the pictures and captions."""
     items = gathered.items
     opaque = [note.removesuffix(f": {OPAQUE}") for note in gathered.notes if note.endswith(OPAQUE)]
@@ -383,7 +414,8 @@ def _notes(gathered: _Gathered, plan: _Plan, store: Cache | None, base: Base) ->
         yield without_alpha(opaque)
     yield from (f"left out: {reason}" for reason in gathered.bad)
     yield from _crop_notes(items)
-    yield from _kept_notes(plan.in_loop, store, gathered.nbytes)
+    if plan.in_loop:
+        yield "random crops are too many to be encoded beforehand; pixels are kept and encoded in the loop"
     if note := _cut_note(base, items):
         yield note
     if note := without_trigger((item.name, item.caption) for item in items):
@@ -403,12 +435,3 @@ def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:
         yield f"{len(small)} of {len(items)} images are smaller than is learned, so they are enlarged: {some(small)}"
     if cut:
         yield f"{len(cut)} of {len(items)} images lose more than a quarter to the crop: {some(cut)}"
-
-
-def _kept_notes(in_loop: bool, store: Cache | None, bytes_kept: int) -> Iterator[str]:
-    if in_loop:
-        yield "random crops are too many to be encoded beforehand; pixels are kept and encoded in the loop"
-    if bytes_kept > KEPT_BYTES and store is None:
-        yield f"latents take {bytes_kept / 2**20:,.0f} MiB of memory; --cache DIR keeps them on disk"
-    elif bytes_kept > KEPT_BYTES:
-        yield f"latents take {bytes_kept / 2**20:,.0f} MiB and stay on disk, memory-mapped"

@@ -130,7 +130,7 @@ class DataOptions:
         wrote. other: settings that differ from the options, as `data.prepare` takes them.
         """
         from sfumato import data
-        from sfumato.runs.progress import Preparation
+        from sfumato.runs.progress import Preparation, speaking
 
         assert self.resolution is not None, "resolve() fills it"
         chosen: dict[str, Any] = {
@@ -145,9 +145,10 @@ class DataOptions:
         }
         chosen |= other
         chosen |= {"embed_text": embed_text, "will_draw": will_draw}
-        shown = Preparation(shown=processes is None or processes.is_main)
+        is_main = processes is None or processes.is_main
+        shown = Preparation(shown=is_main)
         with processes.main_first() if processes and chosen["cache"] else nullcontext(), shown:
-            return data.prepare(examples, base, **chosen, progress=shown)
+            return data.prepare(examples, base, **chosen, progress=shown, say=speaking(is_main))
 
 
 @dataclass(frozen=True, kw_only=True)
