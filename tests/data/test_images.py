@@ -3,6 +3,7 @@
 import io
 import struct
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 import sfumato.data
-from sfumato.data.images import open_image, open_mask, open_picture, read_size, upright_size
+from sfumato.data.images import _eight_bits, open_image, open_mask, open_picture, read_size, upright_size
 from sfumato.errors import DataError
 
 
@@ -72,10 +73,20 @@ def test_broken_exif_costs_no_pixel(tmp_path):
 
 
 def test_sixteen_bit_grey_is_scaled_by_257(tmp_path):
-    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     seen = np.asarray(open_image(tmp_path / "ramp.png"))[..., 0]
     assert np.abs(seen - ramp / 257).max() <= 0.5
+
+
+def test_sixteen_bit_grey_takes_little_memory(tmp_path):
+    """Of 50 megapixels a number of 64 bits for each would take 400 MB, three times."""
+    grey = Image.fromarray(np.arange(2**16, dtype=np.uint16).reshape(256, 256)).resize((1024, 1024))
+    tracemalloc.start()
+    _eight_bits(grey, tmp_path / "a.png")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most <= 10 * 1024 * 1024
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

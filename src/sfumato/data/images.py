@@ -5,6 +5,7 @@ refused: Pillow's LOAD_TRUNCATED_IMAGES would fill what is missing with grey.
 """
 
 import io
+import math
 import threading
 import warnings
 import zlib
@@ -151,6 +152,14 @@ def upright_size(path: Path) -> tuple[int, int]:
         return (file.size[1], file.size[0]) if turned else file.size
 
 
+def pixels_of(path: Path) -> int:
+    """How many pixels a picture has by its header; 0 where it cannot be opened."""
+    try:
+        return math.prod(read_size(path))
+    except DataError:
+        return 0
+
+
 def check_size(path: Path, size: tuple[int, int], *, any_ratio: bool = False) -> None:
     """Refuse what is too large to decode, or, unless any ratio of the sides will do, too long to crop."""
     width, height = size
@@ -295,10 +304,12 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
         raise DataError(f"{path.name}: floating-point pixels, whose white is unknown. Save it with 8 or 16 bits.")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise DataError(f"{path.name}: 32-bit pixels, whose white is unknown. Save it with 8 or 16 bits.")
-    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values = values.astype(np.uint16)
+    # (values + 128) // 257, but in 16 bits: in more a large picture takes a gigabyte.
+    grey = Image.fromarray((values // 257 + (values % 257 > 128)).astype(np.uint8))
     clear = image.info.get("transparency")
     if not isinstance(clear, int):
         return grey

@@ -37,7 +37,7 @@ from sfumato.data.folder import (
     without_alpha,
     without_trigger,
 )
-from sfumato.data.images import upright_size
+from sfumato.data.images import pixels_of, upright_size
 from sfumato.data.latents import PreparedPicture, encode, keep_pixels
 from sfumato.data.listing import some
 from sfumato.data.options import CropMode, Options
@@ -257,7 +257,12 @@ def _gathered(
     found = _Gathered()
     tell("images", 0, len(examples))
     labels = labels_of([example.path for example in examples])
-    read = prefetch(zip(examples, labels, strict=True), lambda named: _read(*named, plan, store), window=_WINDOW)
+    read = prefetch(
+        zip(examples, labels, strict=True),
+        lambda named: _read(*named, plan, store),
+        window=_WINDOW,
+        pixels=lambda named: pixels_of(named[0].path),
+    )
     while window := list(islice(read, _WINDOW)):
         found.bad.extend(str(done) for done in window if isinstance(done, DataError))
         good = [done for done in window if isinstance(done, _Done)]

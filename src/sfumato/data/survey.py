@@ -17,6 +17,7 @@ from sfumato.data.buckets import Crop, Size
 from sfumato.data.checksums import check_files
 from sfumato.data.crops import crop_example
 from sfumato.data.folder import Example
+from sfumato.data.images import pixels_of
 from sfumato.data.prefetch import prefetch
 from sfumato.errors import DataError
 
@@ -70,7 +71,8 @@ def survey(
     def look(example: Example) -> PictureStats:
         return measure_picture(example, sizes, vae_factor, thumbnail=thumbnails)
 
-    for done, found in enumerate(prefetch(examples, look, window=_AHEAD), start=1):
+    looks = prefetch(examples, look, window=_AHEAD, pixels=lambda example: pixels_of(example.path))
+    for done, found in enumerate(looks, start=1):
         yield found
         if progress:
             progress(done, len(examples))

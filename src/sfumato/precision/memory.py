@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from typing import Any
 
 import torch
+
+from sfumato import glibc
 
 
 def keep_freed_memory() -> None:
@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
 
     Arrays over 32 MB, the most that glibc allows, still go back to the system at once. Without glibc nothing happens.
     """
-    mallopt = _of_glibc("mallopt")
+    mallopt = glibc.function("mallopt")
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
@@ -25,9 +25,7 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Return to the system the freed memory that `keep_freed_memory` and the GPU's allocator keep: for when a part of a
     model is released."""
-    malloc_trim = _of_glibc("malloc_trim")
-    if malloc_trim is not None:
-        malloc_trim(0)
+    glibc.trim()
     cuda: Any = torch.cuda
     if cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -40,7 +38,3 @@ def give_back_dropped_models() -> None:
     Python frees them only when it looks for such."""
     gc.collect()
     give_back_freed_memory()
-
-
-def _of_glibc(name: str) -> Any:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
