@@ -113,6 +113,29 @@ def test_validation_is_the_fit_of_pictures_held_out(base, examples):
     assert sum(noisy) == 32
 
 
+def test_only_pictures_that_are_measured_are_encoded(base, tmp_path, monkeypatch):
+    """A run knows all of them again, and measures what it would if all were encoded."""
+    for number in range(70):
+        Image.new("RGB", (64 + 16 * (number % 2), 64), (3 * number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    config = lora.Config(images=tmp_path, output=Path("run"), resolution=64, caption="{caption}")
+    found = hold_out(read_folder(tmp_path, caption_template="{caption}"), 0.5)
+    dataset = config.prepare(found.in_group("instance"), base)
+    encode, encoded = base.encode_pixels, []
+    monkeypatch.setattr(type(base), "encode_pixels", lambda _, pixels: encoded.extend(pixels) or encode(pixels))
+    few = prepare_validation(config, base, found, None)
+    assert len(few) == 35
+    assert len(encoded) == 32
+    all_of_them = prepare_validation(config, base, dataclasses.replace(found, skip_bad=True), None)
+    assert len(encoded) == 32 + 35
+    assert (few.fingerprint, few.contents, few.notes) == (
+        all_of_them.fingerprint,
+        all_of_them.contents,
+        all_of_them.notes,
+    )
+    values = [Metrics(base, dataset, {}, held_out=each).values()["validation"] for each in (few, all_of_them)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 def test_pictures_held_out_are_measured_as_they_are(base, tmp_path):
     """Whatever else is done to those that are learned; padding stays, which loses nothing of a picture."""
     for name in "ab":

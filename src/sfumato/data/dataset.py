@@ -138,8 +138,7 @@ class Dataset:
     def middles(self, count: int, pixels: int) -> Iterator[Batch]:
         """So many of the pictures, drawn by lot and always the same, in turns if there are fewer; each cut in its
         middle, else as `views`."""
-        lot = randomness.permutation(len(self), 0, "middles")
-        indices = [lot[place % len(lot)] for place in range(count)]
+        indices = middles_of(len(self), count)
         return self._by_size([(index, self._middle(self._items[index])) for index in indices], pixels)
 
     def _by_size(self, views: Sequence[View], pixels: int) -> Iterator[Batch]:
@@ -195,6 +194,12 @@ class Dataset:
         if dropout and randomness.uniform(seed, "caption dropout", step, place) < dropout:
             return ""
         return vary(item.caption, item.options, seed, step, place)
+
+
+def middles_of(pictures: int, count: int) -> list[int]:
+    """Which of so many pictures `Dataset.middles` gives."""
+    lot = randomness.permutation(pictures, 0, "middles")
+    return [lot[place % pictures] for place in range(count)]
 
 
 def crops_move() -> DataError:

@@ -30,8 +30,8 @@ class PreparedPicture:
 
     tensors, or the entry of the cache that holds them: mean and deviation, (variants, channels, height/f, width/f), or
     `pixels`, (3, height, width) uint8 of all positions, where they are encoded in the loop; mask: (1, height/f,
-    width/f) of all positions, uint8, if there is one. Variant p is the crop at position p; with flip, 2 p and 2 p + 1
-    are the crop and its mirror image.
+    width/f) of all positions, uint8, if there is one. A picture that nothing asks for has neither. Variant p is the
+    crop at position p; with flip, 2 p and 2 p + 1 are the crop and its mirror image.
     """
 
     name: str

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice
@@ -26,7 +27,7 @@ from sfumato.data.cache import (
 )
 from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import OPAQUE, Cropped, crop_example
-from sfumato.data.dataset import Dataset, crops_move
+from sfumato.data.dataset import Dataset, crops_move, middles_of
 from sfumato.data.folder import (
     Example,
     ExampleSet,
@@ -64,13 +65,14 @@ KEPT_BYTES = 2**28
 
 @dataclass(frozen=True)
 class _Done:
-    """One example, decoded or found in the cache. label: its name, unlike the others'. digest: of its file and mask."""
+    """One example. label: its name, unlike the others'. digest: of its file and mask. result: decoded, found in the
+    cache, or only the crop where nothing asks for the pixels."""
 
     example: Example
     label: str
     digest: str
     key: str
-    result: Cropped | Entry
+    result: Cropped | Entry | Crop
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def prepare(
     together: int | None = None,
     cache: Path | None = None,
     drawn_over: bool = False,
+    measured: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Dataset:
@@ -116,9 +119,10 @@ def prepare(
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
     for them. together: how many samples of a step must be of one size, those of a call of the U-Net; unset, all.
     cache: a folder for latents and embeddings, where they are found again. drawn_over: whether `views` will be asked
-    for, so that what it refuses is refused before anything is decoded. progress: called with "images" or "captions",
-    and how many of how many are done. say: told, before anything is decoded, how many pictures come in no step and what
-    memory the latents take; unset, the notes tell.
+    for, so that what it refuses is refused before anything is decoded. measured: how many pictures `middles` will be
+    asked for, where that is all; of the others only the files are looked at, unless `skip_bad`. progress: called with
+    "images" or "captions", and how many of how many are done. say: told, before anything is decoded, how many pictures
+    come in no step and what memory the latents take; unset, the notes tell.
 
     Raises DataError that names the bad files, ConfigError for a resolution that the base cannot take.
     """
@@ -130,7 +134,10 @@ def prepare(
     skip_bad = isinstance(examples, ExampleSet) and examples.skip_bad
     examples = [replace(example, options=example.options.over(defaults)) for example in examples]
     sizes = checked_sizes(resolution, _bucket_step(base, resolution), buckets=buckets)
-    foreseen = list(_foreseen(examples, sizes, base.vae_factor))
+    asked = set(range(len(examples)))
+    if measured is not None and not skip_bad:  # of those that bad ones leave, others would be drawn
+        asked = set(middles_of(len(examples), measured))
+    foreseen = list(_foreseen([examples[place] for place in sorted(asked)], sizes, base.vae_factor))
     if drawn_over and any(crop.positions > 1 for _, crop in foreseen):
         raise crops_move()
     store = None if cache is None else Cache(cache)
@@ -138,7 +145,7 @@ def prepare(
     for note in _early_notes(foreseen, plan, store, base, will_draw, together):
         (say or notes.append)(note)
     tell = progress or _tell_nobody
-    gathered = _gathered(examples, plan, store, base, skip_bad, tell)
+    gathered = _gathered(examples, asked, plan, store, base, skip_bad, tell)
     items = gathered.items
     refuse_bad(gathered.bad, len(examples), skip_bad)
     notes.extend(_notes(gathered, plan, base))
@@ -176,11 +183,14 @@ def _bucket_step(base: Base, resolution: int) -> int:
 def _foreseen(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> Iterator[tuple[Example, Crop]]:
     """The examples with their crops, by what their files' headers say."""
     for example in examples:
-        try:
-            size = upright_size(example.path)
-        except DataError:
-            continue  # said when it is decoded
-        yield example, fit_crop(size, nearest_bucket(size, sizes), example.options.crop or "center", vae_factor)
+        with suppress(DataError):  # said when it is decoded
+            yield example, _crop_of(example, sizes, vae_factor)
+
+
+def _crop_of(example: Example, sizes: list[Size], vae_factor: int) -> Crop:
+    """The crop that `crop_example` makes, by the file's header."""
+    size = upright_size(example.path)
+    return fit_crop(size, nearest_bucket(size, sizes), example.options.crop or "center", vae_factor)
 
 
 def _plan_of(foreseen: Sequence[tuple[Example, Crop]], sizes: list[Size], base: Base, store: Cache | None) -> _Plan:
@@ -247,18 +257,19 @@ class _Gathered:
 
 def _gathered(
     examples: Sequence[Example],
+    asked: Container[int],
     plan: _Plan,
     store: Cache | None,
     base: Base,
     skip_bad: bool,
     tell: Callable[[str, int, int], None],
 ) -> _Gathered:
-    """The examples, decoded and encoded a few dozen at a time, in their order."""
+    """The examples in their order, those whose places are asked for decoded and encoded a few dozen at a time."""
     found = _Gathered()
     tell("images", 0, len(examples))
     labels = labels_of([example.path for example in examples])
     read = prefetch(
-        zip(examples, labels, strict=True),
+        zip(examples, labels, (place in asked for place in range(len(examples))), strict=True),
         lambda named: _read(*named, plan, store),
         window=_WINDOW,
         pixels=lambda named: pixels_of(named[0].path),
@@ -299,14 +310,17 @@ def _tell_nobody(what: str, done: int, count: int) -> None:
     """The progress of a call that asks for none."""
 
 
-def _read(example: Example, label: str, plan: _Plan, store: Cache | None) -> _Done | DataError:
-    """The example's crop, from the cache if it is there, or what is wrong with it."""
+def _read(example: Example, label: str, asked: bool, plan: _Plan, store: Cache | None) -> _Done | DataError:
+    """The example's crop, with its pixels or from the cache if it is asked for, or what is wrong with it."""
     try:
         files = example.files
         before = [stamp(path.stat()) for path in files]
         content = [file_digest(path) for path in files]
         for path, wanted, found in zip(files, example.checksums, content, strict=False):
             refuse_changed(path, wanted, found)
+        if not asked:
+            crop = _crop_of(example, plan.sizes, plan.vae_factor)
+            return _Done(example, label, "".join(content), "", crop)
         key = key_of(
             kind="latents",
             files=content,
@@ -338,8 +352,11 @@ def _items(
     notes: list[str] = []
     for done in good:
         options = done.example.options
-        if isinstance(done.result, Entry):
-            entry: Entry | None = done.result
+        entry: Entry | None = None
+        if isinstance(done.result, Crop):
+            tensors, crop, words = None, done.result, []
+        elif isinstance(done.result, Entry):
+            entry = done.result
             tensors = done.result.tensors()
             crop = crop_from_text(done.result.metadata["crop"])
             words = json.loads(done.result.metadata["notes"])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _MOST = 16
-_VALIDATIONS = 32
+VALIDATIONS = 32
 """Samples of the pictures held out: a few pictures at a few timesteps each would tell little."""
 _DRIFTS = ("class_drift", "drift")
 _Noised: TypeAlias = "tuple[Batch, Tensor, Tensor]"
@@ -62,7 +62,7 @@ class Metrics:
         self._base, self._modules, self._within = base, list(modules), within
         count = min(_MOST, len(data))
         self._learned = _noised(base, data, count)
-        self._held_out = None if held_out is None else _noised(base, held_out, _VALIDATIONS)
+        self._held_out = None if held_out is None else _noised(base, held_out, VALIDATIONS)
         self._watched = {name: [prompts[i % len(prompts)] for i in range(count)] for name, prompts in watched.items()}
         with pristine():
             self._before = {name: self._predict(prompts) for name, prompts in self._watched.items()}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sfumato.data.listing import some
 from sfumato.data.options import Options
 from sfumato.numerals import pluralize
+from sfumato.training.metrics import VALIDATIONS
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -31,7 +32,7 @@ def prepare_validation(
         options = dataclasses.replace(plain, crop="center" if crop == "random" else crop)
         as_they_are.append(dataclasses.replace(each, repeats=1, options=options))
     chosen = dataclasses.replace(held_out, examples=tuple(as_they_are))
-    dataset = config.prepare(chosen, base, embed_text=False, processes=processes)
+    dataset = config.prepare(chosen, base, embed_text=False, measured=VALIDATIONS, processes=processes)
     names = some([each.path.name for each in held_out])
     dataset.notes.append(f"{pluralize(len(dataset), 'image is', 'images are')} held out for validation: {names}")
     return dataset
