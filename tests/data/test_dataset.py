@@ -280,6 +280,20 @@ def test_what_was_to_be_masked_and_is_opaque_is_told(tmp_path, base):
         assert said in prepare(examples, base, resolution=64, cache=tmp_path / "cache").notes
 
 
+def test_what_is_to_be_said_of_many_pictures_is_one_line(tmp_path, base):
+    for number in range(5):
+        Image.new("CMYK", (64, 64), (number, 0, 0, 0)).save(tmp_path / f"{number}.jpg")
+    Image.new("CMYK", (64, 64)).save(tmp_path / "other.tif")
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    examples = [Example(path, "x") for path in sorted(tmp_path.iterdir())]
+    for _ in range(2):  # the second time of what is in the cache
+        assert prepare(examples, base, resolution=64, cache=tmp_path / "cache").notes == [
+            "0.jpg, 1.jpg, 2.jpg and 3 more: CMYK without a colour profile; its colours are a guess",
+            "moves.gif: an animation; its first frame is taken",
+        ]
+
+
 def test_a_mask_of_a_file_counts_where_it_is_not_transparent(tmp_path, base):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))

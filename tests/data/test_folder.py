@@ -267,6 +267,17 @@ def test_a_guessed_encoding_is_said(pictures):
     assert "crab.txt: not UTF-8; read as" in read_folder(pictures, caption_template="{caption}").notes[0]
 
 
+def test_what_is_to_be_said_of_many_captions_is_one_line(pictures):
+    for path in sorted(pictures.glob("*.png")):
+        path.with_suffix(".txt").write_bytes(f"d\xe9j\xe0 vu, {path.stem}".encode("cp1252"))
+    (pictures / "tulip.txt").write_text("")
+    said = read_folder(pictures, caption_template="{caption}").notes
+    assert said == (
+        "crab.txt, house.txt, pizza.txt and 2 more: not UTF-8; read as cp1252: 'déjà vu, crab'",
+        "tulip.txt: empty, so taken for missing",
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "count", "template"), [("line-style", 16, "{caption}"), ("teddy-bear", 3, None), ("flamingo", 3, None)]
 )

@@ -19,6 +19,7 @@ from sfumato.data.listing import (
     Ignored,
     ListedPicture,
     Listing,
+    grouped,
     own_name_note,
     some,
 )
@@ -136,7 +137,7 @@ def examples_of(
         *([counted] if ignored else []),
         *(f"left out: {reason}" for reason in bad.values()),
         *listing.notes,
-        *_caption_notes(listing, bad),
+        *grouped(_caption_notes(listing, bad)),
         *_mask_notes(path, examples, mask),
         *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
         *([f"{unused} to add it"] if unused else []),

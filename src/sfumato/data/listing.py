@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from os.path import abspath
@@ -364,6 +364,16 @@ def _kind_of(folder: Path) -> str:
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def grouped(notes: Iterable[str]) -> list[str]:
+    """Notes that begin with a file's name; for those that say the same, be it with another example after a colon, one
+    line."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for note in notes:
+        name, _, text = note.partition(": ")
+        found.setdefault(text.partition(": ")[0], []).append((name, text))
+    return [f"{some([name for name, _ in alike])}: {alike[0][1]}" for alike in found.values()]
 
 
 def _spelt(entry: Path) -> str:

@@ -40,7 +40,7 @@ from sfumato.data.folder import (
 )
 from sfumato.data.images import pixels_of, upright_size
 from sfumato.data.latents import PreparedPicture, encode, keep_pixels
-from sfumato.data.listing import some
+from sfumato.data.listing import grouped, some
 from sfumato.data.options import CropMode, Options
 from sfumato.data.order import Order
 from sfumato.data.prefetch import prefetch
@@ -431,7 +431,7 @@ def _notes(gathered: _Gathered, plan: _Plan, base: Base) -> Iterator[str]:
     """What the person should know of the pictures and captions."""
     items = gathered.items
     opaque = [note.removesuffix(f": {OPAQUE}") for note in gathered.notes if note.endswith(OPAQUE)]
-    yield from (note for note in gathered.notes if not note.endswith(OPAQUE))
+    yield from grouped(note for note in gathered.notes if not note.endswith(OPAQUE))
     if opaque:
         yield without_alpha(opaque)
     yield from (f"left out: {reason}" for reason in gathered.bad)
