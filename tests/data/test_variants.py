@@ -10,7 +10,7 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.data import Example, Options, concat_batches, open_image, prepare, preparing
+from sfumato.data import Example, Options, concat_batches, open_image, prepare, preparing, texts
 from sfumato.data.buckets import fit_crop
 from sfumato.data.tags import count_forms, forms, vary
 from sfumato.errors import DataError
@@ -267,3 +267,19 @@ def test_a_mask_of_an_oblong_picture_is_cut_as_its_latents_are(tmp_path):
     example = Example(tmp_path / "0.png", "x", mask=tmp_path / "0.mask.png")
     batch = prepare([example], FakeBase(), resolution=64, crop="random").batch(0, 0, 1)
     assert batch.mask.shape[-2:] == batch.latents.shape[-2:]
+
+
+def test_captions_are_counted_no_further_than_memory_goes(monkeypatch):
+    monkeypatch.setattr(texts, "MOST_BYTES", 4 * 10)  # of ten chunks
+    base = FakeBase()
+    counted = []
+    monkeypatch.setattr(base, "chunk_count", lambda prompt: counted.append(prompt) or len(prompt))
+    embeddings = texts.CaptionEmbeddings(base, None)
+    for prompts, fits, looked_at in (
+        (["a"] * 10, True, 10),
+        (["a"] * 11, False, 0),
+        (["a", "aa", "aaaaaaaa", "a"], False, 3),
+        (["aaaaa", "aaaaa"], True, 2),
+    ):
+        counted.clear()
+        assert (embeddings.fits(prompts), len(counted)) == (fits, looked_at)

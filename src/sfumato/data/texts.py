@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,11 +35,14 @@ class CaptionEmbeddings:
         self._late: dict[str, TextEmbedding] = {}
         self._digest: str | None = None
 
-    def fits(self, prompts: Iterable[str], *, cached: bool = True) -> bool:
+    def fits(self, prompts: Collection[str], *, cached: bool = True) -> bool:
         """Whether those of so many can be kept: in the cache, if there is one and it is to have them, or in memory."""
         if self._cache is not None and cached:
             return True
-        return sum(map(self._base.chunk_count, prompts)) * self._chunk_bytes <= MOST_BYTES
+        room = MOST_BYTES // self._chunk_bytes
+        if len(prompts) > room:  # each is a chunk or more; to count them takes long
+            return False
+        return all(chunks <= room for chunks in accumulate(map(self._base.chunk_count, prompts)))
 
     @property
     def _chunk_bytes(self) -> int:
