@@ -1,6 +1,9 @@
 """Latents and embeddings on disk: found again, never stale, whole or not at all."""
 
+import os
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from sfumato.data.cache import Cache, key_of
 from sfumato.data.preparing import prepare
 from sfumato.errors import DataError
 from sfumato.files import read_tensors
+from sfumato.files.space import SPARE_BYTES
 
 
 class CountingBase(FakeBase):
@@ -200,6 +204,33 @@ def test_pixels_for_the_loop_are_cached_too(tmp_path, folder, monkeypatch):
     other, encoded, _ = prepared([Example(tmp_path / "a.png", "x")], folder, **options)
     assert encoded == 0
     assert same(one.batch(0, 0, 2), other.batch(0, 0, 2))
+
+
+def test_a_disk_that_is_too_full_is_told_before_anything_is_encoded(examples, folder, monkeypatch):
+    free = SimpleNamespace(free=SPARE_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free if path == folder.parent else None)
+    base = CountingBase()
+    with pytest.raises(DataError, match=r"the cache cannot be written \(no space: .* are free .*\.\) Make room, or go"):
+        prepared(examples, folder, base)
+    assert base.encoded == 0
+    assert not folder.exists()
+
+
+def test_what_is_in_the_cache_needs_no_room(examples, folder, monkeypatch):
+    prepared(examples[:3], folder)
+    free = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert prepared(examples[:3], folder)[1] == 0
+    with pytest.raises(DataError, match="the cache cannot be written"):
+        prepared(examples, folder)
+    free.free = SPARE_BYTES + 20 * 12 * 3 * 4 * 2  # of one picture's mean and deviation
+    assert prepared(examples, folder)[1] == 1
+
+
+def test_no_entry_waits_for_the_disk(examples, folder, monkeypatch):
+    monkeypatch.setattr(os, "fsync", None)
+    prepared(examples, folder)
+    assert len(list(folder.rglob("*.safetensors"))) == 8
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path):

@@ -15,8 +15,9 @@ from torch import nn
 from sfumato.errors import RunError
 from sfumato.files import atomic
 from sfumato.files.atomic import beside
+from sfumato.files.space import SPARE_BYTES, require_space
 from sfumato.runs import checkpoints, recovery
-from sfumato.runs.checkpoints import SPARE_BYTES, Checkpoints, bytes_of, require_space
+from sfumato.runs.checkpoints import Checkpoints, bytes_of
 from sfumato.runs.health import Health
 from sfumato.runs.run import Run
 from sfumato.runs.state import pack, unpack

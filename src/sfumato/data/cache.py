@@ -23,6 +23,7 @@ from sfumato.errors import DataError, FileError
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
 from sfumato.files.save import raw_bytes, write_tensors
+from sfumato.files.space import require_space
 
 FORMAT = 3
 """To be raised whenever what is computed here changes: cropping, resampling, what is stored."""
@@ -57,6 +58,10 @@ class Cache:
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
+    def has(self, kind: str, key: str) -> bool:
+        """Whether the entry is there, perhaps broken."""
+        return self._path(kind, key).is_file()
+
     def find(self, kind: str, key: str) -> Entry | None:
         """The entry, if it is there and whole."""
         path = self._path(kind, key)
@@ -79,9 +84,21 @@ class Cache:
         described = {**(metadata or {}), "sfumato.cache": key}
         described[_CHECKSUM] = _checksum(tensors, described)
         try:
-            return Entry(write_tensors(self._path(kind, key), tensors, described), described)
+            # Not waiting for the disk at each: what a power cut leaves broken counts as missing.
+            return Entry(write_tensors(self._path(kind, key), tensors, described, durable=False), described)
         except (FileError, OSError) as error:
-            raise DataError(f"{self.folder}: the cache cannot be written ({error}) Make room, or go without.") from None
+            raise self._unwritable(str(error)) from None
+
+    def require_space(self, needed: int) -> None:
+        """Raise DataError if the disk has no room for so many bytes more."""
+        there = next(place for place in (self.folder, *self.folder.parents) if place.exists())
+        try:
+            require_space(there, needed)
+        except OSError as error:
+            raise self._unwritable(f"{error.strerror}.") from None
+
+    def _unwritable(self, reason: str) -> DataError:
+        return DataError(f"{self.folder}: the cache cannot be written ({reason}) Make room, or go without.")
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -144,6 +144,8 @@ def prepare(
     plan = _plan_of(foreseen, sizes, base, store)
     for note in _early_notes(foreseen, plan, store, base, will_draw, together):
         (say or notes.append)(note)
+    if store:
+        _require_space(foreseen, plan, store, base)
     tell = progress or _tell_nobody
     gathered = _gathered(examples, asked, plan, store, base, skip_bad, tell)
     items = gathered.items
@@ -228,6 +230,22 @@ def _early_notes(
         yield f"latents take {size / 2**20:,.0f} MiB of memory; --cache DIR keeps them on disk"
     elif size > KEPT_BYTES:
         yield f"latents take {size / 2**20:,.0f} MiB and stay on disk, memory-mapped"
+
+
+def _require_space(foreseen: Sequence[tuple[Example, Crop]], plan: _Plan, store: Cache, base: Base) -> None:
+    """Raise DataError, before hours are spent on them, where the disk has no room for the latents that the cache
+    lacks."""
+    sizes = [_bytes_of(example, crop, plan, base) for example, crop in foreseen]
+    try:
+        store.require_space(sum(sizes))
+    except DataError:  # the files are read only here, to know what is in the cache
+
+        def is_there(seen: tuple[Example, Crop]) -> bool:
+            return store.has("latents", _key_of(seen[0], [file_digest(path) for path in seen[0].files], plan))
+
+        there = prefetch(foreseen, is_there, window=_WINDOW, pixels=lambda _: 0)
+        if lacking := sum(size for size, found in zip(sizes, there, strict=True) if not found):
+            store.require_space(lacking)
 
 
 def _bytes_of(example: Example, crop: Crop, plan: _Plan, base: Base) -> int:
@@ -321,16 +339,7 @@ def _read(example: Example, label: str, asked: bool, plan: _Plan, store: Cache |
         if not asked:
             crop = _crop_of(example, plan.sizes, plan.vae_factor)
             return _Done(example, label, "".join(content), "", crop)
-        key = key_of(
-            kind="latents",
-            files=content,
-            alpha=example.alpha_mask,
-            crop=example.options.crop,
-            flip=example.options.flip,
-            decoders=decoders(),
-            torch=torch.__version__,
-            **asdict(plan),
-        )
+        key = _key_of(example, content, plan)
         result: Cropped | Entry | None = store.find("latents", key) if store else None
         if result is None:
             result = crop_example(example, plan.sizes, plan.vae_factor, example.options.crop or "center")
@@ -339,6 +348,19 @@ def _read(example: Example, label: str, asked: bool, plan: _Plan, store: Cache |
         return _Done(example, label, "".join(content), key, result)
     except DataError as error:
         return DataError(labelled(str(error), example.path, label))
+
+
+def _key_of(example: Example, content: Sequence[str], plan: _Plan) -> str:
+    return key_of(
+        kind="latents",
+        files=list(content),
+        alpha=example.alpha_mask,
+        crop=example.options.crop,
+        flip=example.options.flip,
+        decoders=decoders(),
+        torch=torch.__version__,
+        **asdict(plan),
+    )
 
 
 def _items(

@@ -17,18 +17,20 @@ _PATIENCE_S = 2.0 if os.name == "nt" else 0.0
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not.
 
     The temporary name keeps the suffix, because image and weight writers choose their format by it. The bytes reach
-    the disk before the rename, so that a power cut leaves the old file or the new one. An OSError names `path`.
+    the disk before the rename, so that a power cut leaves the old file or the new one; where that takes too long for
+    what can be made again, it may leave a broken one if not `durable`. An OSError names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path, path.suffix)
     try:
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        if durable:
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
         _move(temporary, path)
     except OSError as error:
         if error.filename is None or str(error.filename) == str(temporary):  # a full disk tells no name at all

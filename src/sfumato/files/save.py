@@ -46,9 +46,14 @@ _ORDER = {dtype: i for i, dtype in enumerate(_DTYPES)}
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
 ) -> Path:
-    """Write a safetensors file, complete or not at all; the same tensors and metadata give the same bytes.
+    """Write a safetensors file, complete or not at all; the same tensors and metadata give the same bytes. durable: as
+    of `atomic_path`.
 
     Raises FileError for a tensor with NaN or Inf or one that readers would refuse, before anything is written; and for
     a disk that does not take the file.
@@ -57,7 +62,7 @@ def write_tensors(
     _check_writable(path, tensors)
     for name, tensor in tensors.items():
         _check_finite(path, name, tensor)
-    with _opened(path) as file:
+    with _opened(path, durable=durable) as file:
         file.write(header_bytes(tensors, metadata or {}))
         for name in ordered(tensors):
             file.write(raw_bytes(tensors[name]))
@@ -168,11 +173,11 @@ def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to be written and read, which is at `path` once the block ends well. Raises FileError for a disk that does
     not take it."""
     try:
-        with atomic_path(path) as temporary, temporary.open("w+b") as file:
+        with atomic_path(path, durable=durable) as temporary, temporary.open("w+b") as file:
             yield file
     except OSError as error:
         # Windows denies a file's place to another while a program has it open, as one that is merged or drawn with.

@@ -10,7 +10,6 @@ is removed. So whatever is killed at whatever moment, the newest that verifies i
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -28,13 +27,12 @@ from sfumato.files import read_tensors, write_tensors
 from sfumato.files.atomic import atomic_folder, sync
 from sfumato.files.read import Stamp, is_finite, stamp
 from sfumato.files.save import header_bytes, ordered, raw_bytes
+from sfumato.files.space import require_space
 from sfumato.runs.state import pack, unpack
 
 _FILES = ("state.safetensors", "state.json")
 _FORMAT = 1
 _STEP = re.compile("[0-9]{6,15}")
-SPARE_BYTES = 64 * 2**20
-"""Room that is left beside what is written: for the log, the samples and everybody else."""
 
 
 class NotFiniteError(RunError):
@@ -162,17 +160,6 @@ def bytes_of(state: Any) -> int:
     """What a checkpoint of this state takes on the disk, nearly."""
     tensors, rest = pack(state)
     return sum(tensor.nbytes for tensor in tensors.values()) + len(json.dumps(rest)) + 200 * len(tensors)
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise OSError where the disk of the folder has less than `needed` bytes and a reserve."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + SPARE_BYTES:
-        raise OSError(
-            errno.ENOSPC,
-            f"no space: {(needed + SPARE_BYTES) / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free on "
-            f"the disk of {folder}",
-        )
 
 
 def _problem(place: Path, step: int) -> str | None:

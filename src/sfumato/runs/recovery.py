@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import RunError
+from sfumato.files.space import require_space
 from sfumato.runs.checkpointed import CheckpointedParts
-from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of, require_space
+from sfumato.runs.checkpoints import Checkpoints, NotFiniteError, bytes_of
 from sfumato.runs.health import Health
 
 if TYPE_CHECKING:
