@@ -1,5 +1,6 @@
 """`sfumato check`: what is found, what is drawn, what is mended."""
 
+import io
 import json
 import os
 import re
@@ -11,16 +12,17 @@ from pathlib import Path
 import pytest
 from made_up import FakeBase, noise_picture
 from matplotlib import font_manager, get_data_path
-from PIL import Image, ImageCms, ImageFilter
+from PIL import Image, ImageChops, ImageCms, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.caption import Config
 from sfumato.pipelines.check import main, render
 
 from sfumato.bases.needs import needs_of
 from sfumato.config import parse
-from sfumato.data import open_image, open_picture, prepare, read_folder
+from sfumato.data import Example, open_image, open_picture, prepare, read_folder
 from sfumato.data.buckets import side_step
 from sfumato.data.report import check
+from sfumato.data.survey import measure_picture
 from sfumato.drawing import crop_sheet
 from sfumato.errors import BaseModelError, ConfigError, DataError
 
@@ -364,6 +366,19 @@ def test_a_sheet_shows_every_crop(messy, tmp_path):
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width > 8 * 192
     assert sheet.height > 2 * 192
+
+
+def test_what_a_sheet_shows_takes_little_memory_and_looks_as_the_crop(tmp_path):
+    colours = [Image.linear_gradient("L").rotate(turn).resize((512, 512)) for turn in (0, 90, 180)]
+    crop = Image.merge("RGB", colours)
+    crop.save(tmp_path / "a.png")
+    look = measure_picture(Example(tmp_path / "a.png", "x"), [(512, 512)], 8, thumbnail=True)
+    shown = Image.open(io.BytesIO(look.thumbnail))
+    crop.thumbnail((192, 192))
+    assert len(look.thumbnail) < len(crop.tobytes()) / 4
+    assert shown.size == crop.size
+    assert max(high for _, high in ImageChops.difference(shown, crop).getextrema()) <= 4
+    assert measure_picture(Example(tmp_path / "a.png", "x"), [(512, 512)], 8).thumbnail == b""
 
 
 def test_a_sheet_replaces_no_picture_but_an_earlier_sheet(messy, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ Memory does not grow with the pictures: a look is a few hundred bytes. Imports n
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ class PictureStats:
 
     content: hash of the crop's pixels. gradients: 128 signs of neighbouring differences, rows and columns (dHash).
     small: (256,) grey values of the crop in 16 x 16. brightness, contrast: mean and deviation, of 255. sharpness:
-    variance of the Laplacian over the variance of the picture. thumbnail: the crop, if it was asked for.
+    variance of the Laplacian over the variance of the picture. thumbnail: the crop as a small JPEG, if it was asked
+    for.
     """
 
     path: Path
@@ -46,7 +48,7 @@ class PictureStats:
     brightness: float = 0.0
     contrast: float = 0.0
     sharpness: float = 0.0
-    thumbnail: Image.Image | None = None
+    thumbnail: bytes = b""
 
     @property
     def flaws(self) -> tuple[str, ...]:
@@ -91,10 +93,6 @@ def measure_picture(example: Example, sizes: list[Size], vae_factor: int, *, thu
     grey = image.convert("L")
     values = np.asarray(grey, dtype=np.float32)
     small = grey.resize((16, 16), Image.Resampling.BOX)
-    shown = None
-    if thumbnail:
-        shown = image.copy()
-        shown.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     return PictureStats(
         example.path,
         "",
@@ -106,8 +104,15 @@ def measure_picture(example: Example, sizes: list[Size], vae_factor: int, *, thu
         float(values.mean()),
         float(values.std()),
         _sharpness(values),
-        shown,
+        _thumbnail(image) if thumbnail else b"",
     )
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    shown, file = image.copy(), io.BytesIO()
+    shown.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    shown.save(file, "JPEG", quality=95, subsampling=0)  # of which no eye sees a difference
+    return file.getvalue()
 
 
 def _gradients(grey: Image.Image) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -33,10 +34,10 @@ def _sheet(cells: Sequence[tuple[PictureStats, str, str]]) -> Image.Image:
     draw, font = ImageDraw.Draw(sheet), label_font(12, "".join(name + caption for _, name, caption in cells))
     for number, (look, name, caption) in enumerate(cells):
         left, top = _GAP_PX + number % columns * (_CELL_PX + _GAP_PX), _GAP_PX + number // columns * high
-        if look.thumbnail is None:
+        if not look.thumbnail:
             draw.rectangle((left, top, left + _CELL_PX, top + _CELL_PX), fill=_EMPTY)
         else:
-            picture = _fitted(look.thumbnail)
+            picture = _fitted(Image.open(io.BytesIO(look.thumbnail)))
             corner = (left + (_CELL_PX - picture.width) // 2, top + (_CELL_PX - picture.height) // 2)
             sheet.paste(picture, corner)
         wrong = look.error.removeprefix(f"{look.path.name}: ") or ", ".join(_flaws(look))
