@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,6 +14,7 @@ NEAR_BITS = 20
 NEAR_VALUES = 6.0
 """Mean difference, of 255, that two pictures of 16 x 16 may have."""
 _BLOCK, _PAIRS = 512, 8192
+_Places: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.intp]]"
 
 
 def duplicates(looks: Sequence[PictureStats]) -> tuple[list[list[int]], list[list[int]]]:
@@ -35,26 +37,33 @@ def _near(looks: Sequence[PictureStats], places: Sequence[int]) -> list[list[int
         return []
     signs = np.frombuffer(b"".join(looks[place].gradients for place in places), dtype=np.uint64).reshape(-1, 2)
     small = np.frombuffer(b"".join(looks[place].small for place in places), dtype=np.uint8).reshape(-1, 256)
-    parents = list(range(len(places)))
-
-    def root(node: int) -> int:
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = parents[node]
-        return node
+    firsts: _Places = np.arange(len(places), dtype=np.intp)  # of each one's group the first
 
     for start in range(0, len(places), _BLOCK):
         rows = signs[start : start + _BLOCK]
         differing = sum(_bits(rows[:, None, word] ^ signs[None, start:, word]) for word in range(2))
         pairs = np.argwhere(np.triu(differing <= NEAR_BITS, 1)) + start  # columns begin where rows do
         for some in (pairs[place : place + _PAIRS] for place in range(0, len(pairs), _PAIRS)):
-            alike = _differences(small[some[:, 0]], small[some[:, 1]]) <= NEAR_VALUES
-            for first, second in some[alike].tolist():
-                parents[root(second)] = root(first)
+            apart = some[firsts[some[:, 0]] != firsts[some[:, 1]]]  # of many that are alike, few pairs
+            alike = _differences(small[apart[:, 0]], small[apart[:, 1]]) <= NEAR_VALUES
+            firsts = _joined(firsts, apart[alike])
     groups: dict[int, list[int]] = {}
-    for node in range(len(places)):
-        groups.setdefault(root(node), []).append(places[node])
+    for place, first in zip(places, firsts.tolist(), strict=True):
+        groups.setdefault(first, []).append(place)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _joined(firsts: _Places, pairs: _Places) -> _Places:
+    """The first of each one's group once both of every pair are in one."""
+    while True:
+        ends = np.sort(firsts[pairs], axis=1)
+        ends = ends[ends[:, 0] != ends[:, 1]]
+        if not len(ends):
+            return firsts
+        firsts = firsts.copy()
+        np.minimum.at(firsts, ends[:, 1], ends[:, 0])
+        while (firsts[firsts] != firsts).any():
+            firsts = firsts[firsts]
 
 
 def _bits(words: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
