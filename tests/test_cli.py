@@ -319,3 +319,27 @@ def test_toml_that_cannot_be_held_is_one_line(tmp_path, text):
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(ConfigError, match="not readable as TOML"):
         read_toml(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_session_that_goes_on_keeps_its_ctrl_c(interactive, monkeypatch):
+    """IPython's %run of a trainer ends the program and not the process."""
+    import gc
+    import signal
+
+    monkeypatch.setattr(sys, "argv", ["lora.py"])
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    if not interactive:
+        monkeypatch.delattr(sys, "ps1")
+    thresholds = gc.get_threshold()
+    numbers = [signal.SIGINT, *cli._TERMINATIONS]
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli._as_process(lambda _: 0) == 0
+        assert (signal.getsignal(signal.SIGINT) == signal.default_int_handler) is interactive
+        assert (gc.get_threshold() == thresholds) is interactive
+    finally:
+        gc.set_threshold(*thresholds)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -94,20 +94,23 @@ def run(program_main: Main) -> NoReturn:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a program as Ctrl-C does: with a line, and with what it holds let go."""
+    """A signal, its argument, that ends a program as Ctrl-C does: with a line, and with what it holds let go."""
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise _Terminated
+def _terminate(number: int, _: object) -> NoReturn:
+    raise _Terminated(number)
 
 
-_TERMINATIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)]
-"""What asks a process to end; the second is Windows' Ctrl-Break, by which `side_by_side` does."""
+_TERMINATIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+"""What asks a process to end: the second comes of a closed terminal, the third is Windows' Ctrl-Break, by which
+`side_by_side` asks."""
 
 
 def _as_process(program_main: Main) -> int:
     """`guarded`, after which nothing is left to do: Ctrl-C and SIGTERM then end the process without a trace of its
     closing."""
+    if hasattr(sys, "ps1") or sys.flags.interactive:  # IPython's %run, python -i: the process goes on, and its Ctrl-C
+        return guarded(program_main, sys.argv[1:])
     # torch, diffusers and transformers come as half a million objects that stay: looking for garbage among them as
     # often as Python does holds up a command's start.
     gc.set_threshold(10_000, 20, 20)
@@ -155,7 +158,7 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         return _failed(str(error))
     except KeyboardInterrupt as error:
         _end_unbegun_runs("close_unbegun")
-        return _failed("interrupted.", 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
+        return _failed("interrupted.", 128 + (error.args[0] if isinstance(error, _Terminated) else signal.SIGINT))
     except BrokenPipeError:  # of a program in another's process, whose streams are as they are
         _end_unbegun_runs("close_unbegun")
         with suppress(OSError):  # it may be the stream for errors

@@ -19,7 +19,7 @@ from tests.runs.faults import failing
 from tests.runs.said import Processes, lines, start
 from tests.runs.small import Config, main, train
 
-CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), *([(signal.SIGHUP, 129)] if hasattr(signal, "SIGHUP") else [])]
 
 
 class Child:
@@ -123,6 +123,24 @@ def test_a_first_signal_is_remembered_and_a_second_ends():
     with stop:
         assert signal.getsignal(signal.SIGTERM) == stop._remember
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX signal")
+def test_a_closed_terminal_is_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_beneath_a_launcher_a_second_signal_is_none_of_a_person():
+    """It passes on what the system sends to every process, so that each gets it twice."""
+    with Stop(quiet=True, alone=False) as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
 
 
 @pytest.mark.parametrize("main", [True, False])

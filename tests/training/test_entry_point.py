@@ -55,6 +55,31 @@ def test_a_base_on_a_gpu_is_gone_when_the_training_is_over(monkeypatch, on_gpu):
         gc.enable()
 
 
+@pytest.mark.parametrize(
+    ("error", "goes"),
+    [
+        (RunError("stopped"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (KeyboardInterrupt(), True),
+        (SystemExit(130), True),
+        (ZeroDivisionError(), False),  # of which a debugger shows the frames
+    ],
+)
+def test_what_an_expected_error_s_frames_held_is_gone_while_the_error_is_kept(error, goes):
+    gone = []
+
+    @training_entry_point
+    def train(_):
+        base = torch.nn.Module()
+        weakref.finalize(base, gone.append, True)
+        raise error
+
+    with pytest.raises(type(error)) as kept:
+        train(lora.Config(images=Path(), output=Path()))
+    assert gone == [True] * goes
+    assert kept.value.__traceback__ is not None
+
+
 def test_after_an_error_the_folder_is_free_while_the_error_is_kept(pocket_folder, pictures, tmp_path, monkeypatch):
     """A notebook keeps the latest, and with it all that stood in the frames."""
     config = lora.Config(

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from sfumato.bases.family import FAMILIES
@@ -328,8 +329,11 @@ def test_every_option_of_the_base_reaches_what_loads_it(recorded):
 def test_every_option_of_the_precision_reaches_its_decision(processes, device, recorded):
     """Of several processes each has a device of its own."""
     applied = []
-    given = recorded("sfumato.precision.decide", SimpleNamespace(apply=lambda: applied.append(True)))
-    ALL_GIVEN.decide_precision(SimpleNamespace(count=processes, device="cuda:0"), "adafactor", adapting=False)
+    decided = SimpleNamespace(apply=lambda: applied.append(True), compute=torch.bfloat16)
+    given = recorded("sfumato.precision.decide", decided)
+    ALL_GIVEN.decide_precision(
+        SimpleNamespace(count=processes, device="cuda:0", is_everywhere=lambda _: True), "adafactor", adapting=False
+    )
     assert given == {
         "first": ("bf16",),
         "device": device,

@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from sfumato.errors import RunError
+from sfumato.errors import PrecisionError, RunError
 from sfumato.runs.processes import Processes
 from sfumato.training.finish import describe_run
 from sfumato.training.options import DataOptions, TrainerOptions
@@ -239,3 +239,34 @@ def test_variables_that_a_launcher_left_over_are_named(monkeypatch):
     ) as no:
         Processes.join("cpu")
     assert "\n" not in str(no.value)
+
+
+class Comparing(Threads):
+    """Threads that find the largest of their numbers."""
+
+    def largest(self, number):
+        self.said.append(number)
+        self.barrier.wait(20)
+        found = max(self.said)
+        self.barrier.wait(20)
+        if self.is_main:
+            self.said.clear()
+        self.barrier.wait(20)
+        return found
+
+
+@pytest.mark.parametrize(("numbers", "same"), [((2, 2, 2), True), ((2, 1, 2), False), ((0, 0, 3), False)])
+def test_a_number_is_everywhere_where_none_has_another(numbers, same):
+    found = run_all(Comparing.several(3), lambda process: process.is_everywhere(numbers[process.rank]))
+    assert found == dict.fromkeys(range(3), same)
+
+
+def test_processes_whose_devices_take_other_formats_are_refused():
+    """A gradient that is scaled for fp16 and one that is not cannot be summed."""
+    asked = []
+    config = TrainerOptions(images=Path("a"), output=Path("b"), precision="auto", device="cpu")
+    others = SimpleNamespace(count=2, device=CPU, is_everywhere=lambda number: bool(asked.append(number)))
+    with pytest.raises(PrecisionError, match=r"the processes' devices take different ones, this one (fp32|bf16)\."):
+        config.decide_precision(others)
+    others.is_everywhere = lambda number: number == asked[0]
+    assert config.decide_precision(others).device == CPU

@@ -132,6 +132,10 @@ class Processes:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return int(found)
 
+    def is_everywhere(self, number: int) -> bool:
+        """Whether it is the same in all processes."""
+        return self.largest(number) == -self.largest(-number)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The block is run by the main process, and then by the others, which find what it has written.

@@ -197,7 +197,7 @@ class Run:
             self._or_stop(self._recovery.check_space)
         self.begin()
         health = self._recovery.health
-        with self._progress.begin(self.step, count), Stop(quiet=not self.is_main) as stop:
+        with self._progress.begin(self.step, count), Stop(quiet=not self.is_main, alone=self.count == 1) as stop:
             if self.step == 0 or behind:
                 self._looks.at(self.step, count)
                 self._checkpoint(self.step, count)
@@ -215,6 +215,7 @@ class Run:
                         self._checkpoint(self.step, count, due=stopped is not None or self._ends)
                     if stopped is not None:
                         self._say_goodbye(self.step, count)
+                        self._processes.wait()  # the first that ends has the launcher end the others
                         raise SystemExit(128 + stopped)
                 if health.broken:
                     self._go_back(self.step)

@@ -68,6 +68,11 @@ def close_unbegun() -> None:
         _not_begun.discard(run)
 
 
+def is_writing() -> bool:
+    """Whether the results of a run are not all written."""
+    return bool(_of_this_thread(_not_written))
+
+
 def unlock() -> None:
     """Let go of the folders of runs whose results are not all written; `stopped_while_writing` still tells of them."""
     for run in _of_this_thread(_not_written):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,14 +15,16 @@ AnyConfig = TypeVar("AnyConfig")
 def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
     """Gradients are computed whatever the caller has set, and what ends the training lets go of the run's folder.
 
-    A notebook keeps the latest error, and with it the run: without that the folder would stay locked by it.
+    A notebook keeps the latest error, and with it all that its frames hold: the folder would stay locked, and the base
+    would lie beside that of the next attempt, which has less memory already. The frames of an error that nobody
+    expected are left to its debugger.
     """
 
     @wraps(train)
     def called(config: AnyConfig) -> Path:
         import torch
 
-        from sfumato.errors import ConfigError
+        from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory
         from sfumato.precision.memory import give_back_dropped_models
         from sfumato.runs import unfinished
 
@@ -31,11 +34,14 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 return train(config)
-        except Exception:
+        except Exception as error:
             unfinished.abandon_unbegun()
+            if isinstance(error, SfumatoError) or is_out_of_memory(error):
+                _clear_frames(error)
             raise
-        except BaseException:
+        except BaseException as error:
             unfinished.close_unbegun()
+            _clear_frames(error)
             raise
         finally:
             unfinished.unlock()
@@ -43,3 +49,12 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
                 give_back_dropped_models()
 
     return called
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what stands in the error's frames, unless there is a run that wrote its results: the program's last
+    line tells of that."""
+    from sfumato.runs import unfinished
+
+    if not unfinished.is_writing():
+        traceback.clear_frames(error.__traceback__)

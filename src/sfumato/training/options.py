@@ -187,7 +187,8 @@ class BaseOptions:
 
         adapting: the base model's weights stay frozen.
         """
-        from sfumato.precision import decide
+        from sfumato.errors import PrecisionError
+        from sfumato.precision import DTYPES, decide
 
         precision = decide(
             self.precision,
@@ -197,6 +198,13 @@ class BaseOptions:
             optimizer=optimizer,
             adapting=adapting,
         )
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        # Of fp16 the gradients are scaled, and summed with bf16's they would be 65,536 times theirs.
+        if processes.count > 1 and not processes.is_everywhere(list(names).index(precision.compute)):
+            raise PrecisionError(
+                f"--precision {self.precision}: the processes' devices take different ones, this one "
+                f"{names[precision.compute]}. Give all the same: --precision fp16, or fp32."
+            )
         precision.apply()
         return precision
 
