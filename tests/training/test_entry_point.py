@@ -55,6 +55,25 @@ def test_a_base_on_a_gpu_is_gone_when_the_training_is_over(monkeypatch, on_gpu):
         gc.enable()
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_tf32_is_what_the_caller_had(before):
+    """A precision sets it for the whole process."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    @training_entry_point
+    def train(config):
+        matmul.allow_tf32 = cudnn.allow_tf32 = not before
+        return config.images
+
+    own = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = before
+        train(lora.Config(images=Path(), output=Path()))
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (before, before)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = own
+
+
 @pytest.mark.parametrize(
     ("error", "goes"),
     [

@@ -7,13 +7,14 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 AnyConfig = TypeVar("AnyConfig")
 
 
 def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
-    """Gradients are computed whatever the caller has set, and what ends the training lets go of the run's folder.
+    """Gradients are computed whatever the caller has set, what ends the training lets go of the run's folder, and TF32
+    is then what the caller had.
 
     A notebook keeps the latest error, and with it all that its frames hold: the folder would stay locked, and the base
     would lie beside that of the next attempt, which has less memory already. The frames of an error that nobody
@@ -31,6 +32,8 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
         if not dataclasses.is_dataclass(config) or isinstance(config, type):
             raise ConfigError(f"train wants a Config of its own module, as Config(images=...); got {config!r:.60}.")
 
+        backends: Any = torch.backends  # whose functions have no types
+        tf32 = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 return train(config)
@@ -44,6 +47,7 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
             _clear_frames(error)
             raise
         finally:
+            backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = tf32
             unfinished.unlock()
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else the base stays beside the next
                 give_back_dropped_models()
