@@ -289,7 +289,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     if config.skip_existing:
         wanted = without_existing(wanted)
         if left := len(files) - len(wanted.files):
-            say(f"{left} of {pluralize(len(files), 'image')} exist already and are left as they are.")
+            say(f"left as found: {left} of {pluralize(len(files), 'image')}.")
         if not wanted.files:
             return files
 

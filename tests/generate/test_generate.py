@@ -277,7 +277,7 @@ def test_images_that_exist_are_left_and_the_others_are_the_same_as_of_one_call(g
     assert (code, out) == (2, "")
     assert err.endswith("say --overwrite, or --skip-existing for the others alone.\n")
     code, out, err = generate(*words, "-o", "part", "--skip-existing")
-    assert (code, "3 of 6 images exist already and are left as they are." in err) == (0, True)
+    assert (code, "left as found: 3 of 6 images." in err) == (0, True)
     assert out.splitlines() == [str(Path("part", name)) for name in names[::2]]
     for name in names[::2]:
         # In a batch of another size the last bits of a sum are others.
@@ -285,7 +285,7 @@ def test_images_that_exist_are_left_and_the_others_are_the_same_as_of_one_call(g
     assert all(Path("part", name).read_bytes() == b"mine" for name in names[1::2])
     code, out, err = generate(*words, "-o", "part", "--skip-existing")
     assert (code, out) == (0, "")
-    assert err == "6 of 6 images exist already and are left as they are.\n"
+    assert err == "left as found: 6 of 6 images.\n"
 
 
 def test_a_sheet_that_exists_is_left_whole(generate):

@@ -69,7 +69,6 @@ class Plan:
 def without_existing(plan: Plan) -> Plan:
     """The plan without the images whose files exist; a sheet's are all there or all wanted."""
     wanted = [not file.exists() for file in plan.files]
-    if len(plan.files) < len(plan.pictures):
-        wanted *= len(plan.pictures)
-    files = tuple(file for file in plan.files if not file.exists())
-    return replace(plan, pictures=tuple(compress(plan.pictures, wanted)), files=files)
+    of_pictures = wanted if len(wanted) == len(plan.pictures) else wanted * len(plan.pictures)
+    pictures, files = compress(plan.pictures, of_pictures), compress(plan.files, wanted)
+    return replace(plan, pictures=tuple(pictures), files=tuple(files))
