@@ -52,6 +52,8 @@ class Config:
     """Images per step. The report then names shapes with too few images for one step."""
     caption: str | None = None
     """Template for captions, as for training."""
+    caption_lines: bool = False
+    """Each line of a caption is a caption of its own, as for training."""
     trigger: str | None = None
     """Trigger word. The report then says how it is tokenized and whether the captions contain it."""
     mask: MaskSource = "none"
@@ -88,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
         trigger=config.trigger,
         mask=config.mask,
         crop=config.crop,
+        caption_lines=config.caption_lines,
         thumbnails=config.sheet is not None,
         progress=_progress if sys.stderr is not None and sys.stderr.isatty() else None,
     )
@@ -168,7 +171,7 @@ def render(report: Report) -> str:
         lines.append(f"  shapes   {shapes}")
     if len(report.folders) > 1:
         lines += [f"  folder   {folder}" for folder in report.folders]
-    captions = list(dict.fromkeys(example.caption for example in report.examples if example.caption))
+    captions = list(dict.fromkeys(said for example in report.examples for said in example.captions if said))
     if captions:
         lines.append(f"  captions {len(captions):,} different, such as {captions[0]!r}")
     if report.ignored:
@@ -250,7 +253,7 @@ def _sheets(report: Report, file: Path) -> list[Path]:
     from sfumato.drawing.crop_sheet import crop_sheets, sheets_of
     from sfumato.drawing.pnginfo import save_picture
 
-    captions = [example.caption for example in report.examples]
+    captions = [" | ".join(example.captions) for example in report.examples]
     numbers = range(2, sheets_of(len(captions)) + 1)
     paths = [file, *(file.with_name(f"{file.stem}-{number}{file.suffix}") for number in numbers)]
     for path in paths:

@@ -50,6 +50,15 @@ def test_a_source_without_captions_needs_words_or_an_instance_prompt(tmp_path):
     assert [example.caption for example in found] == ["a sks dog"]
 
 
+def test_each_line_of_a_subjects_caption_may_be_a_caption(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a photo of a sks dog\nsks dog, grass\n")
+    config = dreambooth.Config(images=tmp_path, output=tmp_path / "run", class_name="dog", caption_lines=True)
+    found = dreambooth.read_examples(config, Subject("sks dog", "dog"))
+    assert found.captions == ["a photo of a sks dog", "sks dog, grass"]
+    assert dreambooth.identifiers(config, found) == ["sks"]
+
+
 def test_an_epoch_is_of_the_subjects_pictures(train, both):
     """Six of them by two: three steps, whatever there is of the class."""
     run = train("--method", "lora", "--rank", "1", "--epochs", "1", images=both)

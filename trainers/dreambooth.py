@@ -192,7 +192,7 @@ def train(config: Config) -> Path:
         run.say(*identifier.examine(word, base).lines())
 
     subjects = subjects_of(config, subject, found)
-    class_prompts = [prompt for each in subjects for prompt in each.class_prompts([e.caption for e in instance])]
+    class_prompts = [prompt for each in subjects for prompt in each.class_prompts(instance.captions)]
     preserved = PreservedPrompts.of(class_prompts, config.prior_prompts)
     pictures = class_pictures(config, base, examples, preserved, run, processes)
     batches = processes.micro_batches(config.batch, config.accumulate)
@@ -410,6 +410,7 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
         template=config.caption,
         trigger=_trigger(config),
         mask=config.mask,
+        caption_lines=config.caption_lines,
         skip_bad=config.skip_bad,
         in_all=bool(config.instance_prompt),
         of_class=config.prior != "none",
@@ -424,7 +425,7 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
         checks.only_with(config, "--prior-prompts beside images of the class", "class_count")
     if config.instance_prompt:
         return with_caption(folder, config.instance_prompt)
-    if not any(has_phrase(config.identifier, example.caption) for example in folder.in_group("instance")):
+    if not any(has_phrase(config.identifier, caption) for caption in folder.in_group("instance").captions):
         checks.only_with(config, "it in a caption", "identifier")
     return folder
 
@@ -451,9 +452,8 @@ def triggers(config: Config, subjects: Sequence[Subject], pictures: ExampleSet) 
     if config.trigger is not None:
         return pictures.triggers
     found = dict.fromkeys(prompts[0] if each == config.identifier else each for each in pictures.triggers)
-    said = [
-        prompt for prompt in prompts if any(has_phrase(prompt, picture.caption, plural=True) for picture in pictures)
-    ]
+    captions = pictures.captions
+    said = [prompt for prompt in prompts if any(has_phrase(prompt, caption, plural=True) for caption in captions)]
     return list(found) or said
 
 
@@ -462,7 +462,7 @@ def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
     it."""
     from sfumato.words.identifier import before
 
-    captions = list(dict.fromkeys(example.caption for example in subjects))
+    captions = list(dict.fromkeys(subjects.captions))
     if any(has_phrase(config.identifier, caption) for caption in captions):
         return [config.identifier]
     return before(config.class_name or (config.class_prompt or "").split()[-1], captions)

@@ -411,7 +411,7 @@ def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
         initial=config.initial_words,
         seed=config.seed,
     )
-    words.check([*config.asked_samples()[0], *(example.caption for example in examples)])
+    words.check([*config.asked_samples()[0], *examples.captions])
     return words
 
 

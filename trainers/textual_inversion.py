@@ -128,7 +128,7 @@ def train(config: Config) -> Path:
     templates = TEMPLATES[config.templates]
     asked, own = config.asked_samples()
     prompts = asked or default_prompts(learned, config.placeholder)
-    words.check([*prompts, *(t.format(e.caption) for t in templates for e in examples)])
+    words.check([*prompts, *(t.format(caption) for t in templates for caption in examples.captions)])
     paths = embedding_files(config.output, config.name, config.placeholder, alone=True)
     names = [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
     run = Run.start(config, program="textual_inversion", processes=processes, writes=names)

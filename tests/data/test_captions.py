@@ -41,9 +41,10 @@ def test_other_encodings_are_guessed_and_said(tmp_path, encoding, text):
     assert guessed
 
 
-def test_a_caption_is_one_line(tmp_path):
-    (tmp_path / "a.txt").write_text("a crab,\r\n  on a beach\n\n")
-    assert read_text(tmp_path / "a.txt")[0] == "a crab, on a beach"
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_lines_of_a_caption_are_kept_without_what_is_empty(end, tmp_path):
+    (tmp_path / "a.txt").write_bytes(f"a  crab,{end}  on a beach{end}{end}".encode())
+    assert read_text(tmp_path / "a.txt")[0] == "a crab,\non a beach"
 
 
 def test_metadata_is_read_by_file_name(tmp_path):

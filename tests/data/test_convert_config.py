@@ -342,19 +342,20 @@ def test_the_help_says_that_the_first_word_is_the_other_tools_file(capsys):
     assert "dataset [CONFIG.toml]" not in said
 
 
-@pytest.mark.parametrize(
-    ("own", "taken"), [("", "the first alone"), ("enable_wildcard = true\n", "one of them at random")]
-)
+@pytest.mark.parametrize("at_random", [False, True])
 @pytest.mark.parametrize("of_a_training", [False, True])
-def test_captions_of_which_kohya_s_tools_take_a_line_are_told(of_a_training, own, taken, home):
+def test_captions_of_which_kohya_s_tools_take_a_line_are_told(of_a_training, at_random, home):
     (home / "img/10_dog").mkdir(parents=True)
     for folder in ("dogs", "img/10_dog"):
         (home / folder / "a.txt").write_text("a dog\na cat\n")
     named = 'train_data_dir = "img"\n' if of_a_training else '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "dogs"\n'
-    (home / "kohya.toml").write_text(named + own)
+    (home / "kohya.toml").write_text(named + ("enable_wildcard = true\n" if at_random else ""))
     place = "img/10_dog" if of_a_training else "dogs"
-    wanted = f"{place}: 1 caption has several lines (a.txt), one caption here, where sd-scripts takes {taken}"
-    assert any(note.startswith(wanted) for note in convert(home / "kohya.toml").notes)
+    first_alone = f"{place}: 1 caption has several lines (a.txt), one caption here, where sd-scripts takes the first"
+    found = convert(home / "kohya.toml")
+    assert any(note.startswith(first_alone) for note in found.notes) is not at_random
+    assert ("caption_lines = true" in found.text) is at_random
+    assert any(note.startswith("enable_wildcard") and "{a|b}" in note for note in found.notes) is at_random
 
 
 @pytest.mark.parametrize(

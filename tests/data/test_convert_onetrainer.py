@@ -246,13 +246,12 @@ def test_what_is_not_carried_over_is_named(concept, note, home):
     assert note in notes[0]
 
 
-def test_captions_of_several_lines_are_named(home):
+def test_of_captions_of_several_lines_a_sample_takes_one(home):
+    assert "caption_lines" not in converted(home, {"path": "dogs"})[0][0]
     (home / "dogs" / "a.txt").write_text("a dog\n\na cat\n")
-    _, notes = converted(home, {"path": "dogs"})
-    assert notes == [
-        "dogs: 1 caption has several lines (a.txt), one caption here, where OneTrainer takes one of them "
-        "at random; leave one line in each"
-    ]
+    sources, notes = converted(home, {"path": "dogs"})
+    assert sources[0]["caption_lines"] is True
+    assert notes == []
 
 
 def test_a_whole_training_s_concepts_are_read_with_its_masks(home):

@@ -209,11 +209,14 @@ def test_what_is_not_carried_over_is_named(own, note, home):
     assert note in notes[0]
 
 
-def test_captions_of_several_lines_are_named(home):
+def test_of_captions_of_several_lines_a_sample_takes_one(home):
     (home / "dogs" / "a.txt").write_text("a dog\na cat\n")
-    _, notes = converted(home, NAMED)
-    assert notes[0].startswith("dogs: 1 caption has several lines (a.txt)")
-    assert converted(home, {**NAMED, "disable_multiline_split": True})[1] == []
+    sources, notes = converted(home, NAMED)
+    assert sources[0]["caption_lines"] is True
+    assert notes == []
+    sources, notes = converted(home, {**NAMED, "disable_multiline_split": True})
+    assert "caption_lines" not in sources[0]
+    assert notes == []
 
 
 def test_a_set_for_evaluation_is_held_out(home):

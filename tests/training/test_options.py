@@ -30,6 +30,7 @@ ALL_GIVEN = replace(
     CONFIG,
     trigger="zwx",
     caption="{caption}, {trigger}",
+    caption_lines=True,
     caption_dropout=0.25,
     resolution=96,
     flip=True,
@@ -277,6 +278,7 @@ def test_every_option_of_the_pictures_reaches_what_reads_them(recorded):
         "trigger": "zwx",
         "mask": "alpha",
         "skip_bad": True,
+        "caption_lines": True,
         "words": "<x> <y>",
         "of_class": False,
     }

@@ -34,7 +34,7 @@ of simplified and 5,401 of traditional Chinese, the fewest first."""
 
 
 def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
-    """(text on one line, the encoding that had to be guessed or None).
+    """(text as `by_line` has it, the encoding that had to be guessed or None).
 
     UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else `likely` (what the captions around it are
     in, see `guess_encoding`) where that makes sense of it, else charset-normalizer's guess. Raises DataError if the
@@ -42,13 +42,13 @@ def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
     """
     data = _bytes(path)
     if (text := _unicode(data)) is not None:
-        return _one_line(text), None
+        return by_line(text), None
     own = _sensible(data)
     for encoding in [likely, *own] if likely in own else [*own, likely]:
         if encoding is None:
             continue
         try:
-            return _one_line(data.decode(encoding)), encoding
+            return by_line(data.decode(encoding)), encoding
         except (UnicodeDecodeError, LookupError):
             continue
     raise DataError(f"{path.name}: not text in any encoding that could be told. Save it as UTF-8.")
@@ -132,7 +132,7 @@ def _unicode(data: bytes) -> str | None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """File name -> caption, from lines such as {"file_name": "a.png", "text": "a red apple"}.
+    """File name -> caption as `by_line` has it, from lines such as {"file_name": "a.png", "text": "a red apple"}.
 
     That is Hugging Face's imagefolder; `caption` does for `text`. Raises DataError with the line's number.
     """
@@ -162,7 +162,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         if text and not is_text(text):
             raise DataError(f"{path.name}, line {number}: half of a character ({text[:60]!r}). Write it whole.")
         name = named.as_posix()
-        if found.setdefault(name, _one_line(text or "")) != _one_line(text or ""):
+        if found.setdefault(name, by_line(text or "")) != by_line(text or ""):
             raise DataError(f"{path.name}, line {number}: another text for {name}. Leave one of them.")
     return found
 
@@ -174,7 +174,7 @@ def words_of(name: str) -> str:
     """
     if not is_text(name):
         raise DataError(f"{name!r}: a name that is to be a caption, and is not in UTF-8. Rename it.")
-    return _one_line(re.sub(r"[-_]+", " ", name))
+    return one_line(re.sub(r"[-_]+", " ", name))
 
 
 _OF_CAMERAS = frozenset({
@@ -213,7 +213,7 @@ def check_template(
 def fill_template(template: str, caption: str, trigger: str | None) -> str:
     """The template with caption and trigger put in, on one line."""
     values: Mapping[str, str] = {"caption": caption, "trigger": trigger or ""}
-    return _one_line(re.sub(r"\{(caption|trigger)\}", lambda match: values[match[1]], template))
+    return one_line(re.sub(r"\{(caption|trigger)\}", lambda match: values[match[1]], template))
 
 
 def is_text(text: str) -> bool:
@@ -225,5 +225,11 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The words of a text with one space between any two."""
     return " ".join(text.replace("\0", " ").split())
+
+
+def by_line(text: str) -> str:
+    """The same for each line, without those that are empty."""
+    return "\n".join(filter(None, map(one_line, re.split(r"[\r\n]+", text))))

@@ -60,7 +60,7 @@ class Dataset:
 
     @property
     def captions(self) -> list[str]:
-        """Each picture's caption."""
+        """Each picture's caption; the first of those that have several."""
         return [item.caption for item in self._items]
 
     @property
@@ -193,7 +193,11 @@ class Dataset:
         dropout = item.options.caption_dropout
         if dropout and randomness.uniform(seed, "caption dropout", step, place) < dropout:
             return ""
-        return vary(item.caption, item.options, seed, step, place)
+        caption = item.caption
+        if item.further:
+            line = randomness.uniform(seed, "caption line", step, place) * len(item.captions)
+            caption = item.captions[int(line)]
+        return vary(caption, item.options, seed, step, place)
 
 
 def middles_of(pictures: int, count: int) -> list[int]:

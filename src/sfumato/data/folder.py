@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
-from sfumato.data.captions import METADATA, check_template, fill_template, says_nothing, words_of
+from sfumato.data.captions import METADATA, check_template, fill_template, one_line, says_nothing, words_of
 from sfumato.data.images import read_size
 from sfumato.data.listing import (
     FOLDER_OF_PICTURES,
@@ -38,11 +38,11 @@ PLACEHOLDER = "[trigger]"
 class Example:
     """One picture to learn from.
 
-    repeats: how often an epoch holds it. mask: a picture, white where it is to be learned. alpha_mask: learn where
-    it is opaque. group: "class" for pictures of the class that a subject belongs to (prior preservation),
-    "validation" for those on which the loss is measured and that are not learned. checksums: sha256 of the picture and
-    its mask, in hex, that their files must have; "" for any. template, trigger: what the caption was made with, None
-    for nothing.
+    further: captions of which a sample takes one as often as `caption`. repeats: how often an epoch holds the picture.
+    mask: a picture, white where it is to be learned. alpha_mask: learn where it is opaque. group: "class" for pictures
+    of the class that a subject belongs to (prior preservation), "validation" for those on which the loss is measured
+    and that are not learned. checksums: sha256 of the picture and its mask, in hex, that their files must have; "" for
+    any. template, trigger: what the captions were made with, None for nothing.
     """
 
     path: Path
@@ -55,6 +55,12 @@ class Example:
     checksums: tuple[str, str] = ("", "")
     template: str | None = None
     trigger: str | None = None
+    further: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of its captions."""
+        return self.caption, *self.further
 
     @property
     def files(self) -> list[Path]:
@@ -82,6 +88,11 @@ class ExampleSet(Sequence[Example]):
         return len(self.examples)
 
     @property
+    def captions(self) -> list[str]:
+        """All captions of all examples."""
+        return [caption for example in self.examples for caption in example.captions]
+
+    @property
     def samples(self) -> int:
         """Pictures of one epoch, repeats counted."""
         return sum(example.repeats for example in self.examples)
@@ -106,11 +117,13 @@ def examples_of(
     trigger: str | None,
     mask: MaskSource,
     skip_bad: bool,
+    by_line: bool = False,
     words: str | None = "",
 ) -> ExampleSet:
     """The examples of one listed folder, headers checked. Raises as `read_folder` does.
 
-    words: that captions have to hold, to advise them where there are none; None where --caption gives none.
+    by_line: each line of a caption is one of its own. words: that captions have to hold, to advise them where there are
+    none; None where --caption gives none.
     """
     if template is not None:
         check_template(template, trigger)
@@ -125,7 +138,7 @@ def examples_of(
             raise DataError(found.caption.error)
     ignored = [*listing.ignored, *(_ignored(listing, picture, reason) for picture, reason in bad.items())]
     examples = [
-        example_of(found, template=template, trigger=trigger, mask=mask)
+        example_of(found, template=template, trigger=trigger, mask=mask, by_line=by_line)
         for found in listing.pictures
         if found.path not in bad
     ]
@@ -138,6 +151,7 @@ def examples_of(
         *(f"left out: {reason}" for reason in bad.values()),
         *listing.notes,
         *grouped(_caption_notes(listing, bad)),
+        *lines_notes([found for found in listing.pictures if found.path not in bad], template, by_line),
         *_mask_notes(path, examples, mask),
         *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
         *([f"{unused} to add it"] if unused else []),
@@ -145,27 +159,32 @@ def examples_of(
     return ExampleSet(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
 
 
-def example_of(found: ListedPicture, *, template: str | None, trigger: str | None, mask: MaskSource) -> Example:
+def example_of(
+    found: ListedPicture, *, template: str | None, trigger: str | None, mask: MaskSource, by_line: bool = False
+) -> Example:
     """A listed picture as one to learn from."""
+    texts = found.caption.text.split("\n") if by_line else [found.caption.text]
+    caption, *further = dict.fromkeys(_filled(text, found.path, template, trigger) for text in texts)
     return Example(
         found.path,
-        _caption_of(found, template, trigger),
+        caption,
         found.repeats,
         found.mask if mask == "files" else None,
         mask == "alpha",
         checksums=found.checksums,
         template=template,
         trigger=trigger,
+        further=tuple(further),
     )
 
 
-def _caption_of(found: ListedPicture, template: str | None, trigger: str | None) -> str:
-    """The picture's caption; empty if it has none. The placeholder in it becomes the trigger."""
-    text = found.caption.text.replace(PLACEHOLDER, trigger) if trigger else found.caption.text
+def _filled(text: str, picture: Path, template: str | None, trigger: str | None) -> str:
+    """The picture's caption of this text; empty if it has none. The placeholder in it becomes the trigger."""
+    text = one_line(text.replace(PLACEHOLDER, trigger) if trigger else text)
     if template is None:
         return text
     takes_words = not text and "{caption}" in template
-    return fill_template(template, words_of(found.path.stem) if takes_words else text, trigger)
+    return fill_template(template, words_of(picture.stem) if takes_words else text, trigger)
 
 
 def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
@@ -253,7 +272,7 @@ def labelled(text: str, path: Path, label: str) -> str:
 
 def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
     """What to say of a trigger that no caption holds, by their template; empty where one does."""
-    if any(has_phrase(trigger, example.caption, plural=True) for example in examples):
+    if any(has_phrase(trigger, caption, plural=True) for example in examples for caption in example.captions):
         return ""
     own = (example.template for example in examples if example.template and example.group == "instance")
     template = next(own, "{caption}")
@@ -323,6 +342,17 @@ def captions_of_numbers(names: Sequence[str], template: str, trigger: str | None
         f"{found} nothing, such as {words_of(Path(names[0]).stem)!r}; write "
         f'captions, or pass --caption "{same}" as the caption of all'
     )
+
+
+def lines_notes(pictures: Sequence[ListedPicture], template: str | None, by_line: bool) -> Iterator[str]:
+    """What to say of captions of several lines, or that there are none."""
+    read = template is None or "{caption}" in template
+    several = [found.caption.origin for found in pictures if read and "\n" in found.caption.text]
+    if by_line and not several:
+        yield "caption_lines changes nothing: no caption has several lines"
+    elif several and not by_line:
+        counted = pluralize(len(several), "caption of several lines is", "captions of several lines are")
+        yield f"{counted} read as one, such as {several[0]}; with --caption-lines each line is a caption of its own"
 
 
 def _caption_notes(listing: Listing, bad: dict[Path, str]) -> Iterator[str]:

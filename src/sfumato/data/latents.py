@@ -26,7 +26,8 @@ _ENCODED_AT_A_TIME_PX = 2**20
 
 @dataclass
 class PreparedPicture:
-    """One picture's share of the data set. options: none unset. flip: whether it has mirrored variants.
+    """One picture's share of the data set. options: none unset. flip: whether it has mirrored variants. further:
+    captions of which a sample takes one as often as `caption`.
 
     tensors, or the entry of the cache that holds them: mean and deviation, (variants, channels, height/f, width/f), or
     `pixels`, (3, height, width) uint8 of all positions, where they are encoded in the loop; mask: (1, height/f,
@@ -41,6 +42,12 @@ class PreparedPicture:
     flip: bool
     tensors: Mapping[str, Tensor] | None
     entry: Entry | None = None
+    further: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of its captions."""
+        return self.caption, *self.further
 
     def load(self) -> Mapping[str, Tensor]:
         """The tensors, from memory or from the mapped file."""

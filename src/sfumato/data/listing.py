@@ -13,6 +13,7 @@ from sfumato.data.captions import (
     METADATA,
     guess_from,
     is_text,
+    one_line,
     read_metadata,
     read_text,
     words_of,
@@ -35,8 +36,8 @@ FOLDER_OF_REPEATS = "a folder of folders with repeats"
 
 @dataclass(frozen=True)
 class Caption:
-    """A picture's caption as it was found. text: on one line, empty if there is none. origin: a file's name, "folder
-    name" or "". error: why the caption's file cannot be read."""
+    """A picture's caption as it was found. text: as `captions.by_line` has it, empty if there is none. origin: a file's
+    name, "folder name" or "". error: why the caption's file cannot be read."""
 
     text: str = ""
     origin: str = ""
@@ -342,7 +343,7 @@ class _Reader:
             if self._is_inside(path):
                 with suppress(DataError):  # of a file that is not needed
                     others[path.name] = self._text_of(path)[0]
-        return [name for name, other in others.items() if other not in ("", text)]
+        return [name for name, other in others.items() if one_line(other) not in ("", one_line(text))]
 
 
 def _is_document(entry: Path) -> bool:

@@ -20,7 +20,7 @@ def insert_placeholders(folder: ExampleSet, placeholders: Sequence[str], stands_
     Raises DataError where a caption holds no placeholder, or one of the class does, or a placeholder, or what one
     stands for, is in no caption.
     """
-    _check_stands_for(stands_for, [example.caption for example in folder.in_group("instance")])
+    _check_stands_for(stands_for, folder.in_group("instance").captions)
     rename = _renaming(placeholders, stands_for)
     examples = tuple(e if e.group == "class" else _with_words(e, rename) for e in folder.examples)
     _check_captions(examples, placeholders)
@@ -45,12 +45,13 @@ def _renaming(placeholders: Sequence[str], stands_for: Sequence[str]) -> Callabl
 
 
 def _with_words(example: Example, rename: Callable[[str], str]) -> Example:
-    caption, template, trigger = rename(example.caption), example.template, example.trigger
+    template, trigger = example.template, example.trigger
+    caption, *further = dict.fromkeys(map(rename, example.captions))
     if template is not None:
         template = rename(template.replace("{trigger}", trigger or ""))
     if trigger and trigger in example.caption and trigger not in caption:
         trigger = None
-    return dataclasses.replace(example, caption=caption, template=template, trigger=trigger)
+    return dataclasses.replace(example, caption=caption, further=tuple(further), template=template, trigger=trigger)
 
 
 def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> None:
@@ -66,10 +67,10 @@ def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> Non
 def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) -> None:
     """Raises DataError for captions that hold no placeholder, for one that is in none, and for one of the class that
     holds any."""
-    ours = [e for e in examples if e.group != "class"]
-    learned = [e for e in ours if e.group == "instance"]
-    without = [e.caption for e in ours if not any(holds(token, e.caption) for token in placeholders)]
-    unused = [token for token in placeholders if not any(holds(token, e.caption) for e in learned)]
+    ours = [caption for e in examples if e.group != "class" for caption in e.captions]
+    learned = [caption for e in examples if e.group == "instance" for caption in e.captions]
+    without = [caption for caption in ours if not any(holds(token, caption) for token in placeholders)]
+    unused = [token for token in placeholders if not any(holds(token, caption) for caption in learned)]
     if without:
         raise DataError(
             f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
@@ -77,7 +78,7 @@ def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) ->
         )
     if unused:
         raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
-    for caption in (e.caption for e in examples if e.group == "class"):
+    for caption in (caption for e in examples if e.group == "class" for caption in e.captions):
         if held := [token for token in placeholders if holds(token, caption)]:
             raise DataError(
                 f"the caption {caption!r} of an image of the class holds {held[0]}, which is learned for the subject "

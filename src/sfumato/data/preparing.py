@@ -389,7 +389,16 @@ def _items(
         # The notes name the file, and the cache knows contents only.
         notes.extend(f"{done.label}: {word.partition(': ')[2]}" for word in words)
         items.append(
-            PreparedPicture(done.label, done.example.caption, options, crop, bool(options.flip), tensors, entry)
+            PreparedPicture(
+                done.label,
+                done.example.caption,
+                options,
+                crop,
+                bool(options.flip),
+                tensors,
+                entry,
+                done.example.further,
+            )
         )
     return items, notes
 
@@ -414,7 +423,8 @@ def _tensors(
 def _learned(done: _Done, crop: Crop) -> tuple[Any, ...]:
     """All of an example that what is learned depends on; first its files."""
     example = done.example
-    return done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop
+    learned = done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop
+    return (*learned, example.further) if example.further else learned
 
 
 def _short(text: str) -> str:
@@ -429,17 +439,19 @@ def _embed(
     tell: Callable[[str, int, int], None],
 ) -> Iterator[str]:
     """Embed what will be drawn, if that can be known and kept; lines for the person."""
+    whole = {caption for item in items for caption in item.captions}
     if will_draw is not None:
         wanted = dataset.drawn_captions(*will_draw)
     else:
-        wanted = {item.caption for item in items}
-        count = sum(count_forms(item.caption, item.options) for item in items)
+        wanted = set(whole)
+        told = [(caption, item.options) for item in items for caption in item.captions]
+        count = sum(count_forms(caption, options) for caption, options in told)
         if count <= MOST_FORMS:
-            wanted |= {form for item in items for form in forms(item.caption, item.options)}
+            wanted |= {form for caption, options in told for form in forms(caption, options)}
         elif any(item.options.varies_caption for item in items):
             yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
     # Of those whose tags vary another run would draw others: the cache would grow, and hardly be read.
-    lasting = wanted & {item.caption for item in items}
+    lasting = wanted & whole
     passing = wanted - lasting
     for captions, is_lasting in ((lasting, True), (passing, False)):
         if texts.fits(captions, cached=is_lasting):
@@ -462,13 +474,13 @@ def _notes(gathered: _Gathered, plan: _Plan, base: Base) -> Iterator[str]:
         yield "random crops are too many to be encoded beforehand; pixels are kept and encoded in the loop"
     if note := _cut_note(base, items):
         yield note
-    if note := without_trigger((item.name, item.caption) for item in items):
+    if note := without_trigger((item.name, caption) for item in items for caption in item.captions):
         yield note
 
 
 def _cut_note(base: Base, items: Sequence[PreparedPicture]) -> str:
-    first = {item.caption: item for item in reversed(items)}  # of several with one caption
-    ends = {item.name: cut for item in reversed(first.values()) if (cut := base.cut_off(item.caption))}
+    first = {caption: item for item in reversed(items) for caption in item.captions}  # of several with one caption
+    ends = {item.name: cut for caption, item in reversed(first.items()) if (cut := base.cut_off(caption))}
     return cut_captions(ends, base.token_limit, varies=any(item.options.varies_caption for item in first.values()))
 
 

@@ -23,6 +23,7 @@ from sfumato.data.folder import (
     example_of,
     labelled,
     labels_of,
+    lines_notes,
     nameless,
     no_masks,
     no_pictures,
@@ -96,6 +97,7 @@ class Report:
             {
                 "file": example.path.as_posix(),
                 "caption": example.caption,
+                "further_captions": list(example.further),
                 "repeats": example.repeats,
                 "group": example.group,
                 "error": look.error or None,
@@ -135,6 +137,7 @@ def check(
     trigger: str | None = None,
     mask: MaskSource = "none",
     crop: CropMode = "center",
+    caption_lines: bool = False,
     thumbnails: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -144,7 +147,9 @@ def check(
     """
     side = resolution or needs.resolution
     sizes = checked_sizes(side, side_step(needs.vae_factor, needs.levels, side), buckets=True)
-    sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
+    sources = sources_of(
+        path, caption_template=caption_template, trigger=trigger, mask=mask, caption_lines=caption_lines
+    )
     listings = [source.list() for source in sources]
     founds = [found for listing in listings for found in listing.pictures]
     ignored = tuple(entry for listing in listings for entry in listing.ignored)
@@ -184,7 +189,9 @@ def check(
 
 
 def _example(found: ListedPicture, source: Source, defaults: Options) -> Example:
-    example = example_of(found, template=source.template, trigger=source.trigger, mask=source.mask)
+    example = example_of(
+        found, template=source.template, trigger=source.trigger, mask=source.mask, by_line=source.by_line
+    )
     return replace(example, options=source.options.over(defaults), group=source.group)
 
 
@@ -202,6 +209,8 @@ def _count_buckets(
 def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Finding]:
     for source, listing in zip(sources, listings, strict=True):
         yield from (Finding("listing", note) for note in listing.notes)
+        several = lines_notes(listing.pictures, source.template, source.by_line)
+        yield from (Finding("caption lines", note) for note in several)
         if not listing.pictures:
             yield Finding("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True)
 
@@ -248,13 +257,15 @@ def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Findi
     if numbers := {label: e.template or "" for e, found, label in named if nameless(found, e.template)}:
         text = captions_of_numbers(list(numbers), next(iter(numbers.values())), trigger)
         yield Finding("caption says nothing", text, tuple(numbers))
-    captions = [(label, example.caption) for example, _, label in named]
+    captions = [(label, caption) for example, _, label in named for caption in example.captions]
     if text := without_trigger(captions):
         yield Finding("trigger missing", text, tuple(label for label, caption in captions if PLACEHOLDER in caption))
     owners = _by_caption(report)
     cut = {caption: end for caption in owners if (end := report.needs.cut_off(caption))}
     if cut:
-        varies = any(example.options.varies_caption for example in report.examples if example.caption in cut)
+        varies = any(
+            each.options.varies_caption for each in report.examples if not cut.keys().isdisjoint(each.captions)
+        )
         ends = {some(owners[caption], 4): end for caption, end in cut.items()}
         text = cut_captions(ends, report.needs.token_limit, varies=varies)
         yield Finding("caption cut", text, tuple(name for caption in cut for name in owners[caption]))
@@ -263,8 +274,8 @@ def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Findi
 def _by_caption(report: Report) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for example, label in zip(report.examples, report.labels, strict=True):
-        if example.caption:
-            found.setdefault(example.caption, []).append(label)
+        for caption in filter(None, example.captions):
+            found.setdefault(caption, []).append(label)
     return found
 
 

@@ -35,6 +35,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "trigger": str,
     "words": str,
     "caption_suffix": str,
+    "caption_lines": bool,
     "mask": str,
     "flip": bool,
     "crop": str,
@@ -45,7 +46,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "separator": str,
     "weight": (int, float),
 }
-_OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_dropout", "tag_dropout")
+_OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_lines", "caption_dropout", "tag_dropout")
 """Keys before the first source that do not hold for pictures of a class."""
 _NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, float): "a number"}
 
@@ -53,7 +54,8 @@ _NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, flo
 @dataclass(frozen=True)
 class Source:
     """One folder of a data set. template: what captions are put into. words: the caption of pictures without one.
-    read: the real paths of all sources' folders, so that none of them is called ignored."""
+    by_line: each line of a caption is one of its own. read: the real paths of all sources' folders, so that none of
+    them is called ignored."""
 
     path: Path
     repeats: int = 1
@@ -62,6 +64,7 @@ class Source:
     trigger: str | None = None
     words: str = ""
     suffixes: tuple[str, ...] = CAPTION_SUFFIXES
+    by_line: bool = False
     mask: MaskSource = "none"
     options: Options = field(default_factory=Options)
     read: frozenset[str] = frozenset()
@@ -83,6 +86,7 @@ def read_folder(
     trigger: str | None = None,
     skip_bad: bool = False,
     mask: MaskSource = "none",
+    caption_lines: bool = False,
     words: str = "",
     otherwise: str = "",
     of_class: bool = True,
@@ -91,14 +95,16 @@ def read_folder(
 
     A caption comes from NAME.txt, NAME.caption, metadata.jsonl, the words of a kohya folder ("10_sks dog": 10 repeats),
     or, if there is a template, from the file's name; the template is then filled with it. mask: "alpha" learns the
-    opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. skip_bad: leave out the pictures whose
-    header cannot be read, and (in `prepare`) those that cannot be decoded. words: that captions have to hold, to advise
-    them where there are none. otherwise: the caption of those of the subject that have none. of_class: whether sources
-    of a class are read.
+    opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. caption_lines: each line of a caption is one
+    of its own, and a sample takes any of them. skip_bad: leave out the pictures whose header cannot be read, and (in
+    `prepare`) those that cannot be decoded. words: that captions have to hold, to advise them where there are none.
+    otherwise: the caption of those of the subject that have none. of_class: whether sources of a class are read.
 
     Raises DataError for no folder, no pictures, bad pictures and missing captions; ConfigError for a bad template.
     """
-    sources = sources_of(path, caption_template=caption_template, trigger=trigger, mask=mask)
+    sources = sources_of(
+        path, caption_template=caption_template, trigger=trigger, mask=mask, caption_lines=caption_lines
+    )
     sources = [source for source in sources if of_class or source.group != "class"]
     if otherwise:
         sources = [s if s.words or s.group == "class" else replace(s, words=otherwise) for s in sources]
@@ -121,6 +127,7 @@ def _read(source: Source, skip_bad: bool, words: str) -> ExampleSet:
         trigger=source.trigger,
         mask=source.mask,
         skip_bad=skip_bad,
+        by_line=source.by_line,
         words=None if source.group == "class" else words,  # no --caption is for it
     )
     examples = tuple(_with(example, source) for example in part.examples)
@@ -132,14 +139,24 @@ def _with(example: Example, source: Source) -> Example:
 
 
 def sources_of(
-    path: Path, *, caption_template: str | None = None, trigger: str | None = None, mask: MaskSource = "none"
+    path: Path,
+    *,
+    caption_template: str | None = None,
+    trigger: str | None = None,
+    mask: MaskSource = "none",
+    caption_lines: bool = False,
 ) -> list[Source]:
     """The folder itself, or what the dataset.toml names. Raises DataError and ConfigError."""
     if path.suffix.lower() != ".toml" or path.is_dir():
         if caption_template is not None:
             check_template(caption_template, trigger)
-        return [Source(path, template=caption_template, trigger=trigger, mask=mask)]
-    given = {"caption": caption_template, "trigger": trigger, "mask": None if mask == "none" else mask}
+        return [Source(path, template=caption_template, trigger=trigger, by_line=caption_lines, mask=mask)]
+    given = {
+        "caption": caption_template,
+        "trigger": trigger,
+        "caption_lines": caption_lines or None,
+        "mask": None if mask == "none" else mask,
+    }
     values = _load(path)
     entries = values.pop("source", None)
     if entries is None and "datasets" in values:
@@ -212,6 +229,7 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
         trigger=trigger,
         words=values.get("words", ""),
         suffixes=CAPTION_SUFFIXES if suffix is None else (suffix.lower(),),
+        by_line=values.get("caption_lines", False),
         mask=values.get("mask", "none"),
         options=options,
     )

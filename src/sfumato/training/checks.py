@@ -84,7 +84,7 @@ def refuse_dropped_words(config: TrainerOptions, examples: ExampleSet, words: Se
     """Refuse a new word of which every caption is dropped, by the trainer's options or by those of its sources."""
     given = Options(caption_dropout=config.caption_dropout, tag_dropout=config.tag_dropout, keep_tags=config.keep_tags)
     for word in words:
-        told = [each.options.over(given) for each in examples if holds(word, each.caption)]
+        told = [each.options.over(given) for each in examples if any(holds(word, said) for said in each.captions)]
         if told and all(to.caption_dropout == 1 or (to.tag_dropout == 1 and not to.keep_tags) for to in told):
             raise ConfigError(
                 f"{config.images}: caption_dropout or tag_dropout of 1 drops {word} from every caption, so it would "

@@ -39,6 +39,9 @@ class DataOptions:
     caption: str | None = None
     """Template for captions, such as "{caption}, {trigger} style". {caption} stands for the image's own caption, or for
     its file name."""
+    caption_lines: bool = False
+    """Each line of a caption is a caption of its own, such as tags and a sentence. Each sample has one of an image's
+    captions, at random. Otherwise the lines are one caption."""
     caption_dropout: float = 0.0
     """Share of samples that are trained without a caption, 0 to 1; 1 drops every caption."""
     resolution: int | None = None
@@ -76,6 +79,7 @@ class DataOptions:
             caption_template=self.caption,
             trigger=self.trigger,
             mask=self.mask,
+            caption_lines=self.caption_lines,
             skip_bad=self.skip_bad,
             words=" ".join(words),
             of_class=of_class,

@@ -90,14 +90,16 @@ def read_subject(
     template: str | None = None,
     trigger: str | None = None,
     mask: MaskSource = "none",
+    caption_lines: bool = False,
     skip_bad: bool = False,
     in_all: bool = False,
     of_class: bool = True,
 ) -> ExampleSet:
     """The examples of a folder in which pictures without a caption have the caption `words`, or of a dataset.toml.
 
-    in_all: whether the subject's pictures have it in a dataset.toml, too, which may hold several subjects. of_class:
-    whether that one's sources of a class are read. Raises as `sfumato.data.read_folder` does.
+    caption_lines: each line of a caption is one of its own. in_all: whether the subject's pictures have it in a
+    dataset.toml, too, which may hold several subjects. of_class: whether that one's sources of a class are read. Raises
+    as `sfumato.data.read_folder` does.
     """
     from sfumato.data import read_folder
     from sfumato.data.folder import examples_of
@@ -109,18 +111,20 @@ def read_subject(
             caption_template=template,
             trigger=trigger,
             mask=mask,
+            caption_lines=caption_lines,
             skip_bad=skip_bad,
             words=words,
             otherwise=words if in_all else "",
             of_class=of_class,
         )
     listing = Source(path, words=words).list()
-    return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad)
+    return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad, by_line=caption_lines)
 
 
 def with_caption(folder: ExampleSet, caption: str) -> ExampleSet:
     """The same pictures of the subject with this caption, whatever theirs were; those of the class as they are."""
     examples = tuple(
-        example if example.group == "class" else dataclasses.replace(example, caption=caption) for example in folder
+        example if example.group == "class" else dataclasses.replace(example, caption=caption, further=())
+        for example in folder
     )
     return dataclasses.replace(folder, examples=examples)

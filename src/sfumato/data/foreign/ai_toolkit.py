@@ -85,7 +85,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
         for place in with_pictures(path, folder):  # it walks through all that is below, but for what it made itself
             if PurePath(place).name == "_controls":
                 continue
-            notes.extend(notes_on(place, folder, "ai-toolkit", by_line=False))
+            notes.extend(notes_on(place, folder))
             ending = str(own.get("caption_ext", "txt")).removeprefix(".").lower()
             if ending == "json":
                 notes.append(f'{place}: captions in .json files are not read; list them as "text" in metadata.jsonl')

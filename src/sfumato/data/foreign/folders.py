@@ -9,7 +9,6 @@ from typing import Any
 
 from sfumato.data.images import SUFFIXES
 from sfumato.data.listing import REPEATS
-from sfumato.numerals import pluralize
 
 
 def spelt(path: Any) -> Path:
@@ -61,27 +60,26 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(os.path.realpath(place))
 
 
-def notes_on(
-    path: str, source: Path, tool: str, *, by_line: bool, takes: str = "one of them at random"
-) -> Iterator[str]:
-    """What a folder holds that is read otherwise here. by_line: whether the tool takes one line of a caption, and
-    `takes` which."""
-    if (there := find(path, source)) is None or not there.is_dir():
-        return
-    entries = sorted(there.iterdir())
-    for entry in entries:
+def notes_on(path: str, source: Path) -> Iterator[str]:
+    """What a folder holds that is read otherwise here."""
+    for entry in _entries(path, source):
         if entry.is_dir() and REPEATS.fullmatch(entry.name):
             yield (
                 f"{path}: holds {entry.name}, whose name says repeats here, so that images beside it are left out; "
                 "rename it"
             )
             break
-    texts = [entry for entry in entries if entry.match("[!.]*.txt") and entry.is_file()] if by_line else []
-    if several := [entry.name for entry in texts if _lines(entry) > 1]:
-        yield (
-            f"{path}: {pluralize(len(several), 'caption has', 'captions have')} several lines ({several[0]}), one "
-            f"caption here, where {tool} takes {takes}; leave one line in each"
-        )
+
+
+def of_several_lines(path: str, source: Path) -> list[str]:
+    """The names of the folder's captions that have several lines."""
+    texts = (entry for entry in _entries(path, source) if entry.match("[!.]*.txt") and entry.is_file())
+    return [entry.name for entry in texts if _lines(entry) > 1]
+
+
+def _entries(path: str, source: Path) -> list[Path]:
+    there = find(path, source)
+    return sorted(there.iterdir()) if there is not None and there.is_dir() else []
 
 
 def _lines(file: Path) -> int:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.foreign.folders import find, notes_on
+from sfumato.data.foreign.folders import find, notes_on, of_several_lines
 from sfumato.data.foreign.settings import Sources, left_over, non_default, parsed_scalars, suffix, tables
 from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
 
 _ELSEWHERE = {
     "resolution": "--resolution",
@@ -20,6 +21,7 @@ _ELSEWHERE = {
     "bucket_reso_steps": "buckets follow the base",
     "max_token_length": "--max-tokens",
     "conditioning_data_dir": 'masks go to masks/ in the image folder, with mask = "files" in its source',
+    "enable_wildcard": "lines are taken at random by caption_lines = true; {a|b} in a caption stays as it is",
     "cache_info": "headers are always read anew",
     "validation_split": "--validation-split, of all images together",
     "validation_seed": "which images are held out depends on their names",
@@ -62,7 +64,6 @@ _TRAINING_ONLY = (
     "weighted_captions",
     "keep_tokens_separator",
     "secondary_separator",
-    "enable_wildcard",
     "bucket_no_upscale",
 )
 """Settings of a training that change what is seen of its pictures and have no counterpart."""
@@ -94,7 +95,8 @@ def _subsets(values: Mapping[str, Any], folder: Path, notes: list[str]) -> Itera
             if "image_dir" not in own:
                 raise ConfigError("a subset has no image_dir, so there is nothing to read; give it one.")
             yield _source(own)
-            notes.extend(notes_on(own["image_dir"], folder, "sd-scripts", by_line=True, takes=_line_of(own)))
+            notes.extend(notes_on(own["image_dir"], folder))
+            notes.extend(_unlike_lines(own["image_dir"], folder, own))
             notes.extend(_unread(own, folder))
             notes.extend(left_over(own, _USED, _ELSEWHERE))
 
@@ -108,6 +110,7 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
         words=own.get("class_tokens", ""),
         caption=_affixes(own.get("caption_prefix"), own.get("caption_suffix")),
         caption_suffix=suffix(own.get("caption_extension")),
+        caption_lines=bool(own.get("enable_wildcard")),
         shuffle_tags=own.get("shuffle_caption", False),
         keep_tags=own.get("keep_tokens", 0),
         separator=own.get("caption_separator") or ",",
@@ -120,9 +123,14 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _line_of(own: Mapping[str, Any]) -> str:
-    """Which line of a caption is learned there."""
-    return "one of them at random" if own.get("enable_wildcard") else "the first alone"
+def _unlike_lines(path: str, folder: Path, own: Mapping[str, Any]) -> Iterator[str]:
+    """A note on captions of several lines, of which sd-scripts learns the first alone where nothing else is said."""
+    if not own.get("enable_wildcard") and (several := of_several_lines(path, folder)):
+        counted = pluralize(len(several), "caption has", "captions have")
+        yield (
+            f"{path}: {counted} several lines ({several[0]}), one caption here, where sd-scripts takes the first "
+            "alone; leave one line in each"
+        )
 
 
 def _unread(own: Mapping[str, Any], folder: Path) -> Iterator[str]:
@@ -154,9 +162,9 @@ def _folders(own: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator
             yield _source(one)
             there = find(own[key], folder)
             for place in sorted(there.glob("*_*/")) if there else []:
-                notes.extend(
-                    notes_on(f"{own[key]}/{place.name}", folder, "sd-scripts", by_line=True, takes=_line_of(own))
-                )
+                named = f"{own[key]}/{place.name}"
+                notes.extend(notes_on(named, folder))
+                notes.extend(_unlike_lines(named, folder, own))
             notes.extend(_unread(one, folder))
     data = {key: own[key] for key in (*_TRAINING_ELSEWHERE, *_TRAINING_ONLY) if key in own}
     notes.extend(left_over(data, frozenset(), _TRAINING_ELSEWHERE))

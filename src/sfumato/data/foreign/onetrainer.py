@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.foreign.folders import find, notes_on, with_pictures
+from sfumato.data.foreign.folders import find, notes_on, of_several_lines, with_pictures
 from sfumato.data.foreign.settings import (
     BY_THE_BASE,
     FROM_NAMES,
@@ -122,7 +122,8 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
     places = with_pictures(own["path"], folder) if own.get("include_subdirectories") else [str(own["path"])]
     share = _share(own, places, folder, notes) / len(prompts)
     for place in places:
-        notes.extend(notes_on(place, folder, "OneTrainer", by_line=prompts == [None]))
+        notes.extend(notes_on(place, folder))
+        by_line = prompts == [None] and bool(of_several_lines(place, folder))
         masks = _has_masks(place, folder, masked, notes)
         for prompt in prompts:
             yield non_default(
@@ -131,6 +132,7 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
                 **{"class": kind == "PRIOR_PREDICTION"},
                 validation=kind == "VALIDATION",
                 caption=prompt,
+                caption_lines=by_line,
                 **_tags(text, notes),
                 flip=bool(image.get("enable_random_flip")),
                 crop="random" if image.get("enable_crop_jitter", True) else "center",

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from sfumato.data.foreign.folders import notes_on, with_pictures
+from sfumato.data.foreign.folders import notes_on, of_several_lines, with_pictures
 from sfumato.data.foreign.settings import (
     BY_THE_BASE,
     FROM_NAMES,
@@ -111,7 +111,7 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
     by_line = own.get("caption_strategy") == "textfile" and not own.get("disable_multiline_split")
     varied = _tags(own, notes)
     for place in with_pictures(path, folder):
-        notes.extend(notes_on(place, folder, "SimpleTuner", by_line=by_line))
+        notes.extend(notes_on(place, folder))
         for prompt in prompts:
             yield non_default(
                 path=place,
@@ -119,6 +119,7 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
                 **{"class": taught and not is_held_out},
                 validation=is_held_out,
                 caption=prompt,
+                caption_lines=by_line and bool(of_several_lines(place, folder)),
                 **varied,
                 crop=_crop(own, notes),
             )
