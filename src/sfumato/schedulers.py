@@ -77,18 +77,18 @@ _OTHER_NAMES = {name.replace(" ", ""): name for name in SAMPLERS} | {
 _NOT_HERE = frozenset({"ipndm", "ipndm v"})
 """Samplers of other programs that look like a misspelt one."""
 
-_SCHEDULE = (
+OF_THE_BASE = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
     "beta_schedule",
     "trained_betas",
-    "prediction_type",
     "rescale_betas_zero_snr",
-    "timestep_spacing",
-    "steps_offset",
+    "prediction_type",
 )
-"""What a sampler takes from the base; everything else would be another sampler's setting."""
+"""What a scheduler's config says of the base, and not of how it is drawn."""
+_SCHEDULE = (*OF_THE_BASE, "timestep_spacing", "steps_offset")
+"""What a sampler takes from the base's; everything else would be another sampler's setting."""
 
 
 def find(name: str) -> Sampler:

@@ -16,7 +16,7 @@ from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES, family_of_config
 from sfumato.bases.fingerprint import public_config
 from sfumato.bases.lazy_weights import LazyWeights
-from sfumato.bases.loading import alpha_bar
+from sfumato.bases.noise_schedule import alpha_bar
 from sfumato.bases.single_file import shipped
 from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges
 from sfumato.bases.weights import LazyModel, StoredWeight

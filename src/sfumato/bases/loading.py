@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DDPMScheduler
 
 from sfumato.bases import folder as folders
 from sfumato.bases import single_file
@@ -21,6 +17,7 @@ from sfumato.bases.config_file import read_config
 from sfumato.bases.family import FAMILIES, Family, family_of_config
 from sfumato.bases.hub import HUB_ID, hub_folder, hub_vae
 from sfumato.bases.lazy_weights import LazyWeights
+from sfumato.bases.noise_schedule import PREDICTION_TYPES, alpha_bar, base_scheduler
 from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import LazyModel, text_skeleton, unet_skeleton, vae_skeleton
@@ -28,13 +25,11 @@ from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 from sfumato.limits import MOST_CHUNKS
 from sfumato.precision import Part, Precision, decide
-from sfumato.schedulers import is_sigma_conditioned
 
 POCKET_VARIABLE = "SFUMATO_POCKET"
 """Names a diffusers folder to use for `pocket` instead of the one in the package."""
 POCKET_FOLDER = Path(__file__).parent.parent / "pocket"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass
@@ -127,7 +122,7 @@ def base_skeleton(
         vae=parts.vae.model,
         text_encoders=tuple(shell.model for shell in parts.text_encoders),
         tokenizers=tuple(parts.tokenizers),
-        scheduler=_scheduler(parts.scheduler, name),
+        scheduler=base_scheduler(parts.scheduler, name),
         precision=precision,
         alpha_bar=alpha_bar(parts.scheduler, name).to(precision.device),
         clip_skip=clip_skip,
@@ -162,7 +157,7 @@ def family_skeleton(name: str, prediction_type: str | None = None) -> Base:
         vae=vae,
         text_encoders=tuple(texts),
         tokenizers=tuple(_shipped_tokenizer(family, index, text) for index, text in enumerate(texts)),
-        scheduler=_scheduler(config, name),
+        scheduler=base_scheduler(config, name),
         precision=decide("fp32", device="cpu"),
         alpha_bar=alpha_bar(config, name),
     )
@@ -376,81 +371,3 @@ def _check(parts: _Parts, name: str, clip_skip: int | None, max_tokens: int | No
         *others, last = map(str, sizes)
         wanted = f"{', '.join(others)} or {last}"
         raise BaseModelError(f"--max-tokens {max_tokens!r}: the text encoder reads {at_once} at once; wanted {wanted}.")
-
-
-_BETAS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-)
-"""What a scheduler's config says of the base, and not of how it is drawn."""
-
-
-_MOST_TIMESTEPS = 100_000
-
-
-def _check_timesteps(config: Mapping[str, Any], name: str) -> None:
-    """Raises BaseModelError for as many as no base has: each takes memory, in many a scheduler."""
-    steps = config.get("num_train_timesteps", 1)
-    if type(steps) is not int or not 1 <= steps <= _MOST_TIMESTEPS:
-        raise BaseModelError(
-            f"{name}: num_train_timesteps is {steps!r:.40}; wanted a whole number from 1 to {_MOST_TIMESTEPS:,}. "
-            "Correct scheduler_config.json."
-        )
-
-
-def _scheduler(config: Mapping[str, Any], name: str) -> Any:
-    """The base's own diffusers scheduler."""
-    _check_timesteps(config, name)
-    class_name = str(config.get("_class_name", "DDIMScheduler"))
-    found = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
-    if found is None:
-        raise BaseModelError(f"{name}: diffusers has no scheduler {class_name}. Correct scheduler_config.json.")
-    settings = dict(config)
-    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in signature(found.__init__).parameters:
-        # PNDM and others would keep the key and draw without it, also from a folder that is written.
-        found = diffusers.DDIMScheduler
-        settings |= {"clip_sample": False, "timestep_spacing": "trailing"}
-    try:
-        return found.from_config(settings)
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        # The base is as good as any: what trains and draws it takes the betas alone.
-        betas = {key: value for key, value in config.items() if key in _BETAS}
-        try:
-            instead = diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
-        except (NotImplementedError, TypeError, ValueError) as wrong:
-            reason = " ".join(str(wrong).split())
-            raise BaseModelError(f"{name}: {reason:.200}. Correct scheduler_config.json.") from None
-        reason = " ".join(str(error).split())
-        warnings.warn(f"{name}: {class_name} cannot be made ({reason:.120}); DDIM stands in for it", stacklevel=2)
-        return instead
-
-
-def alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
-    """(T,) fp32: the cumulative product of 1 - beta that a scheduler's config describes, falling from almost 1.
-
-    Zero terminal SNR (Lin et al. 2023, algorithm 1) makes the last one exactly 0, where epsilon says nothing about the
-    picture. Raises BaseModelError for that, and for schedules without betas.
-    """
-    without = str(config.get("_class_name", "")).startswith("EDM") or "FlowMatch" in str(config.get("_class_name", ""))
-    if without or is_sigma_conditioned(config) or "num_train_timesteps" not in config:
-        raise BaseModelError(f"{name}: {config.get('_class_name')} has no betas. Name SD 1.x, SD 2.x or SDXL.")
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise BaseModelError(f"{name}: predicts {kind!r}; wanted epsilon or v_prediction. Say --prediction-type.")
-    if config.get("rescale_betas_zero_snr") and kind == "epsilon":
-        raise BaseModelError(
-            f"{name}: zero terminal SNR, where epsilon says nothing of the image at the last timestep. "
-            "Say --prediction-type v_prediction, or leave --zero-terminal-snr out."
-        )
-    _check_timesteps(config, name)
-    settings = {key: config[key] for key in _BETAS if key in config and key != "prediction_type"}
-    try:
-        values: torch.Tensor = DDPMScheduler(**settings).alphas_cumprod
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise BaseModelError(f"{name}: {' '.join(str(error).split()):.200}. Correct scheduler_config.json.") from None
-    return values.float()
