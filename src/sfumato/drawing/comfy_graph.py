@@ -3,13 +3,13 @@ checkpoint, LoRAs, texts and one sampler. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sfumato.drawing.pnginfo import Parameters, Value, plain_name
+from sfumato.json_text import object_of
 from sfumato.numerals import exact
 
 Graph = Mapping[str, Any]
@@ -25,12 +25,8 @@ def read_graph(text: str) -> Parameters | None:
 
     Adapters are tags in the prompt; "embedding:NAME" is NAME, named in "TI hashes" without a hash.
     """
-    try:
-        graph = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    nodes = graph.values() if isinstance(graph, dict) else ()
-    samplers = [inputs for inputs in map(_inputs, nodes) if "sampler_name" in inputs and "positive" in inputs]
+    graph = object_of(text)
+    samplers = [inputs for inputs in map(_inputs, graph.values()) if "sampler_name" in inputs and "positive" in inputs]
     if not samplers:
         return None
     first = next((each for each in samplers if each.get("denoise", 1) == 1), samplers[0])

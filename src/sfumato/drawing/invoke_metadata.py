@@ -3,12 +3,12 @@ that A1111 would have written. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sfumato.drawing.pnginfo import Parameters, Value, lora_tag
+from sfumato.json_text import object_of
 
 _SAMPLERS = {"kdpm_2": "DPM2", "kdpm_2_a": "DPM2 a"}
 """InvokeAI's names that differ by more than their spelling; with "_k" behind them the schedule is Karras'."""
@@ -47,13 +47,10 @@ def read_invoke(text: str) -> Parameters | None:
 
     Adapters are tags behind the prompt, whose syntax is compel's; new words are named in "TI hashes" without a hash.
     """
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(found, dict) and isinstance(image := found.get("image"), dict):
+    found = object_of(text)
+    if isinstance(image := found.get("image"), dict):
         found = _as_of_today(found, image)
-    prompt = found.get("positive_prompt") if isinstance(found, dict) else None
+    prompt = found.get("positive_prompt")
     if not isinstance(prompt, str):
         return None
     negative = found.get("negative_prompt") or ""

@@ -19,6 +19,7 @@ from sfumato import __version__
 from sfumato.errors import ConfigError
 from sfumato.files.family import LABELS
 from sfumato.files.header import Header, read_header
+from sfumato.json_text import object_of, value_of
 from sfumato.limits import MOST_ADAPTER_GUIDANCE
 from sfumato.numerals import exact
 
@@ -206,10 +207,7 @@ def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
 
 def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The negative prompts that the file asks for; none if what it says is impossible."""
-    try:
-        found = json.loads(metadata.get("sfumato.negatives", "[]"))
-    except (ValueError, RecursionError):
-        return ()
+    found = value_of(metadata.get("sfumato.negatives", "[]"))
     return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
 
 
@@ -219,7 +217,7 @@ def clip_skip_of(metadata: Mapping[str, str]) -> int | None:
 
     sd-scripts counts as A1111 does; for SDXL it skips none, whatever the file says.
     """
-    config = _object(metadata.get("sfumato.config", "{}"))
+    config = object_of(metadata.get("sfumato.config", "{}"))
     told = metadata.get("sfumato.clip_skip", config.get("clip_skip"))
     if told is None and "steps" in config:  # a trainer's, which leaves unset settings out
         return 0
@@ -235,19 +233,10 @@ def words_beside(metadata: Mapping[str, str]) -> dict[str, str]:
     such words."""
     if "sfumato.token" in metadata:
         return {}
-    words = _object(metadata.get("sfumato.config", "{}")).get("train_words")
-    files = _object(metadata.get("sfumato.word_files", "{}"))
+    words = object_of(metadata.get("sfumato.config", "{}")).get("train_words")
+    files = object_of(metadata.get("sfumato.word_files", "{}"))
     learned = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     return {word: str(files.get(word, "")) for word in dict.fromkeys([*learned, *files])}
-
-
-def _object(text: str) -> dict[str, Any]:
-    """The JSON object that the text is; an empty one where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 _LAST_SECOND = 253_402_300_799
@@ -329,10 +318,7 @@ def _size(value: object) -> int:
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """The trigger words of the adapter: our own list, else ModelSpec's trigger phrase, split at its commas."""
-    try:
-        words = json.loads(metadata.get("sfumato.trigger", ""))
-    except (ValueError, RecursionError):
-        words = None
+    words = value_of(metadata.get("sfumato.trigger", ""))
     if isinstance(words, list) and all(isinstance(word, str) for word in words):
         return words
     return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]

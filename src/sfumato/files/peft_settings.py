@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from sfumato.errors import AdapterError
 from sfumato.files.header import Header
 from sfumato.files.kohya import Target
+from sfumato.json_text import value_of
 
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNUSUAL = (
@@ -89,10 +89,7 @@ def header_settings(header: Header) -> PeftSettings:
 
 def parse_object(text: str, source: str) -> dict[str, Any]:
     """A JSON object, or AdapterError that begins with `source`."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
+    values = value_of(text)
     if not isinstance(values, dict):
         raise AdapterError(f"{source} is not a JSON object. Save the file again.")
     return values

@@ -25,6 +25,7 @@ from sfumato.files.kohya import Target, kohya_name
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.save import cast, check_metadata, hashes, write_tensors
 from sfumato.files.write_embedding import bundled_tensors
+from sfumato.json_text import object_of
 from sfumato.numerals import exact
 
 _OF_THE_TENSORS, _OF_A_MODULE = 1_000, 22
@@ -92,17 +93,9 @@ def _network(metadata: Mapping[str, str], modules: Mapping[Target, LoraModule], 
     ranks = wide | others
     if len(ranks) == 2 and len(wide) == len(others) == 1:
         ranks, conv = others, {"conv_dim": str(*wide), "conv_alpha": exact(alpha)}
-        args = json.dumps(_read_args(args) | conv, separators=(",", ":"))
+        args = json.dumps(object_of(args) | conv, separators=(",", ":"))
     dim = str(*ranks) if len(ranks) == 1 else "Dynamic"
     return {"ss_network_module": kind, "ss_network_args": args, "ss_network_dim": dim}
-
-
-def _read_args(text: str) -> dict[str, object]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def one_alpha(modules: Mapping[Target, LoraModule]) -> tuple[float, dict[Target, LoraModule]]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from sfumato import config as configs
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import write_text
+from sfumato.json_text import object_in
 from sfumato.runs.options import AnyRun, FolderOptions, settled
 from sfumato.toml import read_toml
 
@@ -80,11 +81,7 @@ def copied_program(program: str) -> Path | None:
 
 def read_facts(folder: Path) -> dict[str, str]:
     """What `run.json` says the training depends on beside its config; nothing where it is missing or broken."""
-    try:
-        found = json.loads((folder / "run.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {str(name): str(value) for name, value in object_in(folder / "run.json").items()}
 
 
 def write_facts(folder: Path, facts: Mapping[str, str]) -> None:
@@ -94,11 +91,7 @@ def write_facts(folder: Path, facts: Mapping[str, str]) -> None:
 
 def read_pictures(folder: Path) -> dict[str, dict[str, str]]:
     """By fact, such as "data", its `DataSet.contents`; nothing where they were not written."""
-    try:
-        found = json.loads((folder / "pictures.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    facts = found.items() if isinstance(found, dict) else ()
+    facts = object_in(folder / "pictures.json").items()
     return {name: {key: str(of) for key, of in each.items()} for name, each in facts if isinstance(each, dict)}
 
 

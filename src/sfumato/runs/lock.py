@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from sfumato.errors import RunError
 from sfumato.files.atomic import write_text
+from sfumato.json_text import object_in
 
 _PATIENCE_S = 1.0
 """How long a holder may take between locking the folder and signing for it."""
@@ -40,7 +41,7 @@ class Lock:
             raise RunError(
                 f"{self._folder} is in use by {_who(self._wait_for_holder())}. Wait for it, or give another --output."
             ) from None
-        earlier = self._read()
+        earlier = object_in(self._holder)
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_text(self._holder, json.dumps(me))
         return f"{_who(earlier)} used this folder and ended without finishing; its lock is void." if earlier else None
@@ -63,16 +64,9 @@ class Lock:
     def _wait_for_holder(self) -> dict[str, Any]:
         """Who holds the folder; it may be about to sign, or the file may still name one that was killed."""
         until = time.monotonic() + _PATIENCE_S
-        while not (found := self._read()) and time.monotonic() < until:
+        while not (found := object_in(self._holder)) and time.monotonic() < until:
             time.sleep(0.02)
         return found
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self._holder.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
 
 
 def _removed(path: Path) -> bool:
