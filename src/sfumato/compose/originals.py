@@ -91,31 +91,32 @@ _memcmp = _c_memcmp()
 
 
 def _copies(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the weights, on the CPU in one piece of memory with huge pages where the system has them. Those of
-    weights on a GPU are on the CPU, too, where they would take much of what is free there."""
+    """Copies of the weights. Those of weights on a GPU are on the CPU, too, where they would take much of what is free
+    there."""
     have_room = _have_room(weights)
 
     def stays(weight: Tensor) -> bool:
         return have_room and weight.device.type != "cpu"
 
-    sizes = [0 if stays(weight) or not weight.is_contiguous() else -(-weight.nbytes // 64) * 64 for weight in weights]
-    total = sum(sizes)
-    if total < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        sizes, total = [0] * len(weights), 0
-    memory = torch.empty(0, dtype=torch.uint8)
-    if total:
-        arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        arena.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(arena, dtype=torch.uint8)
-    copies, start = [], 0
-    for weight, size in zip(weights, sizes, strict=True):
-        if size:
-            copy = memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
-            copies.append(copy.copy_(weight))
-        else:
-            copies.append(weight.clone() if stays(weight) else weight.to("cpu", copy=True))
-        start += size
-    return copies
+    packed = iter(_in_one_piece([weight for weight in weights if not stays(weight) and weight.is_contiguous()]))
+    return [
+        weight.clone() if stays(weight) else next(packed) if weight.is_contiguous() else weight.to("cpu", copy=True)
+        for weight in weights
+    ]
+
+
+def _in_one_piece(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU of contiguous weights: in one piece of memory with huge pages, where the system has them."""
+    sizes = [-(-weight.nbytes // 64) * 64 for weight in weights]
+    if sum(sizes) < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return [weight.to("cpu", copy=True) for weight in weights]
+    arena = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    arena.madvise(mmap.MADV_HUGEPAGE)
+    pieces = torch.split(torch.frombuffer(arena, dtype=torch.uint8), sizes)
+    return [
+        piece[: weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
+        for piece, weight in zip(pieces, weights, strict=True)
+    ]
 
 
 def _have_room(weights: Sequence[Tensor]) -> bool:
