@@ -39,10 +39,8 @@ from sfumato.compose.sites import Site, SiteChange, apply_changes, new_site
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
-from sfumato.files.header import path_of
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
-from sfumato.numerals import pluralize
 from sfumato.precision import tensors
 from sfumato.weighting.adapter import (
     Adapter,
@@ -238,18 +236,7 @@ class Mix:
     @property
     def reason(self) -> str:
         """How the adapters are applied, and why."""
-        baked = sum(site.way == "baked" for site in self._sites.values())
-        live = len(self._sites) - baked
-        if not live:
-            whys = {
-                "auto": "none is quantised, so this is exact and costs no call a thing",
-                "baked": "as asked",
-                "live": "there is no layer that a path could stand beside",
-            }
-            return f"{pluralize(baked, 'weight')} baked in place ({whys[self._way]})"
-        why = "as asked" if self._way == "live" else "quantised, so nothing can be summed into their weights"
-        rest = f"; {pluralize(baked, 'weight')} baked in place" if baked else ""
-        return f"{pluralize(live, 'layer')} live, one path for all adapters beside each ({why}){rest}"
+        return table.reason([site.way for site in self._sites.values()], self._way)
 
     def describe(self) -> str:
         """The mix in one line: "line 0.8, otter 0.6 (muted)"."""
@@ -411,14 +398,8 @@ class Mix:
         if not labels:
             raise AdapterError("remove() names no adapter; give the labels of some, or undo() the mix to take out all.")
         check_labels(labels, self._weights)
-        refuse_new_paths_in_compiled(
-            self._pipe,
-            (
-                site
-                for site in self._sites.values()
-                if isinstance(site, Live) and not site.effects.keys().isdisjoint(labels)
-            ),
-        )
+        touched = [site for site in self._sites.values() if not site.effects.keys().isdisjoint(labels)]
+        refuse_new_paths_in_compiled(self._pipe, (site for site in touched if isinstance(site, Live)))
         weights = {label: weight for label, weight in self._weights.items() if label not in labels}
         self._change(weights, self._muted - frozenset(labels), labels)
         for place, site in list(self._sites.items()):
@@ -461,14 +442,8 @@ class Mix:
         not end in .safetensors.
         """
         self.check_open()
-        if path_of(path).suffix != ".safetensors":
-            raise AdapterError(f"a mix is saved as a .safetensors file, got {str(path)!r}; give a name that ends so.")
-        if title is not None and not isinstance(title, str):
-            raise AdapterError(f"a title is a text, got {title!r:.40}.")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise AdapterError(f"a mix is saved in torch.float32, float16 or bfloat16, not in {dtype!r:.40}.")
-        numbers = {label: self._at(label) for label in self._weights}
-        return saving.save(Path(path), self.family, self._sites.values(), numbers, self._files, dtype, title)
+        numbers = {label: 0.0 if label in self._muted else weight for label, weight in self._weights.items()}
+        return saving.save(path, self.family, self._sites.values(), numbers, self._files, dtype, title)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model has no mix, only a text that says what it carries and that can be read without this
@@ -483,9 +458,6 @@ class Mix:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.undo()
-
-    def _at(self, label: str) -> Weight:
-        return 0.0 if label in self._muted else self._weights[label]
 
     def _change(self, weights: Mapping[str, Weight], muted: frozenset[str], labels: Iterable[str]) -> None:
         """Apply the weights at the sites of these adapters, then store the weights."""

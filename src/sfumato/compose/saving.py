@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.changes import LoraModule
 from sfumato.files.embedding_file import merge_embeddings
+from sfumato.files.header import path_of
 from sfumato.files.kohya import Target
 from sfumato.files.write_kohya import write_lora
 from sfumato.merging.convert import diffusers_warnings
@@ -24,7 +26,7 @@ from sfumato.weighting.adapter import Weight, public_name, weight_at
 
 
 def save(
-    path: Path,
+    path: str | os.PathLike[str],
     family: str,
     sites: Iterable[Baked | Live],
     weights: Mapping[str, Weight],
@@ -36,9 +38,16 @@ def save(
     of it.
 
     weights: by label, 0 for what is left out. New words that come with the adapters are bundled with it.
-    Raises AdapterError for changes that have no low-rank form and for words that contradict, FileError for a file that
-    cannot be written.
+    Raises AdapterError for changes that have no low-rank form, for words that contradict, and for a name, title or
+    dtype that no such file has; FileError for a file that cannot be written.
     """
+    path = path_of(path)
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"a mix is saved as a .safetensors file, got {str(path)!r}; give a name that ends so.")
+    if title is not None and not isinstance(title, str):
+        raise AdapterError(f"a title is a text, got {title!r:.40}.")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise AdapterError(f"a mix is saved in torch.float32, float16 or bfloat16, not in {dtype!r:.40}.")
     modules: dict[Target, LoraModule] = {}
     for site in sites:
         numbers = {label: weight_at(weights[label], site.part, site.path) for label in sorted(site.effects)}

@@ -1,15 +1,33 @@
-"""The mix as a table for people."""
+"""The mix in words: a line on how it is applied, and a table of its adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sfumato.compose.baked import Baked
 from sfumato.compose.live import Live
+from sfumato.compose.match import Way
 from sfumato.files.adapter_file import AdapterFile
+from sfumato.numerals import pluralize
 from sfumato.weighting.adapter import Weight, public_name, weight_text
 
 _HEAD = ("adapter", "weight", "file", "kind", "rank", "U-Net", "text", "way")
+
+
+def reason(ways: Sequence[str], asked: Way) -> str:
+    """How the adapters are applied, and why. ways: "baked" or "live" of each weight or layer; asked: of `compose`."""
+    baked = sum(way == "baked" for way in ways)
+    live = len(ways) - baked
+    if not live:
+        whys = {
+            "auto": "none is quantised, so this is exact and costs no call a thing",
+            "baked": "as asked",
+            "live": "there is no layer that a path could stand beside",
+        }
+        return f"{pluralize(baked, 'weight')} baked in place ({whys[asked]})"
+    why = "as asked" if asked == "live" else "quantised, so nothing can be summed into their weights"
+    rest = f"; {pluralize(baked, 'weight')} baked in place" if baked else ""
+    return f"{pluralize(live, 'layer')} live, one path for all adapters beside each ({why}){rest}"
 
 
 def show(
