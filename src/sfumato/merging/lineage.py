@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sfumato import __version__
 from sfumato.errors import AdapterError
@@ -23,6 +23,8 @@ from sfumato.files.metadata import (
 )
 from sfumato.weighting.adapter import Weight
 from sfumato.weighting.blocks import Blocks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,21 @@ def merged_metadata(
     its fingerprint, clip skip, adapter guidance, steps and negative prompts are those that all parents name; every
     author and licence of theirs is named.
     """
-    bases = {parent.metadata.get("ss_sd_model_name", "") for parent in parents}
-    fingerprints = {parent.metadata.get("sfumato.base_fingerprint", "") for parent in parents}
-    said = {prediction_of(parent.metadata) for parent in parents}
-    spans = {over_steps_of(parent.metadata) for parent in parents}
-    strengths = {adapter_guidance_of(parent.metadata) for parent in parents}
-    negatives = {negatives_of(parent.metadata) for parent in parents}
-    skipped = {clip_skip_of(parent.metadata) for parent in parents}
-    beside = [pair for parent in reversed(parents) for pair in words_beside(parent.metadata).items()]
+    told = [parent.metadata for parent in parents]
+    said = set(map(prediction_of, told))
+    beside = [pair for metadata in reversed(told) for pair in words_beside(metadata).items()]
     description = Description(
         title=title,
         family=family,
-        base=bases.pop() if len(bases) == 1 else "",
-        base_fingerprint=fingerprints.pop() if len(fingerprints) == 1 else "",
+        base=_agreed((metadata.get("ss_sd_model_name", "") for metadata in told), ""),
+        base_fingerprint=_agreed((metadata.get("sfumato.base_fingerprint", "") for metadata in told), ""),
         prediction_type="v_prediction" if "v_prediction" in said else "epsilon" if "epsilon" in said else "",
         trigger=_words(parents),
         config=config,
-        adapter_guidance=strengths.pop() if len(strengths) == 1 else 0.0,
-        over_steps=spans.pop() if len(spans) == 1 else None,
-        negatives=negatives.pop() if len(negatives) == 1 else (),
-        clip_skip=skipped.pop() if len(skipped) == 1 else None,
+        adapter_guidance=_agreed(map(adapter_guidance_of, told), 0.0),
+        over_steps=_agreed(map(over_steps_of, told), None),
+        negatives=_agreed(map(negatives_of, told), ()),
+        clip_skip=_agreed(map(clip_skip_of, told), None),
         word_files={word: file for word, file in reversed(beside) if file},
         parents=[_parent(parent) for parent in parents],
         author=_all(parents, "modelspec.author"),
@@ -92,6 +89,12 @@ def merged_metadata(
         extra=extra or {},
     )
     return describe(description)
+
+
+def _agreed(values: Iterable[T], otherwise: T) -> T:
+    """The value that all are."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else otherwise
 
 
 def _words(parents: Sequence[Parent]) -> list[str]:
