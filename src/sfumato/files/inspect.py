@@ -131,7 +131,7 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         return _ordered(sum((Counter(getattr(found, field)) for found in some), Counter()))
 
     metadata = {key: text for found in some for key, text in found.metadata.items()}
-    family, by_words = next((found.family for found in some if found.family), None), family_from_metadata(metadata)
+    family = next((found.family for found in some if found.family), None)
     norms = [found.norm for found in some if found.norm is not None]
     holds = [found.hash_holds for found in some if found.hash_holds is not None]
     return Inspection(
@@ -141,7 +141,6 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         dtypes=summed("dtypes"),
         kind=" + ".join(dict.fromkeys(found.kind for found in some)),
         family=family,
-        says=by_words if by_words != family else None,
         spelling=sorted(union("spelling")),
         modules=sum(found.modules for found in some),
         targets=summed("targets"),
@@ -151,18 +150,27 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         stored=union("stored"),
         blocks=sorted((block for found in some for block in found.blocks), key=lambda block: block_order(block.name)),
         trigger=union("trigger"),
-        adapter_guidance=adapter_guidance_of(metadata),
-        over_steps=over_steps_of(metadata),
-        negatives=list(negatives_of(metadata)),
-        base=metadata.get("ss_sd_model_name") or None,
         hash="",
         hash_holds=all(holds) if holds else None,
         nonfinite=named("nonfinite"),
         embeddings={token: count for found in some for token, count in found.embeddings.items()},
         unknown=named("unknown"),
         incomplete=union("incomplete"),
-        metadata=dict(sorted(metadata.items())),
+        **_said(metadata, family),
     )
+
+
+def _said(metadata: Mapping[str, str], family: str | None) -> dict[str, Any]:
+    """The fields that the metadata alone decides. family: by the shapes."""
+    by_words = family_from_metadata(metadata)
+    return {
+        "says": by_words if by_words != family else None,
+        "adapter_guidance": adapter_guidance_of(metadata),
+        "over_steps": over_steps_of(metadata),
+        "negatives": list(negatives_of(metadata)),
+        "base": metadata.get("ss_sd_model_name") or None,
+        "metadata": dict(sorted(metadata.items())),
+    }
 
 
 def _in_one_file(source: WeightFile) -> Inspection:
@@ -175,15 +183,14 @@ def _in_one_file(source: WeightFile) -> Inspection:
         foreign = None
     alphas, squares = _measured(layout, source)
     stated = header.metadata.get("sshs_model_hash")
-    by_shapes, by_words = guess_family(layout, header), family_from_metadata(header.metadata)
+    family = guess_family(layout, header)
     return Inspection(
         file=header.path.name,
         bytes=header.size,
         tensors=len(header.tensors),
         dtypes=_counts(info.dtype for info in header.tensors.values()),
         kind=foreign or " + ".join(layout.kinds) or "no adapter that is known",
-        family=by_shapes,
-        says=by_words if by_words != by_shapes else None,
+        family=family,
         spelling=list(layout.spellings),
         modules=len(layout.modules),
         targets=_counts(target_name(target) for target in layout.modules),
@@ -193,17 +200,13 @@ def _in_one_file(source: WeightFile) -> Inspection:
         stored=[kind for kind in layout.kinds if not is_update(kind)],
         blocks=_blocks(squares),
         trigger=trigger_words(header.metadata),
-        adapter_guidance=adapter_guidance_of(header.metadata),
-        over_steps=over_steps_of(header.metadata),
-        negatives=list(negatives_of(header.metadata)),
-        base=header.metadata.get("ss_sd_model_name") or None,
         hash=short_hash(header),
         hash_holds=None if stated is None else stated == data_sha256(header),
         nonfinite=nonfinite_in(header),
         embeddings=_tokens(layout, header),
         unknown=list(layout.unknown) if layout.modules else [],
         incomplete=[".".join(target) for target in layout.incomplete],
-        metadata=dict(sorted(header.metadata.items())),
+        **_said(header.metadata, family),
     )
 
 
@@ -299,18 +302,17 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         ("family", family),
         ("base", plain(found.base or "-")),
         ("trigger", ", ".join(map(plain, found.trigger)) or "-"),
-        *([("guidance", f"{found.adapter_guidance:g}, of the adapter")] if found.adapter_guidance else []),
-        *(
-            [("steps", "{:g} to {:g} of the way from noise to image".format(*found.over_steps))]
-            if found.over_steps
-            else []
-        ),
-        *([("negative", ", ".join(map(plain, found.negatives)))] if found.negatives else []),
-        *(
-            ("word", plain(f"{word}, in {file or 'a file of its own'}"))
-            for word, file in words_beside(found.metadata).items()
-            if word not in found.embeddings
-        ),
+    ]
+    if found.adapter_guidance:
+        rows.append(("guidance", f"{found.adapter_guidance:g}, of the adapter"))
+    if found.over_steps:
+        rows.append(("steps", "{:g} to {:g} of the way from noise to image".format(*found.over_steps)))
+    if found.negatives:
+        rows.append(("negative", ", ".join(map(plain, found.negatives))))
+    for word, file in words_beside(found.metadata).items():
+        if word not in found.embeddings:
+            rows.append(("word", plain(f"{word}, in {file or 'a file of its own'}")))
+    rows += [
         ("spelling", ", ".join(found.spelling) or "-"),
         ("modules", str(found.modules)),
         ("targets", counts(found.targets)),
