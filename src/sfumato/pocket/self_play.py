@@ -12,7 +12,6 @@ draws with the same guidance comes nearer to the pictures.
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from tqdm import tqdm
 
 from sfumato import diffusion, randomness
 from sfumato.bases import FAMILIES
@@ -30,6 +28,7 @@ from sfumato.files.read import read_tensors
 from sfumato.files.save import write_tensors
 from sfumato.pocket.pictures import batch_indices
 from sfumato.precision import Precision
+from sfumato.runs.progress import bar
 
 DRAWN_AT_ONCE = 48
 """Pictures; twice as many rows of the U-Net, for guidance."""
@@ -139,7 +138,7 @@ def own_drawings(
     batches = [range(start, min(start + DRAWN_AT_ONCE, len(states))) for start in range(0, len(states), DRAWN_AT_ONCE)]
     left = [places for places in batches if places.start >= len(drawn)]
     done = len(batches) - len(left)
-    for places in tqdm(left, "own drawings", len(batches), initial=done, unit="batch", file=sys.stderr):
+    for places in bar(left, "own drawings", unit="batch", done=done):
         noise = torch.stack([randomness.normal(shape, seed, "own drawing", place) for place in places])
         said = states[places.start : places.stop]
         latents = _draw(unet, noise.to(precision.device), said, empty, scheduler, precision, guidance).cpu()

@@ -1,14 +1,16 @@
-"""How far a training is, on stderr."""
+"""How far a training is, or what goes before it, on stderr."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
@@ -34,6 +36,13 @@ def _pause_s() -> float:
 
 def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def bar(items: Collection[T], what: str, *, unit: str, shown: bool = True, done: int = 0) -> Iterator[T]:
+    """The items, with a bar of how many are done. done: before these."""
+    hidden = not shown or sys.stderr is None
+    total = done + len(items)
+    yield from tqdm(items, what, total, initial=done, unit=unit, file=sys.stderr, disable=hidden)
 
 
 class Progress:

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from sfumato import schedulers
 from sfumato.drawing.pictures import draw_each, drawn_at_once
@@ -24,6 +21,7 @@ from sfumato.drawing.sheet import read_drawn
 from sfumato.errors import DataError
 from sfumato.files.atomic import atomic_path, write_text
 from sfumato.precision.tensors import dtype_name
+from sfumato.runs.progress import bar
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -111,8 +109,8 @@ def draw_class(
         batch=min(_KEPT_AT_ONCE, drawn_at_once((resolution // base.vae_factor) ** 2)),
     )
     try:
-        bar = tqdm(missing, desc="drawing the class", unit="image", file=sys.stderr, disable=not shown)
-        for (prompt, path, _), picture in zip(bar, pictures, strict=True):
+        seen = bar(missing, "drawing the class", unit="image", shown=shown)
+        for (prompt, path, _), picture in zip(seen, pictures, strict=True):
             with atomic_path(path) as temporary:
                 picture.save(temporary)
             note = path.parent / "about.json"

@@ -9,17 +9,16 @@ noised lies somewhere between the two, while the picture stays what is asked for
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sfumato import diffusion, randomness
 from sfumato.drawing.pictures import LATENTS_AT_ONCE
 from sfumato.runs.micro_batch import MicroBatch
+from sfumato.runs.progress import bar
 from sfumato.words import embedding
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Crossing:
             texts = [embedding.encode(base, each).to("cpu") for each in told]  # there may be thousands
             self._untold = base.unconditional(1)
         self._drawn: dict[View, Tensor] = {}
-        batches_shown = tqdm(batches, desc="drawing over", unit="batch", file=sys.stderr, disable=not shown)
+        batches_shown = bar(batches, "drawing over", unit="batch", shown=shown)
         for batch, captions, text in zip(batches_shown, told, texts, strict=True):
             own = text[[captions.index(each) for each in batch.captions]]
             for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, own), strict=True):

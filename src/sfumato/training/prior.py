@@ -8,7 +8,6 @@ either the noise of such a picture (or its v), or the prediction of the frozen b
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sfumato import randomness
 from sfumato.numerals import pluralize
 from sfumato.runs.micro_batch import MicroBatch, MicroBatches
+from sfumato.runs.progress import bar
 from sfumato.training.noising import NoisedBatch, NoiseSettings, draw_noised
 from sfumato.training.objective import predict
 from sfumato.words import embedding
@@ -157,7 +156,7 @@ class BasePrediction:
         sample_bytes = self._without_target(one).batch.latents.numel() * self._dtype.itemsize
         table = _TargetTable(max(1, KEPT_BYTES // (sample_bytes * batches.global_batch)))
         entries = sorted({table.entry_of(step) for step in steps})
-        for entry in tqdm(entries, desc="asking the base", unit="step", file=sys.stderr, disable=not shown):
+        for entry in bar(entries, "asking the base", unit="step", shown=shown):
             for micro in batches.of(entry):
                 targets = self._predict(self._without_target(micro))
                 table.targets[entry, micro.first] = targets.to("cpu", self._dtype)
