@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     check(config)
     from sfumato import forecast
     from sfumato.adapters import Kind, target_layers
-    from sfumato.data.preparing import square_side
+    from sfumato.data.planning import square_side
     from sfumato.precision import NAMES, forecast_precision
 
     beside, alone = (forecast_precision(config.precision, config.device, adapting=each) for each in (True, False))

@@ -505,7 +505,7 @@ def draw_preserved(
     config: Config, base: Base, preserved: PreservedPrompts, run: Run, processes: Processes
 ) -> ExampleSet:
     """The base model's images of what shall draw as before: each is generated once and kept."""
-    from sfumato.data.preparing import square_side
+    from sfumato.data.planning import square_side
     from sfumato.training.class_pictures import pictures_of_class
 
     counts = preserved.counts(config.class_count)

@@ -12,7 +12,7 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch import nn
 
-from sfumato.data import Example, Options, preparing
+from sfumato.data import Example, Options, gathering, planning
 from sfumato.data.cache import Cache, key_of
 from sfumato.data.preparing import prepare
 from sfumato.errors import DataError
@@ -163,7 +163,7 @@ def test_nothing_half_written_is_left(examples, folder):
 
 def test_many_latents_stay_on_disk(examples, folder, monkeypatch):
     kept, _, _ = prepared(examples, None)
-    monkeypatch.setattr(preparing, "KEPT_BYTES", 100)
+    monkeypatch.setattr(planning, "KEPT_BYTES", 100)
     mapped, _, _ = prepared(examples, folder)
     assert all(item.tensors is None for item in mapped._items)
     assert any("memory-mapped" in note for note in mapped.notes)
@@ -196,11 +196,11 @@ def test_captions_are_embedded_anew_where_the_cache_was_emptied_meanwhile(exampl
 
 
 def test_pixels_for_the_loop_are_cached_too(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(preparing, "MOST_VARIANTS", 2)
+    monkeypatch.setattr(planning, "MOST_VARIANTS", 2)
     noise_picture(128, 64).save(tmp_path / "a.png")
     options = {"crop": "random", "buckets": False}
     one, _, _ = prepared([Example(tmp_path / "a.png", "x")], folder, **options)
-    monkeypatch.setattr(preparing, "crop_example", None)  # nothing may be decoded again
+    monkeypatch.setattr(gathering, "crop_example", None)  # nothing may be decoded again
     other, encoded, _ = prepared([Example(tmp_path / "a.png", "x")], folder, **options)
     assert encoded == 0
     assert same(one.batch(0, 0, 2), other.batch(0, 0, 2))

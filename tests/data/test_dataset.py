@@ -9,7 +9,7 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.data import Example, open_image, prepare, preparing, read_folder
+from sfumato.data import Example, open_image, planning, prepare, read_folder
 from sfumato.errors import ConfigError, DataError
 
 
@@ -159,7 +159,7 @@ def test_pictures_that_no_step_holds_are_told(pictures, base):
 
 
 def test_what_an_hour_would_be_wasted_on_is_said_before_it_is_spent(pictures, base, monkeypatch):
-    monkeypatch.setattr(preparing, "KEPT_BYTES", 0)
+    monkeypatch.setattr(planning, "KEPT_BYTES", 0)
     said = []
     data = prepare(
         read(pictures),
@@ -180,13 +180,13 @@ def test_what_an_hour_would_be_wasted_on_is_said_before_it_is_spent(pictures, ba
 @pytest.mark.parametrize("options", [{}, {"flip": True}, {"crop": "pad"}, {"crop": "random"}])
 @pytest.mark.parametrize(("most", "mask"), [(2048, "none"), (0, "files")])
 def test_the_memory_that_latents_take_is_foreseen(options, most, mask, shapes, base, monkeypatch):
-    monkeypatch.setattr(preparing, "MOST_VARIANTS", most)
+    monkeypatch.setattr(planning, "MOST_VARIANTS", most)
     for path in [*shapes.glob("*.png")] if mask == "files" else ():
         Image.open(path).save(path.with_suffix(".mask.png"))
     options = {"resolution": 64, "buckets": False, **options}
     taken = sum(item.nbytes for item in prepare(read(shapes, mask=mask), base, **options)._items)
     for kept, count in ((taken, 0), (taken - 1, 1)):
-        monkeypatch.setattr(preparing, "KEPT_BYTES", kept)
+        monkeypatch.setattr(planning, "KEPT_BYTES", kept)
         notes = prepare(read(shapes, mask=mask), base, **options).notes
         assert len([note for note in notes if "MiB of memory" in note]) == count
 

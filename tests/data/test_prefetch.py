@@ -7,7 +7,7 @@ from threading import Lock
 import pytest
 from made_up import FakeBase, noise_picture
 
-from sfumato.data import Example, prefetch, prepare, preparing, survey
+from sfumato.data import Example, gathering, prefetch, prepare, survey
 from sfumato.data.prefetch import prefetch as read_ahead
 
 
@@ -68,7 +68,7 @@ def test_pictures_count_by_their_headers(cores, monkeypatch, tmp_path):
         noise_picture(seed=number).save(tmp_path / f"{number}.png")
     examples = [Example(path, "x") for path in sorted(tmp_path.glob("*.png"))]
     for module, look in (
-        (preparing, lambda: prepare(examples, FakeBase(), resolution=64)),
+        (gathering, lambda: prepare(examples, FakeBase(), resolution=64)),
         (survey, lambda: list(survey.survey(examples, [(64, 64)], 8))),
     ):
         for pixels, most in ((64 * 64, 1), (2 * 64 * 64, 2)):

@@ -10,7 +10,7 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.data import Example, Options, concat_batches, open_image, prepare, preparing, texts
+from sfumato.data import Example, Options, concat_batches, open_image, planning, prepare, texts
 from sfumato.data.buckets import fit_crop
 from sfumato.data.tags import count_forms, forms, vary
 from sfumato.errors import DataError
@@ -110,7 +110,7 @@ def test_captions_that_cannot_be_foreseen_are_encoded_in_the_loop_with_a_word(wi
 
 def test_in_the_loop_no_more_are_encoded_at_once_than_beforehand(wide, monkeypatch):
     """A micro-batch of large pictures beside a U-Net that learns would not fit."""
-    monkeypatch.setattr(preparing, "MOST_VARIANTS", 1)
+    monkeypatch.setattr(planning, "MOST_VARIANTS", 1)
     whole = prepare(wide[:2], FakeBase(), resolution=64, crop="random").batch(0, 0, 4)
     monkeypatch.setattr("sfumato.data.latents._ENCODED_AT_A_TIME_PX", 64 * 64)
     base, sizes = FakeBase(), []
@@ -164,7 +164,7 @@ def test_what_is_measured_on_is_cut_in_the_middle(wide):
 def test_encoding_in_the_loop_draws_what_encoding_beforehand_draws(wide, monkeypatch):
     options = {"resolution": 64, "crop": "random", "buckets": False, "flip": True}
     before = prepare(wide, FakeBase(deviation=0.5), **options)
-    monkeypatch.setattr(preparing, "MOST_VARIANTS", 5)
+    monkeypatch.setattr(planning, "MOST_VARIANTS", 5)
     base = FakeBase(deviation=0.5)
     late = prepare(wide, base, **options)
     assert base.encoded == 0

@@ -25,7 +25,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
     """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
     others, such as the `steps` of a file that is not from the run's end."""
     from sfumato.cards.adapter import most_telling_prompt
-    from sfumato.data.preparing import square_side
+    from sfumato.data.planning import square_side
     from sfumato.files import Description
 
     assert config.name is not None

@@ -34,7 +34,7 @@ def drawing_of(
     what each of the prompts that will be drawn says of its picture, of seed, negative, width, height, steps, guidance.
     Raises ConfigError for more steps than the base takes."""
     from sfumato.compose.guided import unconditional_half
-    from sfumato.data.preparing import square_side
+    from sfumato.data.planning import square_side
     from sfumato.drawing import pictures
 
     side = None if resolution is None else square_side(base, resolution)

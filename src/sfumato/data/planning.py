@@ -1,0 +1,154 @@
+"""What a preparation knows of pictures by their files' headers alone, before hours are spent on decoding them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sfumato.data.buckets import Crop, Size, checked_sizes, fit_crop, nearest_bucket, side_step
+from sfumato.data.cache import Cache, decoders, key_of, weights_digest
+from sfumato.data.checksums import file_digest
+from sfumato.data.folder import Example
+from sfumato.data.images import upright_size
+from sfumato.data.order import Order
+from sfumato.data.prefetch import prefetch
+from sfumato.errors import DataError
+from sfumato.numerals import pluralize
+
+if TYPE_CHECKING:
+    from sfumato.bases import Base
+
+WINDOW = 32
+"""Pictures that are encoded together, while as many are decoded."""
+MOST_VARIANTS = 2048
+"""Random crops, mirrored or not, that are encoded beforehand; beyond that, pixels are kept and encoded in the loop."""
+KEPT_BYTES = 2**28
+"""Of latents in memory if there is a cache; with more, all stay in its mapped files."""
+
+Foreseen = Sequence[tuple[Example, Crop]]
+"""Each example whose file can be read, and its crop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How pictures become tensors; what the keys of the cache depend on, besides the files.
+
+    in_loop: whether random crops are left to the loop. weights, dtype: of the VAE.
+    """
+
+    sizes: list[Size]
+    vae_factor: int
+    in_loop: bool
+    weights: str
+    dtype: str
+
+
+def square_side(base: Base, resolution: int) -> int:
+    """The side, in pixels, of the square that pictures of a `resolution` are cropped to.
+
+    Raises ConfigError for one that the base cannot take.
+    """
+    ((side, _),) = checked_sizes(resolution, bucket_step(base, resolution), buckets=False)
+    return side
+
+
+def bucket_step(base: Base, resolution: int) -> int:
+    """`side_step` of this base."""
+    return side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
+
+
+def foreseen_crops(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> Iterator[tuple[Example, Crop]]:
+    """The examples with their crops, by what their files' headers say."""
+    for example in examples:
+        with suppress(DataError):  # said when it is decoded
+            yield example, crop_of(example, sizes, vae_factor)
+
+
+def crop_of(example: Example, sizes: list[Size], vae_factor: int) -> Crop:
+    """The crop that `crop_example` makes, by the file's header."""
+    size = upright_size(example.path)
+    return fit_crop(size, nearest_bucket(size, sizes), example.options.crop or "center", vae_factor)
+
+
+def plan_of(foreseen: Foreseen, sizes: list[Size], base: Base, store: Cache | None) -> Plan:
+    """The plan for pictures of these sizes. store: the VAE's weights are digested for its keys alone."""
+    vae = getattr(base, "vae", None)
+    weights = weights_digest([vae]) if store and vae is not None else ""
+    return Plan(sizes, base.vae_factor, _too_many(foreseen), weights, str(getattr(vae, "dtype", None)))
+
+
+def _too_many(foreseen: Foreseen) -> bool:
+    """Whether the random crops are too many to be encoded beforehand."""
+    random = [(example, crop) for example, crop in foreseen if example.options.crop == "random"]
+    return sum(crop.positions * (2 if example.options.flip else 1) for example, crop in random) > MOST_VARIANTS
+
+
+def early_notes(
+    foreseen: Foreseen,
+    plan: Plan,
+    store: Cache | None,
+    base: Base,
+    will_draw: tuple[int, int, int] | None,
+    together: int | None,
+) -> Iterator[str]:
+    """What the person should know before hours are spent on it."""
+    if will_draw is not None and foreseen:
+        seed, steps, batch = will_draw
+        samples = [place for place, (example, _) in enumerate(foreseen) for _ in range(example.repeats)]
+        order = Order(samples, [crop.size for _, crop in foreseen], seed, batch, together or batch)
+        if unseen := order.unseen(steps):
+            yield (
+                f"{unseen} of {pluralize(len(foreseen), 'image')} come in none of the {steps} steps; more steps learn "
+                "from all."
+            )
+    size = sum(_bytes_of(example, crop, plan, base) for example, crop in foreseen)
+    if size > KEPT_BYTES and store is None:
+        yield f"latents take {size / 2**20:,.0f} MiB of memory; --cache DIR keeps them on disk"
+    elif size > KEPT_BYTES:
+        yield f"latents take {size / 2**20:,.0f} MiB and stay on disk, memory-mapped"
+
+
+def require_space(foreseen: Foreseen, plan: Plan, store: Cache, base: Base) -> None:
+    """Raise DataError, before hours are spent on them, where the disk has no room for the latents that the cache
+    lacks."""
+    sizes = [_bytes_of(example, crop, plan, base) for example, crop in foreseen]
+    try:
+        store.require_space(sum(sizes))
+    except DataError:  # the files are read only here, to know what is in the cache
+
+        def is_there(seen: tuple[Example, Crop]) -> bool:
+            return store.has("latents", latents_key(seen[0], [file_digest(path) for path in seen[0].files], plan))
+
+        there = prefetch(foreseen, is_there, window=WINDOW, pixels=lambda _: 0)
+        if lacking := sum(size for size, found in zip(sizes, there, strict=True) if not found):
+            store.require_space(lacking)
+
+
+def _bytes_of(example: Example, crop: Crop, plan: Plan, base: Base) -> int:
+    """What the tensors of a picture take."""
+    masked = example.mask is not None or example.alpha_mask or crop.inside is not None
+    mask = math.prod(crop.resized) // plan.vae_factor**2 if masked else 0
+    if plan.in_loop and crop.positions > 1:
+        return 3 * math.prod(crop.resized) + mask
+    variants = crop.positions * (2 if example.options.flip else 1)
+    numbers: int = 2 * base.unet.config.in_channels * math.prod(crop.size) // plan.vae_factor**2
+    return variants * numbers * torch.float32.itemsize + mask
+
+
+def latents_key(example: Example, content: Sequence[str], plan: Plan) -> str:
+    """The name of an example's latents in the cache. content: digests of its files."""
+    return key_of(
+        kind="latents",
+        files=list(content),
+        alpha=example.alpha_mask,
+        crop=example.options.crop,
+        flip=example.options.flip,
+        decoders=decoders(),
+        torch=torch.__version__,
+        **asdict(plan),
+    )
