@@ -12,7 +12,8 @@ diffusers (`down_blocks_1_attentions_0_...`); on reading both are understood for
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
@@ -99,6 +100,17 @@ def kohya_name(family: str, part: str, path: str) -> str:
             "Choose --targets without it."
         )
     return f"{prefixes[part]}text_model_{inner.replace('.', '_')}"
+
+
+def kohya_names(family: str, targets: Iterable[Target], file: str) -> dict[Target, str]:
+    """`kohya_name` of each module of a file. Raises AdapterError, too, for no modules and for two of one name."""
+    names = {target: kohya_name(family, *target) for target in targets}
+    if not names:
+        raise AdapterError(f"{file}: there are no modules to write; the adapter is attached to nothing.")
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            raise AdapterError(f"{file}: two modules are both called {name} in the file; give each module once.")
+    return names
 
 
 def kohya_target(name: str) -> Target | None:

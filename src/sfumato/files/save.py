@@ -233,6 +233,13 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return len(text).to_bytes(8, "little") + text
 
 
+def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """As `write_tensors`, with the `hashes` of the tensors beside the metadata. Raises FileError for too much of it."""
+    described = {**metadata, **hashes(tensors, metadata)}
+    check_metadata(described, path)
+    return write_tensors(path, tensors, described)
+
+
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """The three usual hashes, all independent of the metadata that users change.
 

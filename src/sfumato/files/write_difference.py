@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.errors import AdapterError
 from sfumato.files.fingerprint import FINGERPRINT_KEY, Row, fingerprint_of, probe_rows
 from sfumato.files.header import path_of
-from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.kohya import Target, kohya_names
 from sfumato.files.save import cast, check_metadata, write_streamed
 
 
@@ -37,17 +36,10 @@ def write_difference(
     deltas: each is asked for twice and then let go, so that they may be taken when they are asked for.
     """
     path = path_of(path)
-    if not deltas:
-        raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
     shapes: dict[str, Tensor] = {}
     places: dict[str, tuple[Target, int]] = {}
     found: dict[str, Row] = {}
-    names: set[str] = set()
-    for target in deltas:
-        name = kohya_name(family, *target)
-        if name in names:
-            raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
-        names.add(name)
+    for target, name in kohya_names(family, deltas, path.name).items():
         weight, bias = deltas[target]
         for place, (suffix, delta) in enumerate((("diff", weight), ("diff_b", bias))):
             if delta is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.errors import AdapterError
 from sfumato.files.header import path_of
-from sfumato.files.save import cast, check_metadata, hashes, write_tensors
+from sfumato.files.save import cast, write_hashed
 
 SDXL_KEYS: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -47,9 +47,7 @@ def write_embedding(
         "sfumato.token": token,
         "sfumato.vectors": str(fitting.pop()),
     }
-    described.update(hashes(tensors, described))
-    check_metadata(described, path)
-    return write_tensors(path, tensors, described)
+    return write_hashed(path, tensors, described)
 
 
 def bundled_tensors(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

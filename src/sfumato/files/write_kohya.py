@@ -21,9 +21,9 @@ from sfumato.errors import AdapterError
 from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import FINGERPRINT_KEY, fingerprint
 from sfumato.files.header import path_of
-from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.kohya import Target, kohya_names
 from sfumato.files.metadata import METADATA_LIMIT
-from sfumato.files.save import cast, check_metadata, hashes, write_tensors
+from sfumato.files.save import cast, write_hashed
 from sfumato.files.write_embedding import bundled_tensors
 from sfumato.json_text import object_of
 from sfumato.numerals import exact
@@ -50,8 +50,6 @@ def write_lora(
     values that the file cannot hold.
     """
     path = path_of(path)
-    if not modules:
-        raise AdapterError(f"{path.name}: there are no modules to write; the adapter is attached to nothing.")
     biased = [target for target, module in modules.items() if module.bias_delta is not None]
     if biased:
         raise AdapterError(
@@ -60,10 +58,8 @@ def write_lora(
         )
     alpha, modules = one_alpha({target: module.plain() for target, module in modules.items()})
     tensors: dict[str, Tensor] = {}
-    for (part, module_path), module in modules.items():
-        name = kohya_name(family, part, module_path)
-        if f"{name}.alpha" in tensors:
-            raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
+    for target, name in kohya_names(family, modules, path.name).items():
+        module = modules[target]
         convolution = module.down.ndim == 4
         up = module.up.reshape(*module.up.shape[:2], *(1, 1)) if convolution else module.up.flatten(1)
         for half, value in zip(("lora_down", "lora_up"), rebalance_for_fp16(module.down, up, dtype), strict=True):
@@ -77,9 +73,7 @@ def write_lora(
         **_network(metadata or {}, modules, alpha),
         "ss_network_alpha": exact(alpha),
     }
-    described.update(hashes(tensors, described))
-    check_metadata(described, path)
-    return write_tensors(path, tensors, described)
+    return write_hashed(path, tensors, described)
 
 
 def _network(metadata: Mapping[str, str], modules: Mapping[Target, LoraModule], alpha: float) -> dict[str, str]:

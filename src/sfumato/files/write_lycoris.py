@@ -24,8 +24,8 @@ from sfumato.files.changes.loha import Loha
 from sfumato.files.changes.lokr import Lokr
 from sfumato.files.fingerprint import FINGERPRINT_KEY, fingerprint_on
 from sfumato.files.header import path_of
-from sfumato.files.kohya import Target, kohya_name
-from sfumato.files.save import cast, check_metadata, hashes, write_tensors
+from sfumato.files.kohya import Target, kohya_names
+from sfumato.files.save import cast, write_hashed
 from sfumato.files.write_embedding import bundled_tensors
 from sfumato.files.write_kohya import rebalance_for_fp16, write_lora
 from sfumato.numerals import exact
@@ -63,18 +63,13 @@ def write_lycoris(
     """
     path = path_of(path)
     tensors: dict[str, Tensor] = {}
-    for target, change in changes.items():
-        name = kohya_name(family, *target)
-        if f"{name}.alpha" in tensors:
-            raise AdapterError(f"{path.name}: two modules are both called {name} in the file; give each module once.")
-        for suffix, value in _tensors(change, dtype, weights[target]).items():
+    for target, name in kohya_names(family, changes, path.name).items():
+        for suffix, value in _tensors(changes[target], dtype, weights[target]).items():
             key = f"{name}.{suffix}"
             tensors[key] = cast(value, torch.float32 if suffix in _IN_FP32 else dtype, key, path)
     tensors |= bundled_tensors(path, words or {})
     described = {**(metadata or {}), **network, FINGERPRINT_KEY: fingerprint_on(changes, weights)}
-    described.update(hashes(tensors, described))
-    check_metadata(described, path)
-    return write_tensors(path, tensors, described)
+    return write_hashed(path, tensors, described)
 
 
 _IN_FP32 = ("alpha", "dora_scale")

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.errors import AdapterError, FileError
+from sfumato.errors import FileError
 from sfumato.files.atomic import atomic_folder
 from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import FINGERPRINT_KEY, fingerprint
 from sfumato.files.header import path_of
-from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.kohya import Target, kohya_names
 from sfumato.files.peft_folder import CONFIG, MODEL
-from sfumato.files.save import cast, check_metadata, hashes, write_tensors
+from sfumato.files.save import cast, check_metadata, write_hashed, write_tensors
 from sfumato.files.write_kohya import rebalance_for_fp16
 
 _CLASSES = {
@@ -46,12 +46,10 @@ def write_diffusers(
     Biases are kept (`lora_B.bias`). ComfyUI loads none of the attention of such a file, A1111 and sd-scripts nothing.
     """
     path = path_of(path)
-    _check(modules, path.name, family)
+    kohya_names(family, modules, path.name)  # what has none is refused here, too
     tensors = _tensors({_dotted(target): module for target, module in modules.items()}, dtype, path)
     described = _described(metadata, fingerprint(modules))
-    described.update(hashes(tensors, described))
-    check_metadata(described, path)
-    return write_tensors(path, tensors, described)
+    return write_hashed(path, tensors, described)
 
 
 def write_peft(
@@ -68,7 +66,7 @@ def write_peft(
     ... Module names are those of this transformers and diffusers. Raises FileError for a folder that exists.
     """
     folder = Path(folder)
-    _check(modules, folder.name, family)
+    kohya_names(family, modules, folder.name)  # what has none is refused here, too
     if folder.exists():
         raise FileError(f"{folder.name}: exists already, and folders are not written over. Name another one.")
     parts, whole = list(dict.fromkeys(part for part, _ in modules)), fingerprint(modules)
@@ -96,13 +94,6 @@ def _described(metadata: Mapping[str, str] | None, whole: str) -> dict[str, str]
     given = (metadata or {}).items()
     kept = {key: value for key, value in given if key not in of_bytes and not key.startswith("ss_network_")}
     return {**kept, FINGERPRINT_KEY: whole}
-
-
-def _check(modules: Mapping[Target, LoraModule], name: str, family: str) -> None:
-    if not modules:
-        raise AdapterError(f"{name}: there are no modules to write; the adapter is attached to nothing.")
-    for target in modules:
-        kohya_name(family, *target)  # refuses a part that the family lacks, and what is no module of its models
 
 
 def _dotted(target: Target) -> str:
