@@ -14,7 +14,7 @@ from sfumato import shell
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, some
 
 if TYPE_CHECKING:
     from sfumato.data.captioners import Captioner
@@ -72,8 +72,6 @@ def main(argv: Sequence[str]) -> int:
     check(config)
     wanted, captioned, silent = pictures_without(config.images)
     if silent:
-        from sfumato.data.listing import some
-
         print(
             f"{some(silent)}: empty or unreadable, and nothing is written over. Remove such files to have captions "
             "written there.",

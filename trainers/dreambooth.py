@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato import shell
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, some
 from sfumato.prompts.phrases import has_phrase
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
@@ -514,8 +514,7 @@ def draw_preserved(
     pictures, drawn = pictures_of_class(base, counts, resolution=side, folder=folder, processes=processes)
     run.say(f"class images: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
     if left := [prompt for prompt in preserved.prompts if prompt not in counts]:
-        rest = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        run.say(f"nothing holds {', '.join(left[:3])}{rest}: --class-count {config.class_count} is too few for each")
+        run.say(f"nothing holds {some(left)}: --class-count {config.class_count} is too few for each")
     return pictures
 
 

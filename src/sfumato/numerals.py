@@ -1,5 +1,7 @@
 """Numbers as texts, and texts as lines for a person have them."""
 
+from collections.abc import Sequence
+
 
 def exact(number: float) -> str:
     """The shortest text that is read back as the same number: 7, 0.8, 0.1234567."""
@@ -10,6 +12,11 @@ def pluralize(count: int, one: str, several: str | None = None) -> str:
     """What there are so many of: "1 picture", "1,200 pictures". several: in the plural, where that is not `one` with an
     s, such as "pictures have" of "picture has"."""
     return f"{count:,} {one if count == 1 else several or f'{one}s'}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are: "a, b, c and 2 more"; empty for none."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shortened(text: str) -> str:

@@ -41,6 +41,7 @@ from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.merging.whole_model import read_mixable
+from sfumato.numerals import some
 from sfumato.precision import tensors
 from sfumato.weighting.adapter import (
     Adapter,
@@ -100,9 +101,7 @@ def compose(
             file=sys.stderr,
         )
     if adapters:
-        labels = list(mix.weights)
-        more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
-        print(f"{', '.join(labels[:4])}{more}: {mix.reason}", file=sys.stderr)
+        print(f"{some(list(mix.weights), 4)}: {mix.reason}", file=sys.stderr)
     if not words_known:
         say_words(mix)
     return mix

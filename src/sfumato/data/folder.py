@@ -21,12 +21,11 @@ from sfumato.data.listing import (
     Listing,
     grouped,
     own_name_note,
-    some,
 )
 from sfumato.data.options import MaskSource, Options
 from sfumato.errors import DataError
 from sfumato.limits import more_tokens
-from sfumato.numerals import pluralize, shortened
+from sfumato.numerals import pluralize, shortened, some
 from sfumato.prompts.phrases import has_phrase
 
 Group = Literal["instance", "class", "validation"]
@@ -382,6 +381,5 @@ def ignored_words(ignored: Sequence[Ignored]) -> str:
     """ ", 2 ignored: a (reason), b (reason)"; empty for none."""
     if not ignored:
         return ""
-    shown = ", ".join(f"{entry.name} ({entry.reason.rstrip('.')})" for entry in ignored[:5])
-    more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
-    return f", {len(ignored)} ignored: {shown}{more}"
+    shown = some([f"{entry.name} ({entry.reason.rstrip('.')})" for entry in ignored], 5)
+    return f", {len(ignored)} ignored: {shown}"

@@ -21,7 +21,7 @@ from sfumato.data.captions import (
 from sfumato.data.checksums import NAME, check_files, read_sums
 from sfumato.data.images import SUFFIXES
 from sfumato.errors import DataError
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, some
 
 REPEATS = re.compile(r"(\d{1,5})_(.*)")
 """kohya's folders: "10_sks dog" holds pictures that come ten times in an epoch, and their caption."""
@@ -360,11 +360,6 @@ def _kind_of(folder: Path) -> str:
     if any(entry.suffix.lower() in SUFFIXES for entry in entries):
         return FOLDER_OF_PICTURES
     return FOLDER_OF_REPEATS if any(REPEATS.fullmatch(each.name) and each.is_dir() for each in entries) else "a folder"
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def grouped(notes: Iterable[str]) -> list[str]:

@@ -17,12 +17,13 @@ from sfumato.data.dataset import Dataset, crops_move, middles_of
 from sfumato.data.folder import Example, ExampleSet, cut_captions, refuse_bad, without_alpha, without_trigger
 from sfumato.data.gathering import Gathered, gather
 from sfumato.data.latents import PreparedPicture
-from sfumato.data.listing import grouped, some
+from sfumato.data.listing import grouped
 from sfumato.data.options import CropMode, Options
 from sfumato.data.planning import Plan, bucket_step, early_notes, foreseen_crops, plan_of, require_space
 from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
+from sfumato.numerals import some
 
 if TYPE_CHECKING:
     from sfumato.bases import Base

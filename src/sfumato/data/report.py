@@ -32,13 +32,13 @@ from sfumato.data.folder import (
     without_alpha,
     without_trigger,
 )
-from sfumato.data.listing import Ignored, ListedPicture, Listing, some
+from sfumato.data.listing import Ignored, ListedPicture, Listing
 from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
 from sfumato.data.validation import hold_out
 from sfumato.errors import DataError
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, some
 from sfumato.words.identifier import FREQUENT
 
 

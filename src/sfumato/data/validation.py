@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sfumato.data.folder import ExampleSet
-from sfumato.data.listing import some
 from sfumato.errors import DataError
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, some
 
 
 def hold_out(examples: ExampleSet, share: float) -> ExampleSet:

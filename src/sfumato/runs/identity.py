@@ -16,6 +16,7 @@ from sfumato import config as configs
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import write_text
 from sfumato.json_text import object_in
+from sfumato.numerals import some
 from sfumato.runs.options import AnyRun, FolderOptions, settled
 from sfumato.toml import read_toml
 
@@ -127,8 +128,7 @@ def other_pictures(name: str, before: Mapping[str, str], now: Mapping[str, str])
         if digests != (then := before.get(each, digests)):
             is_file = digests.partition(" ")[0] != then.partition(" ")[0]
             found.append(f"{each} {'or its mask is another' if is_file else 'has another caption, crop or setting'}")
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"{name}: {', '.join(found[:3]) or 'its images come in another order'}{more}"
+    return f"{name}: {some(found) or 'its images come in another order'}"
 
 
 def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:

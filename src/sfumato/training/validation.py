@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from sfumato.data.listing import some
 from sfumato.data.options import Options
-from sfumato.numerals import pluralize
+from sfumato.numerals import pluralize, some
 from sfumato.training.metrics import VALIDATIONS
 
 if TYPE_CHECKING:
