@@ -128,7 +128,9 @@ def _line(text: str) -> str:
 
 
 def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> Iterator[str]:
+    """The words after `sfumato generate`. left: what has no option is put there."""
     settings = {name: str(value) for name, value in about.settings.items() if name not in _TOLD}
+    is_ours = bool(own) or str(about.settings.get("Version", "")).startswith("sfumato-")
     prompt = own.get("prompt", about.prompt)  # ours is without the adapters' tags and A1111's backslashes
     yield f"--prompts={prompt}" if prompt.startswith("-") else prompt  # which would be read as an option
     negative = own.get("negative", about.negative)
@@ -139,7 +141,6 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
         left["Prompt syntax"] = str(syntax)
     elif syntax != "plain":
         yield from ("--prompt-syntax", syntax)
-    is_ours = bool(own) or str(about.settings.get("Version", "")).startswith("sfumato-")
     if model := settings.pop("Model", ""):
         yield from _option("--base", model if is_ours else f"{model.removesuffix('.safetensors')}.safetensors")
     yield from _sampler(settings.pop("Sampler", ""), settings.pop("Schedule type", "Uniform"), left)
@@ -151,19 +152,9 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
     size = settings.pop("Size") if re.fullmatch(r"[0-9]{1,5}x[0-9]{1,5}", settings.get("Size", "")) else ""
     if size:
         yield from ("--size", size)
-    skipped = settings.get("Clip skip", "")
-    if re.fullmatch("[0-9]{1,3}", skipped) and int(settings.pop("Clip skip")) > 1:
-        told = own.get("clip_skip")  # as --clip-skip counts; A1111 counts the last layer as 1
-        skip = f"--clip-skip {told if type(told) is int and 0 < told < 100 else int(skipped) - 1}"
-        if is_ours or prod(map(int, size.split("x") if size else ())) < _LEAST_SDXL:
-            yield from skip.split()
-        else:
-            left["Clip skip"] = f"{skipped} (SDXL has its own layer; for SD 1.x add {skip})"
-    is_number = _NUMBER.fullmatch(settings.get("Denoising strength", ""))
-    if is_number and not any(name.startswith("Hires") for name in settings):
-        yield from _option("--image", str(own.get("image") or "PICTURE"))
-        yield from _option("--mask", str(own["mask"])) if own.get("mask") else ()
-        yield from _option("--strength", settings.pop("Denoising strength"))
+    is_known = is_ours or prod(map(int, size.split("x") if size else ())) < _LEAST_SDXL
+    yield from _clip_skip(settings, own.get("clip_skip"), left, is_known=is_known)
+    yield from _start(settings, own)
     if (source := settings.pop("RNG", "GPU")) != "CPU":  # a web interface that names none takes a GPU's noise
         left["RNG"] = source
     if own:
@@ -179,6 +170,29 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
             # Where a web interface finds the word by the file's name, our files' own names for it are in the prompt.
             yield from _option("--embedding", file if is_ours else f"{name}={file}")
     left |= settings | {name: str(own[name]) for name in _LEFT if own.get(name)}
+
+
+def _clip_skip(settings: dict[str, str], told: object, left: dict[str, str], *, is_known: bool) -> Iterator[str]:
+    """--clip-skip. told: what our own picture says, as the option counts; A1111 counts the last layer as 1. is_known:
+    whether it is not SDXL, or a picture of ours."""
+    if not re.fullmatch("[0-9]{1,3}", settings.get("Clip skip", "")):
+        return
+    layer = settings.pop("Clip skip")
+    if int(layer) <= 1:
+        return
+    skip = str(told if type(told) is int and 0 < told < 100 else int(layer) - 1)
+    if is_known:
+        yield from ("--clip-skip", skip)
+    else:
+        left["Clip skip"] = f"{layer} (SDXL has its own layer; for SD 1.x add --clip-skip {skip})"
+
+
+def _start(settings: dict[str, str], own: Mapping[str, Any]) -> Iterator[str]:
+    """The image that a picture was drawn from; the strength of a high-resolution fix is another."""
+    if _NUMBER.fullmatch(settings.get("Denoising strength", "")) and not any(n.startswith("Hires") for n in settings):
+        yield from _option("--image", str(own.get("image") or "PICTURE"))
+        yield from _option("--mask", str(own["mask"])) if own.get("mask") else ()
+        yield from _option("--strength", settings.pop("Denoising strength"))
 
 
 def _guidance_of_tags(prompt: str, settings: dict[str, str]) -> Iterator[str]:
