@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 from sfumato import shell
 from sfumato.errors import ConfigError, nearest
 from sfumato.foreign_options import called_here, value_here
+from sfumato.numerals import shortened
 from sfumato.toml import check_path, read_toml
 
 if TYPE_CHECKING:
@@ -159,12 +160,16 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
         if any(Path(word).exists() for word in error.unused_tokens or ()):
             return f"{left}: more files than are taken at once. Name fewer, and run it again for the others."
         return f"{left}: belongs to no option. Put a name with spaces into quotes."
-    if not isinstance(error, cyclopts.MissingArgumentError):
-        return " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
+    if isinstance(error, cyclopts.MissingArgumentError):
+        return _missing(error, known)
+    return " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
+
+
+def _missing(error: cyclopts.MissingArgumentError, known: Collection[str]) -> str:
+    """The complaint of an option that has no value or is not there, perhaps because it is misspelt."""
     name = error.argument.name if error.argument is not None else "an option"
     if error.keyword is not None:
         return f"{name} wants a value."
-    # Misspelt, perhaps.
     unused = error.unused_tokens or ()
     options = [word.partition("=")[0] for word in unused if word.startswith("--")]
     unknown = [f"{option} is no option" for option in options] or [f"{word!r} belongs to no option" for word in unused]
@@ -305,26 +310,30 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
-        if name not in known and isinstance(value, dict):
-            raise ConfigError(f"{path}: [{key}] is a table; wanted the options by themselves, such as {known[0]} = ...")
         if name not in known:
-            here = called_here(name, known)
-            hint = here[0].lower() + here[1:] if here else nearest(name, known)
-            raise ConfigError(f"{path}: unknown key {key!r}; {hint}")
+            raise ConfigError(f"{path}: {_unknown(key, value, known)}")
         if name.replace("_", "-") in found:
             raise ConfigError(f"{path}: {name} is there twice, with - and with _; keep one.")
         if wanted := _wanted(hints[name], value):
             is_date = not isinstance(value, str | float | int | list | dict)
             shown = str(value) if is_date else json.dumps(value, default=str, ensure_ascii=False)
             here = value_here(name, value) if isinstance(value, str) else None
-            hint = here or f"wanted {wanted}."
-            raise ConfigError(f"{path}: {key} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {hint}")
+            raise ConfigError(f"{path}: {key} is {shortened(shown)}; {here or f'wanted {wanted}.'}")
         for text in (value if isinstance(value, list) else [value]) if name in paths or name == "base" else []:
             if text == "" and name in paths:
                 raise ConfigError(f"{path}: {key} is empty; wanted a path, where . is the present folder.")
             check_path(str(text), f"{path}: {key} ")
         found[name.replace("_", "-")] = value
     return found
+
+
+def _unknown(key: str, value: Any, known: Sequence[str]) -> str:
+    """The complaint of a key of a TOML file that is no option."""
+    if isinstance(value, dict):
+        return f"[{key}] is a table; wanted the options by themselves, such as {known[0]} = ..."
+    name = key.replace("-", "_")
+    here = called_here(name, known)
+    return f"unknown key {key!r}; {here[0].lower() + here[1:] if here else nearest(name, known)}"
 
 
 _KINDS: Mapping[Any, tuple[tuple[type, ...], str]] = {
