@@ -12,14 +12,16 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.command_line.metadata import fitted_metadata
 from sfumato.command_line.terminal import say
-from sfumato.config import parse, to_dict
+from sfumato.config import parse
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.numerals import pluralize
 from sfumato.weighting.adapter import Adapter
 
 if TYPE_CHECKING:
+    from sfumato.merging.lineage import Parent
     from sfumato.merging.merge import MergeSource
+    from sfumato.merging.stored import StoredBase
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,6 @@ def convert(config: Config) -> Path:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
     from sfumato.drawing.notes import changes_nothing, keys_left_out
-    from sfumato.files.family import family_from_metadata
-    from sfumato.files.metadata import Description, describe
     from sfumato.merging.convert import as_lora, diffusers_warnings, write
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family
@@ -86,18 +86,9 @@ def convert(config: Config) -> Path:
     say(*changes_nothing([source.name] if source.is_zero else []))
     base = None if config.base is None else stored_base(config.base)
     family = common_family([parent], default=base.family.name if base else None, said=config.family)
-    metadata = dict(parent.metadata) | {"sfumato.converted": str(to_dict(config, public=True)["to"])}
-    metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
-    told = describe(Description(config.output.stem, family))
-    if any(key.startswith(("ss_", "modelspec.")) for key in metadata):  # by these two A1111 and Forge tell the family
-        told = {key: told[key] for key in ("ss_base_model_version", "ss_v2")}
-    metadata = told | metadata
-    if family_from_metadata(metadata) != family:  # in another spelling, or a wrong one
-        metadata |= {
-            key: told[key] for key in ("ss_base_model_version", "ss_v2", "modelspec.architecture") if key in told
-        }
+    metadata = _metadata(config, parent, family)
     if config.bake == "diff":
-        return _differences(config, source, family, metadata)
+        return _differences(config, source, base, family, metadata)
     others = {change.kind for change in source.changes.values() if change.low_rank() is None}
     if others and config.bake is None:
         raise AdapterError(
@@ -114,21 +105,41 @@ def convert(config: Config) -> Path:
     return config.output
 
 
+def _metadata(config: Config, parent: Parent, family: str) -> dict[str, str]:
+    """The file's own metadata, by which other tools can tell the family."""
+    from sfumato.files.family import family_from_metadata
+    from sfumato.files.metadata import Description, describe
+
+    metadata = dict(parent.metadata) | {"sfumato.converted": config.to}
+    metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
+    told = describe(Description(config.output.stem, family))
+    if any(key.startswith(("ss_", "modelspec.")) for key in metadata):  # by these two A1111 and Forge tell the family
+        told = {key: told[key] for key in ("ss_base_model_version", "ss_v2")}
+    metadata = told | metadata
+    if family_from_metadata(metadata) != family:  # in another spelling, or a wrong one
+        metadata |= {
+            key: told[key] for key in ("ss_base_model_version", "ss_v2", "modelspec.architecture") if key in told
+        }
+    return metadata
+
+
 def _readers(to: str) -> str:
     return {"kohya": "the readers of kohya's names", "diffusers": "diffusers", "peft": "peft"}[to]
 
 
-def _differences(config: Config, source: MergeSource, family: str, metadata: Mapping[str, str]) -> Path:
+def _differences(
+    config: Config, source: MergeSource, base: StoredBase | None, family: str, metadata: Mapping[str, str]
+) -> Path:
+    """Write full differences of the base's weights. Returns the file."""
     from sfumato.files.header import read_header
     from sfumato.files.kohya import kohya_name
     from sfumato.files.write_difference import write_difference
     from sfumato.merging.convert import Deltas
-    from sfumato.merging.stored import stored_base
     from sfumato.precision import DTYPES
 
-    if config.to != "kohya" or config.base is None:
+    if config.to != "kohya" or base is None:
         raise ConfigError("--bake diff wants --base, the weights that differ, and --to kohya: nobody else reads it.")
-    deltas = Deltas(source, stored_base(config.base))
+    deltas = Deltas(source, base)
     metadata = fitted_metadata(config.output, metadata, len(deltas))
     write_difference(config.output, deltas, family=family, metadata=metadata, dtype=DTYPES[config.dtype])
     size = config.output.stat().st_size / 1e6

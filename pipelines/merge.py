@@ -92,6 +92,23 @@ def merge_files(config: Config) -> Path:
     is_file = config.into is None or config.output.suffix == ".safetensors"
     models = [config.base] if config.into is None else [config.into, *(adapter.path for adapter in adapters)]
     check_free(config.output, config.overwrite, ".safetensors" if is_file else None, folder=not is_file, read=models)
+    _check_method(config)
+
+    from sfumato.drawing.notes import changes_nothing, keys_left_out
+    from sfumato.merging.sources import choose_blocks, read_sources
+
+    sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
+    say(*keys_left_out((source.name, source.skipped) for source in sources))
+    say(*changes_nothing(source.name for source in sources if source.is_zero))
+    sources = choose_blocks(sources, config.blocks)
+    parents = [replace(parent, weight=source.weight) for parent, source in zip(parents, sources, strict=True)]
+    if config.into is not None:
+        return _bake(config, sources, parents)
+    return _merge(config, sources, parents)
+
+
+def _check_method(config: Config) -> None:
+    """Raises ConfigError for options that the method, or --into, does not take."""
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
     idle = [shell.option(name) for name in chosen if name not in _OF_INTO]
     if config.into is not None and idle:
@@ -103,9 +120,7 @@ def merge_files(config: Config) -> Path:
     if not 0 < config.null_energy <= 1:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
 
-    from sfumato.drawing.notes import changes_nothing, keys_left_out
     from sfumato.merging.methods import DENSE, TAKEN_BY
-    from sfumato.merging.sources import choose_blocks, read_sources
 
     joint = config.method in TAKEN_BY["inside"]
     for name, methods in TAKEN_BY.items():
@@ -124,14 +139,6 @@ def merge_files(config: Config) -> Path:
             f"--method {config.method} works on factors, which whole weights have not; with --into take linear or "
             f"{', '.join(DENSE)}, or merge to a file first and bake that."
         )
-    sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
-    say(*keys_left_out((source.name, source.skipped) for source in sources))
-    say(*changes_nothing(source.name for source in sources if source.is_zero))
-    sources = choose_blocks(sources, config.blocks)
-    parents = [replace(parent, weight=source.weight) for parent, source in zip(parents, sources, strict=True)]
-    if config.into is not None:
-        return _bake(config, sources, parents)
-    return _merge(config, sources, parents)
 
 
 def _counted(sources: Sequence[MergeSource], parents: Sequence[Parent]) -> list[Parent]:
