@@ -480,7 +480,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
         "mask": config.mask and config.mask.name,
         "strength": start and start.strength,
         **of_base(base, config.vae),
-        "options": {**config.drawn_with(), **({"partial": True} if config.partial else {})},
+        "options": config.drawn_with(partial=config.partial),
     }
 
 

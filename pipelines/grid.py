@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -210,7 +211,7 @@ def draw_grid(config: Config) -> Path:
 
     base = config.load_base()
     check_drawable(base, rows)
-    in_full = [filled(base, cell) for cells in rows for cell in cells]
+    in_full = [filled(base, cell) for cell in chain(*rows)]
     say(*unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in in_full))
     # Before anything is mixed in: what a cell's name is made of.
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
@@ -221,15 +222,15 @@ def draw_grid(config: Config) -> Path:
     with prepared(
         base, adapters, embeddings, is_merged=is_merged, syntax=config.prompt_syntax, partial=config.partial
     ) as setup:
-        rows, given = [[setup.with_asked_negative(cell) for cell in cells] for cells in rows], rows
-        before, after = ([cell.settings["negative"] for cells in each for cell in cells] for each in (given, rows))
-        say(*asked_negatives(new for old, new in zip(before, after, strict=True) if old is None))
+        given, rows = rows, [[setup.with_asked_negative(cell) for cell in cells] for cells in rows]
+        both = zip(chain(*given), chain(*rows), strict=True)
+        say(*asked_negatives(new.settings["negative"] for old, new in both if old.settings["negative"] is None))
         paths = {
             (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
             for row, cells in enumerate(rows)
             for column, cell in enumerate(cells)
         }
-        say(*setup.notes([cell for cells in rows for cell in cells], embeddings))
+        say(*setup.notes(list(chain(*rows)), embeddings))
         there = {path for path in paths.values() if read_drawn(path) is not None}
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if paths[place] not in there]
@@ -267,7 +268,7 @@ def _save(config: Config, setup: Setup, picture: Image, path: Path, cell: Cell, 
         "width": picture.width,
         "height": picture.height,
         **of_base(base, config.vae),
-        "options": {**config.drawn_with(), **({"partial": True} if config.partial else {})},
+        "options": config.drawn_with(partial=config.partial),
     }
     sampler = sampler_label(cell.settings["sampler"], base)
     used = [adapter for adapter in setup.adapters_at(cell) if adapter.label in cell.counted]

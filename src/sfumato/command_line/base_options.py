@@ -37,14 +37,15 @@ class DrawingBaseOptions:
     zero_terminal_snr: bool = False
     """The base model's last timestep is pure noise (zero terminal SNR). Set it where its files do not say."""
 
-    def drawn_with(self) -> dict[str, Any]:
+    def drawn_with(self, *, partial: bool = False) -> dict[str, Any]:
         """The options that change the image, besides base model, VAE and clip skip, as JSON; only those that were
-        set."""
+        set. partial: --partial, of programs that have it."""
         asked = {
             "precision": self.precision if self.precision != "auto" else None,
             "prediction_type": self.prediction_type,
             "zero_terminal_snr": self.zero_terminal_snr or None,
             "max_tokens": self.max_tokens,
+            "partial": partial or None,
         }
         return {name: value for name, value in asked.items() if value is not None}
 
