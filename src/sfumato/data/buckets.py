@@ -49,6 +49,10 @@ class Crop:
         """Whether it is the width that is longer than the bucket's."""
         return self.original[0] * self.size[1] >= self.original[1] * self.size[0]
 
+    def variants(self, flip: bool | None) -> int:
+        """How many crops there are; with `flip` each has its mirror image."""
+        return self.positions * (2 if flip else 1)
+
     def at(self, position: int, mirrored: bool = False) -> Size:
         """(left, top) of the crop at a position, as `offset`; mirrored, of what it shows in the mirrored picture."""
         if mirrored and self.is_wide:  # the box is centred, so the positions count from its other end
@@ -78,6 +82,16 @@ class Crop:
         """Share of the picture that is seen, at one time or another."""
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top) / (self.original[0] * self.original[1])
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the picture is smaller than what is learned of it."""
+        return self.scale > 1
+
+    @property
+    def loses_much(self) -> bool:
+        """Whether more than a quarter of the picture is cut off, of which a person is told."""
+        return self.kept < 0.75
 
 
 def bucket_sizes(resolution: int, step: int, *, largest_ratio: float = 2.0) -> list[Size]:

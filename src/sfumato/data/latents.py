@@ -58,7 +58,7 @@ class PreparedPicture:
 
     @property
     def variants(self) -> int:
-        return self.crop.positions * (2 if self.flip else 1)
+        return self.crop.variants(self.flip)
 
     def place_of(self, variant: int) -> tuple[int, bool]:
         """(position of the crop, whether it is mirrored)."""

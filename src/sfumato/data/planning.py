@@ -85,7 +85,7 @@ def plan_of(foreseen: Foreseen, sizes: list[Size], base: Base, store: Cache | No
 def _too_many(foreseen: Foreseen) -> bool:
     """Whether the random crops are too many to be encoded beforehand."""
     random = [(example, crop) for example, crop in foreseen if example.options.crop == "random"]
-    return sum(crop.positions * (2 if example.options.flip else 1) for example, crop in random) > MOST_VARIANTS
+    return sum(crop.variants(example.options.flip) for example, crop in random) > MOST_VARIANTS
 
 
 def early_notes(
@@ -135,9 +135,8 @@ def _bytes_of(example: Example, crop: Crop, plan: Plan, base: Base) -> int:
     mask = math.prod(crop.resized) // plan.vae_factor**2 if masked else 0
     if plan.in_loop and crop.positions > 1:
         return 3 * math.prod(crop.resized) + mask
-    variants = crop.positions * (2 if example.options.flip else 1)
     numbers: int = 2 * base.unet.config.in_channels * math.prod(crop.size) // plan.vae_factor**2
-    return variants * numbers * torch.float32.itemsize + mask
+    return crop.variants(example.options.flip) * numbers * torch.float32.itemsize + mask
 
 
 def latents_key(example: Example, content: Sequence[str], plan: Plan) -> str:

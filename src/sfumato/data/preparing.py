@@ -170,8 +170,8 @@ def _cut_note(base: Base, items: Sequence[PreparedPicture]) -> str:
 
 
 def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:
-    small = [item.name for item in items if item.crop.scale > 1]
-    cut = [item.name for item in items if item.crop.kept < 0.75]
+    small = [item.name for item in items if item.crop.enlarges]
+    cut = [item.name for item in items if item.crop.loses_much]
     if small:
         yield f"{len(small)} of {len(items)} images are smaller than is learned, so they are enlarged: {some(small)}"
     if cut:

@@ -303,12 +303,12 @@ def _flaws(report: Report) -> Iterator[Finding]:
     small = {
         label: f"{label} ({crop.original[0]} x {crop.original[1]} px, x {crop.scale:.1f})"
         for _, crop, label in good
-        if crop.scale > 1
+        if crop.enlarges
     }
     if small:
         text = f"smaller than is learned, so enlarged: {some(list(small.values()), 4)}"
         yield Finding("too small", text, tuple(small))
-    cut = {label: f"{label} ({1 - crop.kept:.0%})" for _, crop, label in good if crop.kept < 0.75}
+    cut = {label: f"{label} ({1 - crop.kept:.0%})" for _, crop, label in good if crop.loses_much}
     if cut:
         yield Finding("cropped", f"the crop takes more than a quarter of: {some(list(cut.values()), 4)}", tuple(cut))
     for flaw, words in (("black", "black"), ("one colour", "one colour only"), ("blurred", "blurred")):

@@ -48,9 +48,9 @@ def _sheet(cells: Sequence[tuple[PictureStats, str, str]]) -> Image.Image:
 
 def _flaws(look: PictureStats) -> list[str]:
     found = list(look.flaws)
-    if look.crop is not None and look.crop.scale > 1:
+    if look.crop is not None and look.crop.enlarges:
         found.append(f"enlarged x {look.crop.scale:.1f}")
-    if look.crop is not None and look.crop.kept < 0.75:
+    if look.crop is not None and look.crop.loses_much:
         found.append(f"{look.crop.kept:.0%} kept")
     return found
 
