@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -119,12 +119,7 @@ def main(argv: Sequence[str]) -> int:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
         about |= {"algo": config.algo, "dora": config.dora, "factor": config.factor}
         about |= {"rank": rank, "conv_rank": config.conv_rank or rank, "device": config.device, "precision": computed}
-        about["precision_without_adapters"] = NAMES[alone.compute]
-        gib = {name: [round(each, 2) for each in row] for name, row in rows}
-        if config.within is not None:
-            over = [name for name, row in gib.items() if row[0] > config.within]
-            about |= {"within": config.within, "more_than_within": over}
-        print(json.dumps(about | {"gib": gib}, indent=2))
+        print(_as_json(config, about | {"precision_without_adapters": NAMES[alone.compute]}, dict(rows)))
         return 0
     where = "a GPU" if config.device == "gpu" else "a CPU"
     if alone.compute != beside.compute:
@@ -133,15 +128,28 @@ def main(argv: Sequence[str]) -> int:
     if config.algo != "lora" or config.dora:
         ranks += f", {config.algo}" + (f" factor {config.factor}" if config.factor else "") + " with dora" * config.dora
     print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, {ranks}, {computed} on {where}")
+    _print_table(rows, config.within)
+    return 0
+
+
+def _as_json(config: Config, about: Mapping[str, object], rows: Mapping[str, Sequence[float]]) -> str:
+    """What `--json` prints. about: the setting."""
+    gib = {name: [round(each, 2) for each in row] for name, row in rows.items()}
+    over = [name for name, row in gib.items() if config.within is not None and row[0] > config.within]
+    judged = {} if config.within is None else {"within": config.within, "more_than_within": over}
+    return json.dumps({**about, **judged, "gib": gib}, indent=2)
+
+
+def _print_table(rows: Iterable[tuple[str, Sequence[float]]], within: float | None) -> None:
+    """A line for each task, as soon as it is known. within: GiB; what takes more is marked."""
     print(f"\n{'GiB at the peak, about':<54}{'a step':>8}   --gradient-checkpointing")
     for name, row in rows:
-        cells = [f"{gib:.1f}{'*' if config.within and gib > config.within else ' '}" for gib in row]
+        cells = [f"{gib:.1f}{'*' if within and gib > within else ' '}" for gib in row]
         line = f"{name:<54}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 27), strict=False))
         print(line.rstrip(), flush=True)
     print("\nDreamBooth's steps hold an image of the class beside each of the subject's.")
-    if config.within:
-        print(f"* more than {config.within:g} GiB")
-    return 0
+    if within:
+        print(f"* more than {within:g} GiB")
 
 
 if __name__ == "__main__":
