@@ -42,6 +42,7 @@ def folded(host: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float, 
 
 
 def is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
+    """Whether the layer is a frozen fp32 one of torch's, and x such that it computes in fp32 without autocast."""
     if type(host) is nn.Conv2d:
         usual = host.groups == 1 and host.padding_mode == "zeros" and not isinstance(host.padding, str)
         usual = usual and x.ndim == 4
@@ -54,6 +55,7 @@ def is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
 
 
 def geometry_of(host: nn.Linear | nn.Conv2d) -> Geometry | None:
+    """(stride, padding, dilation) of a convolution; None for a linear layer."""
     if isinstance(host, nn.Linear):
         return None
     return host.stride, host.padding, host.dilation  # type: ignore[return-value]

@@ -24,6 +24,7 @@ BITSANDBYTES_ON_CPU = (0, 50)
 
 
 def device_of(wanted: str | torch.device) -> tuple[torch.device, str]:
+    """The device, of auto the first there is of CUDA, MPS and the CPU."""
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
@@ -57,6 +58,7 @@ def _unused_gpu() -> str:
 
 
 def compute_of(requested: Requested, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
+    """The dtype of products. adapting: whether the base is frozen, and an adapter is trained beside it."""
     if requested == "auto":
         if device.type == "cpu" and adapting and cpu_has_bf16():
             return torch.bfloat16, "this CPU multiplies bf16: a step takes two thirds of the time that fp32 takes"
@@ -78,6 +80,7 @@ def compute_of(requested: Requested, device: torch.device, adapting: bool) -> tu
 
 
 def storage_of(compute: torch.dtype, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
+    """The dtype that frozen weights are kept in."""
     if device.type == "cpu" and compute != torch.float32 and not adapting:
         return torch.float32, "cast for each product; exact weights to merge into"
     if compute == torch.float32:
@@ -86,6 +89,7 @@ def storage_of(compute: torch.dtype, device: torch.device, adapting: bool) -> tu
 
 
 def vae_of(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype that the VAE is kept in and computes in."""
     if compute == torch.float32 or device.type == "cpu":
         return torch.float32, "runs once an image, so exactness is cheap"
     if compute == torch.bfloat16:
@@ -96,9 +100,8 @@ def vae_of(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str
 def attention_reason(attention: str, device: torch.device, compute: torch.dtype) -> str:
     """The reason; raises PrecisionError where the attention cannot be had."""
     if attention == "sdpa":
-        is_slow = (
-            device.type == "cpu" and compute == torch.bfloat16
-        )  # backward, so `learn_on_cpu` gives it plain products
+        # Whose way back is slow, so `learn_on_cpu` gives it plain products.
+        is_slow = device.type == "cpu" and compute == torch.bfloat16
         return "part of torch; plain products where gradients are wanted" if is_slow else "part of torch"
     if attention != "xformers":
         raise PrecisionError(f"--attention {attention}: unknown; wanted sdpa or xformers.")
@@ -113,6 +116,7 @@ def attention_reason(attention: str, device: torch.device, compute: torch.dtype)
 
 
 def optimizer_state_of(optimizer: str, device: torch.device) -> tuple[str, str]:
+    """What the optimizer of this name keeps its state in, "fp32" or "8 bit"."""
     if optimizer not in OPTIMIZERS_8BIT:
         return "fp32", "as the trained weights"
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -136,6 +140,7 @@ def optimizer_state_of(optimizer: str, device: torch.device) -> tuple[str, str]:
 
 
 def tf32_of(requested: Requested, device: torch.device) -> tuple[bool, str]:
+    """Whether fp32 products may be rounded to TF32."""
     if device.type != "cuda":
         return False, "only CUDA has it"
     if torch.version.hip is not None or torch.cuda.get_device_properties(device).major < 8:
@@ -146,12 +151,14 @@ def tf32_of(requested: Requested, device: torch.device) -> tuple[bool, str]:
 
 
 def products_of(device: torch.device) -> tuple[str, str]:
+    """What multiplies fp32 matrices, "oneDNN" or "torch"."""
     if device.type == "cpu" and products.mkl_is_slow() and products.onednn() is not None:
         return "oneDNN", "MKL leaves this AMD processor's AVX-512 unused, and takes twice the time"
     return "torch", "torch's own choice"
 
 
 def channels_last_reason(used: bool, device: torch.device) -> str:
+    """Why convolutions have their channels last in memory, or not."""
     if used:
         return "half-precision convolutions run on tensor cores in this layout"
     return "only gains with half precision" if device.type == "cuda" else "no gain measured on a CPU"

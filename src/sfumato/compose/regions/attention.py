@@ -16,6 +16,7 @@ from sfumato.errors import AdapterError
 
 
 def check_no_picture_prompt(unet: Any) -> None:
+    """Raises AdapterError for a U-Net with an IP-Adapter."""
     if getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise AdapterError(
             "the U-Net has an IP-Adapter, whose image is attended to where regions are told apart. Call "
