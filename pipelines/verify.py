@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import AdapterError, ConfigError, FileError
+from sfumato.numerals import plain
 
 if TYPE_CHECKING:
     from sfumato.files.embedding_file import Vectors
@@ -53,7 +54,6 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
 
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.fingerprint import FINGERPRINT_KEY, check, compare
-    from sfumato.files.inspect import plain
 
     file = read_adapter(config.file)  # which checks header, keys, halves and finiteness
     found: dict[str, object] = {"file": config.file.name, "modules": len(file.changes), "kinds": file.kinds}

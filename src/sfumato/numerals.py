@@ -22,3 +22,9 @@ def some(names: Sequence[str], most: int = 3) -> str:
 def shortened(text: str) -> str:
     """The text, of a long one its beginning: at most 60 characters."""
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def plain(text: str) -> str:
+    """A text from a file as one line for a terminal: no control characters, at most 200 letters."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown if len(shown) <= 200 else shown[:197] + "..."

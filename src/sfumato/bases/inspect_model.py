@@ -14,9 +14,9 @@ from sfumato.bases.recognise import UNET, VAE, family_of_names, stated_predictio
 from sfumato.errors import BaseModelError, FileError
 from sfumato.files.family import LABELS
 from sfumato.files.header import Header, read_header
-from sfumato.files.inspect import plain
 from sfumato.files.metadata import data_sha256, joint_hash, short_hash
 from sfumato.files.numpy_tensors import nonfinite_in
+from sfumato.numerals import plain
 
 _PREFIXES: Mapping[str, str] = {
     UNET: "unet",

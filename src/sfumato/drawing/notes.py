@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.files.inspect import plain
 from sfumato.files.metadata import clip_skip_of, prediction_of, words_beside
-from sfumato.numerals import pluralize
+from sfumato.numerals import plain, pluralize
 from sfumato.prompts.syntax import escaped, unescaped
 from sfumato.words.placeholders import holds
 

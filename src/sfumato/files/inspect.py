@@ -43,7 +43,7 @@ from sfumato.files.metadata import (
 from sfumato.files.numpy_tensors import Array, array_of, nonfinite_in
 from sfumato.files.peft_folder import WeightFile, adapter_sources
 from sfumato.files.update_norms import is_update, square_norm
-from sfumato.numerals import pluralize
+from sfumato.numerals import plain, pluralize
 
 _Settings = Callable[[int], float]
 BAR_WIDTH = 24
@@ -348,9 +348,3 @@ def _bars(blocks: Sequence[Block]) -> list[str]:
         filled = round(BAR_WIDTH * block.norm / peak) if peak > 0 and np.isfinite(block.norm) else 0
         lines.append(f"{block.name:<{width}}  {block.modules:>7}  {block.norm:>8.4g}  {'#' * filled}".rstrip())
     return lines
-
-
-def plain(text: str) -> str:
-    """A text from a file as one line for a terminal: no control characters, at most 200 letters."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text)
-    return shown if len(shown) <= 200 else shown[:197] + "..."
