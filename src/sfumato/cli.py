@@ -8,7 +8,6 @@ import gc
 import importlib
 import importlib.util
 import io
-import json
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from sfumato.command_line import threads
 from sfumato.command_line.streams import keep_unbroken
 from sfumato.command_line.terminal import escape_control
 from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory, nearest
+from sfumato.json_text import object_in
 
 TRAINERS = {
     "dreambooth": "a subject bound to a rare word, in the whole U-Net or a LoRA; the class is preserved",
@@ -287,17 +287,15 @@ def _resume(words: list[str]) -> object:
         raise ConfigError("resume wants the folder of a run: sfumato resume RUN [OPTIONS of its trainer].")
     folder = Path(words[0])
     config = folder / "config.toml"
-    try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        program, copy = facts["program"], facts.get("copy")
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{folder} holds no run to resume; name the folder that --output named.") from None
-    if copy:
+    facts = object_in(folder / "run.json")
+    if "program" not in facts:
+        raise ConfigError(f"{folder} holds no run to resume; name the folder that --output named.")
+    if copy := facts.get("copy"):
         raise ConfigError(
             f"{folder}: its program is {copy}, which may do otherwise than sfumato's own. Go on with: python "
             f"{shell.quote(copy)} {shell.quote(str(config))} --output {shell.quote(str(folder))} --resume"
         )
-    return _load(find(str(program), TRAINERS))([str(config), "--output", str(folder), "--resume", *words[1:]])
+    return _load(find(str(facts["program"]), TRAINERS))([str(config), "--output", str(folder), "--resume", *words[1:]])
 
 
 def find(name: str, among: dict[str, str]) -> str:
