@@ -53,28 +53,21 @@ def prepare_datasets(
     others. drawn_over: whether what is learned will be drawn over, for which its crops must stay where they are.
     """
     assert config.steps is not None
-    embed_class = embed_text if embed_class is None else embed_class
-    run = config.steps, global_batch
-    will_draw = (config.seed, *run)
-    learned: dict[str, Any] = {
-        "embed_text": embed_text,
-        "will_draw": will_draw,
-        "drawn_over": drawn_over,
-        "together": config.batch,
-    }
-    dataset = config.prepare(subjects, base, processes=processes, **learned)
+    shared: dict[str, Any] = {"together": config.batch, "processes": processes}
+    will_draw = (config.seed, config.steps, global_batch)
+    dataset = config.prepare(
+        subjects, base, embed_text=embed_text, will_draw=will_draw, drawn_over=drawn_over, **shared
+    )
     if not of_class:
         return dataset, None
-    will_draw = (class_seed(config.seed), *run)
     class_set = config.prepare(
         of_class,
         base,
         caption_dropout=0.0,
         tag_dropout=0.0,
-        embed_text=embed_class,
-        will_draw=will_draw,
-        together=config.batch,
-        processes=processes,
+        embed_text=embed_text if embed_class is None else embed_class,
+        will_draw=(class_seed(config.seed), config.steps, global_batch),
+        **shared,
     )
     return dataset, class_set
 
