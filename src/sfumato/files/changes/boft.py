@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.module_tensors import ModuleTensors
 from sfumato.files.changes.oft import cayley, rescaled, skew
 
-if TYPE_CHECKING:
-    from sfumato.files.changes.lora import LoraModule
-
 
 @dataclass(frozen=True)
-class OutputBoft:
+class OutputBoft(WithoutLowRank):
     """LyCORIS's: stage i regroups outputs (c, 2, k) as (c, k, 2), k = 2^i size / 2, rotates blocks, regroups back.
 
     blocks: (stages, count, size, size), not skew yet. alpha: the constraint over the number of outputs, over all
@@ -46,9 +43,6 @@ class OutputBoft:
         whole = len(shape) > 1 and count * size == shape[0] and shape[0] % (2 ** (stages - 1) * size) == 0
         return whole and (self.rescale is None or self.rescale.numel() == shape[0])
 
-    def low_rank(self) -> LoraModule | None:
-        return None
-
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
         constraint = None if self.alpha is None else self.alpha * weight.shape[0]
@@ -64,7 +58,7 @@ class OutputBoft:
 
 
 @dataclass(frozen=True)
-class InputBoft:
+class InputBoft(WithoutLowRank):
     """peft's: W M' scaled by rows, M the product of P_i blockdiag(R_i) P_i', R the Cayley transform of (B' - B) / 2.
 
     blocks: (stages, count, size, size). scale: (out,). The inputs are a convolution's flattened with its kernel.
@@ -90,9 +84,6 @@ class InputBoft:
         stages, count, size, _ = self.blocks.shape
         whole = len(shape) > 1 and count * size == prod(shape[1:]) and self.scale.numel() == shape[0]
         return whole and count % 2 ** (stages - 1) == 0
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

@@ -47,6 +47,14 @@ class Change(Protocol):
         """The exact low-rank form if there is one (LoRA, Tucker included), else None."""
 
 
+class WithoutLowRank:
+    """A kind of change that no LoRA is exactly equal to."""
+
+    def low_rank(self) -> LoraModule | None:
+        """None, see `Change`."""
+        return None
+
+
 def delta_on_any_weight(change: Change) -> Tensor | None:
     """The delta of a change that adds the same to every weight; None of others, and where their shape is not known.
 

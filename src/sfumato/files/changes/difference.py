@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import Change, check_fits, trim
+from sfumato.files.changes.change import Change, WithoutLowRank, check_fits, trim
 from sfumato.files.changes.module_tensors import ModuleTensors
-
-if TYPE_CHECKING:
-    from sfumato.files.changes.lora import LoraModule
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(WithoutLowRank):
     """W + value, or value in W's place where it replaces; without a value the bias alone changes.
 
     value: of the weight's shape, for a norm (channels,).
@@ -52,9 +49,6 @@ class Difference:
         if self.bias_delta is not None and (not shape or self.bias_delta.numel() != shape[0]):
             return False
         return self.value is None or trim(self.value.shape) == trim(shape)
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

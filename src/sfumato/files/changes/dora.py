@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.module_tensors import ModuleTensors
 
 if TYPE_CHECKING:
     from sfumato.files.changes.change import Change
-    from sfumato.files.changes.lora import LoraModule
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(WithoutLowRank):
     """m / ||V|| V - W with V = W + the inner change's delta; eq. 5 of the paper, norms over all axes but one.
 
     magnitude: (out,) or, where on_input, (in,). epsilon: added to the norms, LyCORIS's guard, 0 for peft.
@@ -61,9 +60,6 @@ class Dora:
 
     def fits(self, shape: Sequence[int]) -> bool:
         return self.inner.fits(shape) and self.magnitude.numel() == shape[1 if self.on_input else 0]
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.lora import LoraModule
 from sfumato.files.changes.module_tensors import ModuleTensors
 
 
 @dataclass(frozen=True)
-class Glora:
+class Glora(WithoutLowRank):
     """scale * (W a_up a_down + update), the first on the inputs of every place of a kernel.
 
     a_up: (in, rank). a_down: (rank, in). update: the LoRA of b_up (out, rank) and b_down (rank, in[, h, w]), whose
@@ -53,9 +53,6 @@ class Glora:
 
     def fits(self, shape: Sequence[int]) -> bool:
         return self.update.fits(shape)
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.module_tensors import ModuleTensors
-
-if TYPE_CHECKING:
-    from sfumato.files.changes.lora import LoraModule
 
 
 @dataclass(frozen=True)
-class Ia3:
+class Ia3(WithoutLowRank):
     """W * gain along one axis, gain: the factor less 1, (out,) or, where on_input, (in,).
 
     LyCORIS stores the gain and leaves the bias alone. peft stores the factor, and on outputs it multiplies the bias
@@ -58,9 +55,6 @@ class Ia3:
 
     def fits(self, shape: Sequence[int]) -> bool:
         return len(shape) > 1 and self.gain.numel() == shape[1 if self.on_input else 0]
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

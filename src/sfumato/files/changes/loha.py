@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.module_tensors import ModuleTensors
-
-if TYPE_CHECKING:
-    from sfumato.files.changes.lora import LoraModule
 
 
 @dataclass(frozen=True)
-class Loha:
+class Loha(WithoutLowRank):
     """scale * (w1_a w1_b) * (w2_a w2_b), or with Tucker cores t1, t2: each half einsum("ijhw,ip,jr->prhw", t, a, b).
 
     Without cores a: (out, rank), b: (rank, in * height * width); with them a: (rank, out), b: (rank, in),
@@ -62,9 +59,6 @@ class Loha:
         if self.cores is None:
             return len(shape) > 1 and a.shape[0] == shape[0] and b.shape[1] == prod(shape[1:])
         return tuple(shape) == (a.shape[1], b.shape[1], *self.cores[0].shape[2:])
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

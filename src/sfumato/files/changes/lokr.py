@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.module_tensors import ModuleTensors
-
-if TYPE_CHECKING:
-    from sfumato.files.changes.lora import LoraModule
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Lokr:
+class Lokr(WithoutLowRank):
     """scale * kron(first, second).
 
     scale: alpha / rank, the rank that of the factored half. With both factors whole LyCORIS and all who follow it
@@ -91,9 +88,6 @@ class Lokr:
             return False
         flat = len(second) == 2  # the kernel may be in its columns
         return flat or tuple(shape[1:]) == (first[1] * second[1], *second[2:])
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

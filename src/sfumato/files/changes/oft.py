@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.module_tensors import ModuleTensors
-
-if TYPE_CHECKING:
-    from sfumato.files.changes.lora import LoraModule
 
 TERM_LIMIT = 64
 
@@ -42,7 +39,7 @@ def cayley(q: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OutputOft:
+class OutputOft(WithoutLowRank):
     """Blocks of outputs rotated: (R' - I) W blockwise, R the Cayley transform; then `rescale` on each output.
 
     blocks: (count, size, size), not skew yet. alpha: the constraint over the number of outputs; kohya: by whose rule
@@ -75,9 +72,6 @@ class OutputOft:
         whole = len(shape) > 1 and prod(self.blocks.shape[:2]) == shape[0]
         return whole and (self.rescale is None or self.rescale.numel() == shape[0])
 
-    def low_rank(self) -> LoraModule | None:
-        return None
-
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
         constraint = None if self.alpha is None else self.alpha * weight.shape[0]
@@ -95,7 +89,7 @@ def rescaled(delta: Tensor, weight: Tensor, rescale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class InputOft:
+class InputOft(WithoutLowRank):
     """peft's OFT: W (R' - I) on blocks of the flattened inputs, a convolution's kernel among them.
 
     packed: (blocks, size * (size - 1) / 2), the upper triangles of skew matrices, one block for all where shared.
@@ -149,9 +143,6 @@ class InputOft:
         columns = prod(shape[1:])
         count = columns // self.size if self.shared else self.packed.shape[0]
         return len(shape) > 1 and count * self.size == columns
-
-    def low_rank(self) -> LoraModule | None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sfumato.files.changes.change import check_fits, trim
+from sfumato.files.changes.change import WithoutLowRank, check_fits, trim
 
 
 def lora_command(change: object) -> str:
@@ -19,7 +19,7 @@ def lora_command(change: object) -> str:
 
 
 @dataclass(frozen=True)
-class Replacement:
+class Replacement(WithoutLowRank):
     """W' - W, so that a mix is W + w (W' - W), which web interfaces call the weighted sum of two checkpoints.
 
     value: W', of the weight's shape. bias: the other model's bias, (out,).
@@ -38,9 +38,6 @@ class Replacement:
 
     def fits(self, shape: Sequence[int]) -> bool:
         return trim(self.value.shape) == trim(shape)
-
-    def low_rank(self) -> None:
-        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
