@@ -12,7 +12,7 @@ is the whole method; what it calls is in the library.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from sfumato.words.placeholders import DEFAULT_LEARNING_RATES, DEFAULT_VECTORS, 
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
-    from sfumato.data import Dataset, ExampleSet
+    from sfumato.data import ExampleSet
     from sfumato.data.source import Source
     from sfumato.files import Description
     from sfumato.runs.run import Run
@@ -101,6 +101,7 @@ def train(config: Config) -> Path:
     from sfumato.runs.samples import Samples
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
+    from sfumato.training.finish import describe_run
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import prepare_datasets
@@ -162,7 +163,8 @@ def train(config: Config) -> Path:
     samples = Samples(run, prompts, config.seed, draw, within=average.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
-    run.every(config.save_every, partial(keep, words, base, config, dataset, run, samples, average))
+    about = partial(describe_run, config, base, dataset, samples, trigger=config.placeholder)
+    run.every(config.save_every, partial(keep, words, config, about, run, average))
     noising = config.noising(base)
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
@@ -194,7 +196,7 @@ def train(config: Config) -> Path:
 
     average.swap()
     if processes.is_main:
-        save(paths, words, base, config, dataset, run, samples)
+        save(paths, words, config, about(), run, samples)
     words.remove()
     run.close()
     processes.wait()
@@ -282,18 +284,8 @@ def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[s
     return list(dict.fromkeys([*captions, f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"]))
 
 
-def keep(
-    words: Words,
-    base: Base,
-    config: Config,
-    dataset: Dataset,
-    run: Run,
-    samples: Samples,
-    average: Ema,
-    step: int,
-) -> None:
-    """Write the words as they would be saved after this step, to choose from."""
-    from sfumato.training.finish import describe_run
+def keep(words: Words, config: Config, about: Callable[..., Description], run: Run, average: Ema, step: int) -> None:
+    """Write the words as they would be saved after this step, to choose from. about: what their files say."""
     from sfumato.words.placeholders import embedding_files
 
     if not step or not run.is_main:
@@ -301,20 +293,18 @@ def keep(
     paths = embedding_files(
         config.output / "adapters", snapshot_name(config.name, step), config.placeholder, alone=True
     )
-    about = describe_run(config, base, dataset, samples, trigger=config.placeholder, steps=step)
     with average.applied():
-        write_words(paths, words, config, about)
+        write_words(paths, words, config, about(steps=step))
 
 
 def save(
-    paths: dict[str, Path], words: Words, base: Base, config: Config, dataset: Dataset, run: Run, samples: Samples
+    paths: dict[str, Path], words: Words, config: Config, description: Description, run: Run, samples: Samples
 ) -> None:
     """Write each word's file, the model card and the plot; upload them if asked."""
     from sfumato.cards.words import write_embedding_card
-    from sfumato.training.finish import describe_run, plot_and_tell, upload
+    from sfumato.training.finish import plot_and_tell, upload
 
     rows = samples.ends
-    description = describe_run(config, base, dataset, samples, trigger=config.placeholder)
     report = write_words(paths, words, config, description)
     card = write_embedding_card(run.folder, paths, description, report, samples.prompts if rows else [], rows)
     made = ["nearest of the base's words, by cosine:", *report, *(f"word     {t}  {path}" for t, path in paths.items())]
