@@ -55,6 +55,20 @@ def test_min_snr_has_its_limits_where_there_is_only_noise_or_none():
     assert_close(diffusion.snr_weight("v_prediction", a, 5.0), torch.tensor([0.0, 0.0]))
 
 
+def test_debiased_weights_are_the_same_error_of_latents_for_both_predictions():
+    """SNR 4: 1 / 2 of four times the latents' error, and 2 / 5 of five times it."""
+    a = torch.tensor([0.8, 0.5, 0.2])
+    snr = a / (1 - a)
+    epsilon, v = (diffusion.debiased_weight(kind, a) for kind in ("epsilon", "v_prediction"))
+    assert_close(epsilon, torch.tensor([0.5, 1.0, 2.0]))
+    assert_close(epsilon * snr, v * (snr + 1))
+
+
+def test_debiased_weights_end_where_there_is_only_noise_or_none():
+    found = diffusion.debiased_weight("epsilon", torch.tensor([0.0, 1.0]))
+    assert_close(found, torch.tensor([1000.0, 0.001]).sqrt())
+
+
 def test_each_slice_of_the_schedule_is_drawn_once():
     drawn = diffusion.stratified_timesteps(10, range(1000), seed=3, step=7)
     assert sorted(t // 100 for t in drawn.tolist()) == list(range(10))

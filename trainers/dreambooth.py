@@ -214,7 +214,7 @@ def train(config: Config) -> Path:
     run.say(f"{pluralize(len(dataset), 'image')}, {len(class_set or [])} of the class, {size:,} trained numbers")
 
     optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
     scaler = precision.scaler()
     fused = FusedStep(optimizer, scaler) if config.fused else None
     average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)

@@ -210,7 +210,9 @@ def train(config: Config) -> Path:
     if words:
         groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate, "is_table": True})
     optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, second=config.words_first)
+    schedule = optimizers.Schedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles, second=config.words_first
+    )
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))

@@ -153,7 +153,7 @@ def train(config: Config) -> Path:
     optimizer = optimizers.build(
         config.optimizer, [{"params": parameters, "lr": config.learning_rate}], weight_decay=config.weight_decay
     )
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)

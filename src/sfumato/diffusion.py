@@ -96,6 +96,17 @@ def snr_weight(prediction_type: PredictionType, alpha_bar: Tensor, gamma: float)
     return torch.where(snr > 0, capped / snr.clamp(min=1e-12), torch.ones_like(snr))
 
 
+def debiased_weight(prediction_type: PredictionType, alpha_bar: Tensor) -> Tensor:
+    """Weights (batch,) of debiased estimation, Yu et al. 2023 (arXiv:2310.08442): 1 / sqrt(SNR) for epsilon.
+
+    An error in epsilon is SNR times one of the predicted latents, one in v is SNR + 1 times as large, so that v has
+    sqrt(SNR) / (SNR + 1). The SNR is capped at 1,000, as in sd-scripts, and at a thousandth, below which the weights
+    would go on without end.
+    """
+    snr = (alpha_bar / (1 - alpha_bar).clamp(min=1e-12)).clamp(1e-3, 1e3)
+    return snr.sqrt() / (snr + 1) if prediction_type == "v_prediction" else snr.rsqrt()
+
+
 def stratified_timesteps(count: int, timesteps: range, seed: int, step: int) -> Tensor:
     """(count,) of these timesteps, one from each of `count` equal slices of them, in random order.
 

@@ -36,6 +36,8 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--schedule": "lr_scheduler learning_rate_scheduler",
         "--warmup": "lr_warmup_steps learning_rate_warmup_steps",
         "--clip": "max_grad_norm clip_grad_norm",
+        "--cycles": "lr_scheduler_num_cycles learning_rate_cycles",
+        "--debiased": "debiased_estimation_loss",
         "--min-snr": "min_snr_gamma snr_gamma loss_weight_strength",
         "--noise-offset": "offset_noise_weight",
         "--pyramid-noise": "multires_noise_discount",
@@ -153,8 +155,8 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "loss_type huber_schedule huber_scale": "--huber 0.1 is sd-scripts' huber with its schedule snr",
         "adaptive_noise_scale": "there is no counterpart",
         "noise_offset_random_strength ip_noise_gamma_random_strength": "there is no counterpart",
-        "debiased_estimation_loss v_pred_like_loss scale_v_pred_loss_like_noise_pred": "--min-snr weighs the timesteps",
-        "lr_scheduler_num_cycles lr_scheduler_power lr_decay_steps": "--schedule is constant or cosine, with --warmup",
+        "v_pred_like_loss scale_v_pred_loss_like_noise_pred": "--min-snr weighs the timesteps",
+        "lr_scheduler_power lr_decay_steps": "--schedule is constant, cosine or linear, with --warmup and --cycles",
         "optimizer_args": "--weight-decay is the one of them that is an option",
         "base_weights base_weights_multiplier": "sfumato merge ADAPTER:0.8 --into BASE writes a base for --base",
         "dim_from_weights": "--init-from says which --rank its file has",
@@ -183,6 +185,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
 VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("schedule", "constant_with_warmup"): "here it is --schedule constant with --warmup STEPS.",
+        ("schedule", r"(?i)cosine_with_(hard_)?restarts"): "here it is --schedule cosine with --cycles N.",
         ("resolution", r"\d+[,x ]+\d+"): "it is one number: images keep their shapes and get its square's pixels.",
     }
 )

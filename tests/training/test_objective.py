@@ -13,7 +13,7 @@ from sfumato.bases import load_base
 from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training import objective
 from sfumato.training.metrics import Metrics
-from sfumato.training.noising import NoiseSettings, draw_noised, per_sample_losses
+from sfumato.training.noising import LossSettings, NoisedBatch, NoiseSettings, draw_noised, per_sample_losses
 from sfumato.training.objective import denoising_errors, draw_noise, predict
 from tests.tiny import CPU
 
@@ -209,3 +209,15 @@ def test_a_pyramid_s_levels_are_coarser_by_lot_down_to_one_pixel():
         torch.randn(1, 4, sides[-1], sides[-1], generator=draw)
     assert [level.shape[-1] for level in levels] == sides
     assert sides[-1] == 1 < sides[-2]
+
+
+def test_debiased_errors_are_weighed_by_the_signal_to_noise_ratio(base, batch):
+    noise, timesteps = draw_noise(batch, 0, 0, 0), torch.tensor([10, 300, 600, 900])
+    alpha_bar = base.alpha_bar[timesteps]
+    noised = NoisedBatch(
+        batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar)
+    )
+    with torch.no_grad():
+        plain = denoising_errors(base, batch, noise, timesteps, batch.text)
+        found = per_sample_losses(base, [noised], encode=False, settings=LossSettings(5.0, debiased=True))
+    assert_close(found, plain * diffusion.debiased_weight(base.prediction_type, alpha_bar))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
 
 from sfumato.errors import PrecisionError
 from sfumato.runs.checkpointed import CheckpointedParts
@@ -24,6 +25,19 @@ def test_warm_up_rises_to_the_peak_and_cosine_falls_to_nothing():
 def test_constant_stays_and_linear_is_half_way_in_the_middle():
     assert optimizers.rate_factor("constant", 99, 100, 0) == 1.0
     assert optimizers.rate_factor("linear", 50, 100, 0) == 0.5
+
+
+@pytest.mark.parametrize(("warmup", "cycles"), [(0, 1), (0, 3), (2, 2)])
+def test_cosine_with_cycles_is_transformers_cosine_with_hard_restarts(warmup, cycles):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, warmup, 14, cycles)
+    for step in range(warmup, 14):  # in the warm-up theirs begins at 0
+        wanted = theirs.lr_lambdas[0](step)
+        assert optimizers.rate_factor("cosine", step, 14, warmup, cycles) == pytest.approx(wanted)
+
+
+def test_each_cycle_falls_from_the_peak():
+    assert [optimizers.rate_factor("linear", step, 8, 0, 2) for step in range(8)] == [1, 0.75, 0.5, 0.25] * 2
 
 
 def test_clipping_clips_the_norm_of_all_gradients_together():

@@ -95,6 +95,23 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         resolve(replace(CONFIG, steps=10, warmup=20), BASE, pictures_of(16), 1)
 
 
+def test_a_weighting_of_timesteps_replaces_the_familys():
+    assert resolve(CONFIG, BASE, pictures_of(16), 1)[0].min_snr == 5.0
+    config, _ = resolve(replace(CONFIG, debiased=True), BASE, pictures_of(16), 1)
+    assert (config.min_snr, config.loss().debiased) == (0.0, True)
+    check_trainer(config)
+    with pytest.raises(ConfigError, match="--debiased and --min-snr both weight the timesteps"):
+        check_trainer(replace(CONFIG, debiased=True, min_snr=5.0))
+
+
+def test_cycles_of_a_rate_that_stays_are_refused():
+    check_trainer(replace(CONFIG, cycles=3, schedule="linear"))
+    with pytest.raises(ConfigError, match="--cycles has no effect without --schedule cosine or linear"):
+        check_trainer(replace(CONFIG, cycles=3, schedule="constant"))
+    with pytest.raises(ConfigError, match="--cycles is 0; it must be at least 1"):
+        check_trainer(replace(CONFIG, cycles=0))
+
+
 def test_a_repository_that_the_hub_cannot_have_is_refused_before_the_training():
     check_trainer(replace(CONFIG, push_to_hub="me/line"))
     with pytest.raises(ConfigError, match=r"--push-to-hub not a repo!!/x/y: no repository of the hub"):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _AT_LEAST_ONE = (
     *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution"),
-    *("vectors", "word_vectors", "class_count"),
+    *("vectors", "word_vectors", "class_count", "cycles"),
 )
 _NOT_NEGATIVE = (
     *("warmup", "clip", "max_norm", "min_snr", "noise_offset", "input_perturbation", "huber", "weight_decay"),
@@ -70,6 +70,10 @@ def check_trainer(config: TrainerOptions) -> None:
             "--loraplus-ratio with --optimizer prodigy: it finds one step for all that learns. Leave it out, or use "
             "--optimizer adamw."
         )
+    if config.schedule == "constant":
+        only_with(config, "--schedule cosine or linear", "cycles")
+    if config.debiased and config.min_snr:
+        raise ConfigError("--debiased and --min-snr both weight the timesteps; give one of them.")
     check_run(config)
 
 

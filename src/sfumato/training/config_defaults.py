@@ -38,6 +38,8 @@ def resolve(
     known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
     factor = {"lion": 1 / LION_RATE_DIVISOR, "muon": MUON_RATE_FACTOR}.get(config.optimizer, 1)
     rate = known["learning_rate"] * _kind_rate(config) * factor
+    if config.debiased:
+        known["min_snr"] = 0.0
     known["learning_rate"] = 1.0 if config.optimizer == "prodigy" else float(f"{rate:.3g}")
     if config.epochs is not None:
         batch = (config.batch or known["batch"]) * config.accumulate * processes

@@ -35,10 +35,11 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How errors count. min_snr, huber: as of `denoising_errors`."""
+    """How errors count. min_snr, huber, debiased: as of `denoising_errors`."""
 
     min_snr: float | None = None
     huber: float = 0.0
+    debiased: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,14 @@ def per_sample_losses(
         assert text is not None
         noise = call.noise if call.unasked is None else call.noise + call.unasked
         given = (batch, noise, call.timesteps, text)
-        found = denoising_errors(base, *given, min_snr=settings.min_snr, huber=settings.huber, target=call.target)
+        found = denoising_errors(
+            base,
+            *given,
+            min_snr=settings.min_snr,
+            huber=settings.huber,
+            debiased=settings.debiased,
+            target=call.target,
+        )
         errors.append(found)
     return torch.cat(errors)
 

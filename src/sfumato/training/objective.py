@@ -71,20 +71,23 @@ def denoising_errors(
     *,
     min_snr: float | None = None,
     huber: float = 0.0,
+    debiased: bool = False,
     target: Tensor | None = None,
 ) -> Tensor:
     """(batch,): each picture's mean squared error of the base's prediction, eq. 14 of Ho et al. 2020.
 
     noise: as the latents. timesteps: (batch,) integers on the latents' device. text: the captions' embeddings.
     min_snr: gamma of Hang et al. 2023, 0 or None for none. huber: the least scale of `diffusion.huber_scale`, 0 for
-    squared errors. target: what is to be predicted, noise or v of the latents
-    if None. The batch's mask and its pictures' weights count.
+    squared errors. debiased: weigh by `diffusion.debiased_weight` instead of min_snr. target: what is to be predicted,
+    noise or v of the latents if None. The batch's mask and its pictures' weights count.
     """
     prediction = predict(base, batch, noise, timesteps, text)
     alpha_bar = base.alpha_bar.to(batch.latents.device)[timesteps]
     wanted = diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar) if target is None else target
     weight = torch.ones_like(alpha_bar)
-    if min_snr:
+    if debiased:
+        weight = diffusion.debiased_weight(base.prediction_type, alpha_bar)
+    elif min_snr:
         weight = diffusion.snr_weight(base.prediction_type, alpha_bar, min_snr)
     scales = diffusion.huber_scale(alpha_bar, huber) if huber else None
     errors = diffusion.weighted_error(prediction, wanted, weight, batch.mask, scales)

@@ -113,16 +113,17 @@ def _split(group: dict[str, Any], faster: set[int], ratio: float) -> list[dict[s
     return [{"params": params, "lr": rate} for params, rate in zip(parts, rates, strict=True)]
 
 
-def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: int) -> float:
+def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: int, cycles: int = 1) -> float:
     """What the learning rate is multiplied with at `step` (from 0) of `steps`.
 
-    Rises linearly over `warmup` steps, then stays, or falls to 0 as half a cosine or a line.
+    Rises linearly over `warmup` steps, then stays, or falls to 0 as half a cosine or a line, `cycles` times from its
+    peak on (warm restarts, Loshchilov and Hutter 2017).
     """
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":
         return 1.0
-    gone = (step - warmup) / max(1, steps - warmup)
+    gone = (step - warmup) / max(1, steps - warmup) * cycles % 1.0
     return 0.5 * (1 + math.cos(math.pi * gone)) if schedule == "cosine" else 1 - gone
 
 
@@ -133,9 +134,17 @@ class Schedule:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, name: ScheduleName, steps: int, warmup: int, *, second: int = 0
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: ScheduleName,
+        steps: int,
+        warmup: int,
+        *,
+        cycles: int = 1,
+        second: int = 0,
     ):
-        self.optimizer, self.name, self.steps, self.warmup, self.second = optimizer, name, steps, warmup, second
+        self.optimizer, self.name, self.steps, self.warmup = optimizer, name, steps, warmup
+        self.cycles, self.second = cycles, second
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
     @property
@@ -147,7 +156,7 @@ class Schedule:
     def set(self, step: int, scale: float = 1.0) -> None:
         """Prepare the optimizer for `step`, counted from 0, with all rates multiplied by `scale`."""
         begin, end = (0, self.second) if step < self.second else (self.second, self.steps)
-        factor = scale * rate_factor(self.name, step - begin, end - begin, self.warmup)
+        factor = scale * rate_factor(self.name, step - begin, end - begin, self.warmup, self.cycles)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
 

@@ -266,6 +266,8 @@ class StepOptions:
     schedule: ScheduleName = "cosine"
     """How the learning rate changes after the warm-up: constant, or a fall to 0 along half a cosine or a straight
     line."""
+    cycles: int = 1
+    """How often the learning rate falls in a run. Each fall begins at the peak again (cosine with restarts)."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0 to its peak."""
     clip: float = 1.0
@@ -274,6 +276,9 @@ class StepOptions:
     min_snr: float | None = None
     """Gamma of min-SNR loss weighting (Hang et al. 2023); 0 weights all timesteps alike. Unset: the base family's
     default."""
+    debiased: bool = False
+    """Debiased estimation loss weighting (Yu et al. 2023) instead of min-SNR: one over the root of the signal-to-noise
+    ratio. The noisiest timesteps, which make the layout, count most."""
     noise_offset: float = 0.0
     """Noise offset: strength of a random constant added to each channel of the noise, for very dark or bright images;
     0.03 to 0.1 is usual."""
@@ -302,7 +307,7 @@ class StepOptions:
         """How errors are weighted and counted."""
         from sfumato.training.noising import LossSettings
 
-        return LossSettings(self.min_snr, self.huber)
+        return LossSettings(self.min_snr, self.huber, self.debiased)
 
     def noising(self, base: "Base") -> "NoiseSettings":
         """How noise is added to the images. Raises ConfigError for timesteps that the base model does not have."""
