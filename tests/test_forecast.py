@@ -129,6 +129,7 @@ def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
     assert own == learned.count() < plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Kind("loha"), Kind("lokr", factor=4), Kind("lora", dora=True)])
 def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
     """Theirs is of the weight's size, and made again for the way back: few are alive beside a LoRA's step."""

@@ -50,6 +50,7 @@ def test_cells_come_in_the_order_that_is_asked(pictures):
     assert pictures.cells(asked).names() == asked
 
 
+@pytest.mark.slow
 def test_a_cached_judge_is_the_trained_one(pictures, tmp_path):
     trained = cached_judge(pictures, cache=tmp_path, steps=1)
     (file,) = tmp_path.glob("judge-*.safetensors")
@@ -70,6 +71,7 @@ def test_variation_is_a_function_of_its_generator(pictures):
     assert first.abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_what_was_drawn_is_not_drawn_again(monkeypatch, tmp_path):
     asked = []
 
@@ -143,6 +145,7 @@ def test_of_one_style_its_runs_are_drawn_again():
     assert interval(lambda i: scores[i].mean(), 2, ["oil"] * 2) == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_summary_counts_pictures_and_says_which_goals_are_met():
     run = {
         "style_before": torch.zeros(10),

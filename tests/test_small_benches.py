@@ -266,6 +266,7 @@ def test_a_combination_that_there_is_not_is_one_line(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_in_the_report_of_the_forecast(monkeypatch, pocket_folder, tmp_path):
     monkeypatch.setattr(forecast, "build", lambda folder: pocket_folder)
     monkeypatch.setattr(forecast, "run", lambda name, *_: {"name": name, "error": "no room"})
@@ -312,6 +313,7 @@ def test_an_optimizers_part_of_a_step_is_its_time_beside_the_unets(pocket_folder
         )
 
 
+@pytest.mark.slow
 def test_the_drawing_bench_draws_what_diffusers_draws():
     report = pocket_drawing.measure(pocket_drawing.Config(steps=2, at_once=(2,), rounds=1))
     assert report["loading"].keys() == {"sfumato", "diffusers", "ratio"}

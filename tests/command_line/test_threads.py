@@ -63,6 +63,7 @@ def test_there_are_no_more_threads_than_whole_cores_to_use(tmp_path, monkeypatch
     assert environment["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "read"),
     [

@@ -43,6 +43,7 @@ def random_steps(pipe, files, count, seed=0):
     return mix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_thousand_random_steps_of_eight_adapters_leave_the_base(sd1, write, dtype):
     sd1.unet.to(dtype)

@@ -180,6 +180,7 @@ def difference(one: Any, other: Any) -> int:
     return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("syntax", "tokens"), [("plain", None), ("plain", 225), ("a1111", None)])
 def test_draw_gives_each_picture_its_list_whatever_the_batch(base, write, syntax, tokens):
     """Text encoders and U-Net; with words that change, and prompts of several lengths."""

@@ -205,6 +205,7 @@ def compiled(pipe, how):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_a_compiled_unet_follows_baked_weights(originals, write, how):
     pipe, plain = compiled(fresh(originals["sd1"]), how), fresh(originals["sd1"])
@@ -217,6 +218,7 @@ def test_a_compiled_unet_follows_baked_weights(originals, write, how):
     assert torch.equal(predict(pipe.unet), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_a_unet_compiled_after_a_live_mix_follows_its_weights(originals, write, how):
     pipe, plain = fresh(originals["sd1"]), fresh(originals["sd1"])

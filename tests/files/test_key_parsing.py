@@ -24,6 +24,7 @@ NAMES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.lists(NAMES, unique=True, max_size=12))
 def test_no_key_is_lost_and_none_crashes(names):

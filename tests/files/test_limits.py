@@ -86,6 +86,7 @@ def test_parts_within_a_text_are_none(refusal):
     assert "parts" in refusal(raw('{"a":' + "[" * (PART_LIMIT + 1) + '"' + '\\"' * 1_000_000))
 
 
+@pytest.mark.slow
 def test_to_refuse_half_a_million_keys_takes_little_memory(refusal):
     blob = raw({"__metadata__": {str(number): "" for number in range(2 * PART_LIMIT)}, "w": entry()}, FOUR)
     tracemalloc.start()

@@ -207,6 +207,7 @@ def losses(folder):
     return [row["loss"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_the_text_encoder_learns_and_nothing_else(data, pocket_folder, tmp_path):
     run = {"base": str(pocket_folder), "data": data, "checkpoint_every": 5, **SETTINGS}
     model = train(Config(output=tmp_path / "whole", steps=10, **run))

@@ -24,6 +24,7 @@ def squares():
     return pixels
 
 
+@pytest.mark.slow
 def test_so_many_pictures_are_changed_as_are_asked_for(squares):
     many = squares.repeat(50, 1, 1, 1)
     changed = (restyle_randomly(many, 0.4, lots()) != many).flatten(1).any(1).float().mean()

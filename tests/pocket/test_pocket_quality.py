@@ -157,6 +157,7 @@ def test_what_withholds_nothing_has_nothing_to_compare(tmp_path):
         pocket_memory.measure(pocket_memory.Config(data=tmp_path, timesteps=(50, 1000)))
 
 
+@pytest.mark.slow
 def test_pictures_of_few_concepts_and_none_withheld_are_judged(pocket_folder, tmp_path):
     for style in ("oil", "ink"):
         (tmp_path / "data" / style).mkdir(parents=True)

@@ -45,6 +45,7 @@ def test_a_vae_of_another_factor_goes_on(data, family_folder, tmp_path):
     assert cache.means.shape[-2:] == (8, 8)
 
 
+@pytest.mark.slow
 def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
     def run(folder, steps, **more):
         settings = {
@@ -144,6 +145,7 @@ def test_a_decoder_learns_while_encoder_and_latents_stay(data, tmp_path):
     assert len(same) == sum(name.startswith(("encoder.", "quant_conv.")) for name in after.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "options"),
     [
@@ -170,6 +172,7 @@ def read_parts(folder):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in read_tensors(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "part"), [("vae", "vae"), ("unet", "unet")])
 def test_a_share_of_other_first_weights_is_another_training(stage, part, data, pocket_folder, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}
@@ -212,6 +215,7 @@ def test_another_decoder_is_another_training(data, pocket_folder, tmp_path):
         train(Config(output=tmp_path / "on", resume=True, **settings))
 
 
+@pytest.mark.slow
 def test_other_drawings_take_their_share_of_a_batch(data, pocket_folder, tmp_path):
     (data / "other/noto").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(data / "other/noto/red-heart.png")

@@ -140,7 +140,8 @@ def test_a_unet_that_draws_no_numbers_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_own_drawings_are_what_diffusers_draws_of_the_same_noise(guidance, tmp_path):
     base = load_base("pocket", precision=CPU)
     prompts = ["crab, noto style", "house, flat style"]

@@ -45,6 +45,7 @@ def test_what_compiling_wants_is_told(monkeypatch, reason, advice):
         check_compiler(torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_learns_in_bf16_what_a_plain_one_does():
     try:
         check_compiler(torch.device("cpu"))

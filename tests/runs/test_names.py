@@ -101,6 +101,7 @@ def root(tmp_path_factory):
     return make_root(tmp_path_factory.mktemp("root"))
 
 
+@pytest.mark.slow
 @QUIET
 @given(name=names)
 def test_no_name_of_a_run_leaves_its_folder_or_overwrites(name, root):
