@@ -18,6 +18,8 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--class-images": "class_data_dir reg_data_dir",
         "--output": "output_dir outdir save_to output_model_destination",
         "--name": "output_name save_filename_prefix lora_model_name",
+        "--author": "metadata_author",
+        "--license": "metadata_license",
         "--push-to-hub": "hub_model_id huggingface_repo_id",
         "--steps": "max_train_steps num_inference_steps sampling_steps",
         "--epochs": "max_train_epochs num_train_epochs",
@@ -169,7 +171,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "min_bucket_reso max_bucket_reso bucket_reso_steps": "each image keeps its shape and gets the pixels of "
         "--resolution's square; sfumato check lists the sizes",
         "metadata_title": "it is --name",
-        "metadata_author metadata_license training_comment no_metadata": "there is no counterpart",
+        "training_comment no_metadata": "there is no counterpart",
         "block_lr_zero_threshold down_lr_weight mid_lr_weight up_lr_weight": "--targets chooses layers by a pattern",
         "fused_backward_pass": "dreambooth has it as --fused",
         "blocks_to_swap fp8_base": "there is no counterpart; sfumato memory tells what fits",

@@ -121,6 +121,9 @@ def check_run(config: FolderOptions) -> None:
         text, own = split_flags(prompt)
         refuse_tags(text, "--sample-prompts", "leave it out")
         checked_flags(own, sheet=False)
+    for name in ("author", "license"):
+        if (told := getattr(config, name, None)) is not None and not (told.strip() and told.isprintable()):
+            raise ConfigError(f"--{name} {told!r:.60}: empty, or not one line of text; write one, or leave it out.")
     device = getattr(config, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise ConfigError(f"--device {device!r:.60}: unknown; wanted auto, cuda, cuda:0, mps or cpu.")

@@ -50,6 +50,8 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         optimizer=config.optimizer,
         trigger=triggers,
         captions=dataset.captions,
+        author=config.author or "",
+        license=config.license or "",
         thumbnail=rows[-1][most_telling_prompt(triggers, samples.prompts)] if rows else None,
         config=to_dict(settled(config), public=True),
         clip_skip=config.clip_skip,

@@ -340,6 +340,10 @@ class RunOptions(FolderOptions):
     measure_every: int | None = None
     """Steps between measurements of fit, validation and drift; 0 makes none. Unset: a quarter of the run; a tenth where
     images are held out and there is no --drift-limit."""
+    author: str | None = None
+    """Who made it, for the file's metadata."""
+    license: str | None = None
+    """License of what is learned, for the file's metadata and the model card, such as cc-by-4.0."""
     push_to_hub: str | None = None
     """Upload what is learned, with its model card, to this repository on the Hugging Face hub."""
 
