@@ -316,6 +316,11 @@ def test_texts_that_are_numbers_are_read_as_such(tmp_path):
         ({"datasets": [{"subsets": [{"image_dir": "a", "num_repeats": "many"}]}]}, "repeats is 'many'; wanted a whole"),
         ({"config": {"process": [{"datasets": [{"folder_path": "a", "keep_tokens": "x"}]}]}}, "keep_tokens is 'x'"),
         ({"config": {"process": [{"datasets": ["a"]}]}}, "datasets holds 'a'; wanted a table"),
+        ({"config": {"process": [{"datasets": [{"folder_path": "a", "caption_ext": 5}]}]}}, "caption_ext is 5; wanted"),
+        (
+            {"datasets": [{"subsets": [{"image_dir": "a", "caption_extension": [".a"]}]}]},
+            "caption_extension is .*; want",
+        ),
         ({"datasets": [{"image_dir": "a"}]}, "a data set has no subsets"),
         (
             {"datasets": [{"subsets": [{"image_dir": "a", "caption_dropout_rate": 2}]}]},

@@ -96,7 +96,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
                 words=own.get("default_caption") or "",
                 caption="{trigger}, {caption}" if word else None,
                 trigger=word or None,
-                caption_suffix=None if ending == "json" else suffix(own.get("caption_ext", "txt")),
+                caption_suffix=None if ending == "json" else suffix(own, "caption_ext"),
                 shuffle_tags=own.get("shuffle_tokens", False),
                 keep_tags=number(own, "keep_tokens") + is_first,
                 caption_dropout=own.get("caption_dropout_rate", 0.0),

@@ -109,7 +109,7 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
         **{"class": bool(own.get("is_reg"))},
         words=own.get("class_tokens", ""),
         caption=_affixes(own.get("caption_prefix"), own.get("caption_suffix")),
-        caption_suffix=suffix(own.get("caption_extension")),
+        caption_suffix=suffix(own, "caption_extension"),
         caption_lines=bool(own.get("enable_wildcard")),
         shuffle_tags=own.get("shuffle_caption", False),
         keep_tags=own.get("keep_tokens", 0),

@@ -114,10 +114,12 @@ def non_default(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key == "path" or value != neutral[key]}
 
 
-def suffix(extension: str | None) -> str | None:
-    """An ending that is not looked for first anyway."""
-    if not extension:
+def suffix(own: Mapping[str, Any], key: str) -> str | None:
+    """The ending that a setting names, unless it is looked for first anyway."""
+    if not (extension := own.get(key)):
         return None
+    if not isinstance(extension, str):
+        raise ConfigError(f"{key} is {extension!r:.40}; wanted the ending of captions' names, such as .txt.")
     extension = extension if extension.startswith(".") else f".{extension}"
     return None if extension.lower() == CAPTION_SUFFIXES[0] else extension
 
