@@ -16,7 +16,7 @@ from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
-from sfumato.limits import checked_density
+from sfumato.limits import checked_density, checked_seed
 from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _check_method(config: Config) -> None:
             f"{', '.join(idle)}, or merge to a file first and bake that."
         )
     checked_density(config.density)
+    checked_seed(config.seed)
     if not 0 < config.null_energy <= 1:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
 

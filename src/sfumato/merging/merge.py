@@ -199,7 +199,7 @@ def _merge_module(
     if dense and budget == KEEP_ALL:
         kinds = sorted({term.change.kind for term in dense})
         raise AdapterError(
-            f"{terms[0].source}: {', '.join(kinds)} in {'.'.join(terms[0].target)} has no exact low-rank form. "
+            f"{dense[0].source}: {', '.join(kinds)} in {'.'.join(dense[0].target)} has no exact low-rank form. "
             "Say how much to keep: --rank 32 or --keep-energy 0.99."
         )
     if method in DENSE:

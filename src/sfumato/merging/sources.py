@@ -85,6 +85,8 @@ def choose_blocks(sources: Sequence[MergeSource], rules: Sequence[str]) -> list[
         if equals and label not in {source.name for source in sources}:
             known = ", ".join(source.name for source in sources)
             raise AdapterError(f"blocks {rule!r}: no adapter is called {label!r}; there are {known}.")
+        if not words.strip(" ,"):
+            raise AdapterError(f"blocks {rule!r}: names no block; wanted such as up, down.1, or down:0.3,up.1:1.2.")
         for place, source in enumerate(chosen):
             if equals and source.name != label:
                 continue
