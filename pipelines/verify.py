@@ -49,8 +49,8 @@ class Config:
 def verify(config: Config) -> tuple[bool, dict[str, object]]:
     """(whether everything matches, figures and a `reason` of one line). Raises FileError or AdapterError for unreadable
     files."""
-    if not config.tolerance > 0:
-        raise ConfigError(f"--tolerance {config.tolerance:g}: wanted above 0.")
+    if not 0 < config.tolerance < 1:
+        raise ConfigError(f"--tolerance {config.tolerance:g}: wanted above 0 and below 1; 0.01 is usual.")
 
     from sfumato.files.adapter_file import read_adapter
     from sfumato.files.fingerprint import FINGERPRINT_KEY, check, compare

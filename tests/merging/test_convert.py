@@ -149,10 +149,10 @@ def test_a_fingerprint_that_cannot_be_read_is_a_difference(adapter_file, tmp_pat
     assert "b.safetensors: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tolerance", ["0", "nan"])
-def test_a_tolerance_that_nothing_can_meet_is_refused(tolerance, adapter_file, capsys):
+@pytest.mark.parametrize("tolerance", ["0", "nan", "1", "inf"])
+def test_a_tolerance_that_nothing_or_everything_meets_is_refused(tolerance, adapter_file, capsys):
     assert run(verify, adapter_file("a"), "--tolerance", tolerance) == 2
-    assert f"--tolerance {tolerance}: wanted above 0." in capsys.readouterr().err
+    assert f"--tolerance {tolerance}: wanted above 0 and below 1" in capsys.readouterr().err
 
 
 def test_json_tells_the_figures(adapter_file, capsys):
