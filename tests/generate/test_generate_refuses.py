@@ -20,6 +20,8 @@ WRONG = {
     "a folder of images": (["a", "--image", ".", "-o", "a.png"], "--image .: a folder; name one image in it."),
     "an image that is none": (["a", "--image", "there.png", "-o", "a.png"], "there.png"),
     "a strength alone": (["a", "--strength", "0.3", "-o", "a.png"], "--strength 0.3: says how much of an image"),
+    "a tag without an end": (["a <lora:line:1", "-o", "a.png"], "<lora:... is no whole tag; wanted such as <lora:line"),
+    "a tag within a tag": (["a <lora:li<lora:line:1>", "-o", "a.png"], "<lora:... is no whole tag; wanted"),
     "a tag without a name": (["a <lora::1>", "-o", "a.png"], "<lora::1>: names no adapter"),
     "a strength of nothing": (["a", "--image", "there.png", "--strength", "0", "-o", "a.png"], "strength 0"),
     "a prompt of loose brackets": (["(a", "--prompt-syntax", "a1111", "-o", "a.png"], "bracket"),
@@ -38,6 +40,12 @@ WRONG = {
         ["a", "--lora", "line.safetensors", "--blocks", "line=down:0", "--blocks", "line=up:0"],
         "line has blocks already; name them in one",
     ),
+    "a block twice": (
+        ["a", "--lora", "line.safetensors", "--blocks", "line=down:0,up:1,down:1"],
+        "blocks 'down:0,up:1,down:1': down has two factors; leave one",
+    ),
+    "a new word without a name": (["a", "--embedding", ""], "'' names no file; wanted FILE or TOKEN=FILE"),
+    "a token without a file": (["a", "--embedding", "<pen>="], "'<pen>=' names no file; wanted FILE or TOKEN=FILE"),
     "blocks of nobody": (["a", "--blocks", "line=down:0"], "with the label of a --lora (none are given)"),
     "a tag of no block": (["a <lora:line:1:lbw=UPS>"], "<lora:line:1:lbw=UPS>: blocks 'UPS'"),
     "no prompt": ([], "no prompt"),
@@ -94,6 +102,8 @@ WRONG = {
     ),
     "a region of nothing": (["a", "--region", "line=left"], "none are given"),
     "a region nowhere": (["a", "--lora", "line.safetensors", "--region", "line=lefft"], "'lefft' is no place"),
+    "an adapter twice in a region": (["a", *TWO, "--region", "line+line=left"], "line is in it twice"),
+    "a region's prompt of no words": (["a", *TWO, "--region", "line=left: "], "no prompt follows the colon"),
     "a box of no size": (["a", "--lora", "line.safetensors", "--region", "line=0,0,0,1"], "a box is left,top"),
     "a box of three": (["a", "--lora", "line.safetensors", "--region", "line=0,0,1"], "a box is left,top"),
     "a tag of a region's": (
@@ -105,6 +115,14 @@ WRONG = {
     "an adapter guidance of words": (["a", "--adapter-guidance", "much"], "much: wanted a number, or LABEL=2"),
     "an adapter guidance without adapters": (["a", "--adapter-guidance", "2"], "there is no adapter that it could"),
     "an adapter guidance of nobody": (["a", "--adapter-guidance", "x=2"], "no --lora is called 'x'"),
+    "an adapter guidance twice": (
+        ["a", "--lora", "line.safetensors", *("--adapter-guidance", "2"), *("--adapter-guidance", "3")],
+        "--adapter-guidance 2: is given twice for all adapters; leave one out",
+    ),
+    "an adapter guidance of one twice": (
+        ["a", *TWO, *("--adapter-guidance", "1"), *("--adapter-guidance", "line=2"), *("--adapter-guidance", "line=2")],
+        "--adapter-guidance line=2: is given twice for line; leave one out",
+    ),
     "an adapter guidance of a region": (
         ["a", "--lora", "line.safetensors", "--region", "line=left", "--adapter-guidance", "2"],
         "do not go together",
@@ -128,6 +146,7 @@ WRONG = {
     "turns of no step": (["a", *TWO, "--switch", "0"], "--switch 0"),
     "no such prompts": (["--prompts-file", "gone.txt"], "gone.txt"),
     "an option in a prompt that is none": (["a cat --ar 3:2"], "--ar is not read there"),
+    "an option twice in a prompt": (["a cat --w 64 --d 1 --w 32"], "the prompt 'a cat': --w is there twice"),
     "an option in a prompt without a number": (["a cat --w wide"], "no number"),
     "an odd size in a prompt": (["a cat --w 500"], "the nearest is 496"),
     "no steps in a prompt": (["a cat --s 0"], "0 steps"),

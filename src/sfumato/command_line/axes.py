@@ -99,7 +99,7 @@ def parse_axis(text: str, labels: Sequence[str], syntax: Syntax = "plain") -> Ax
         try:
             return Axis("weight", tuple(checked_number(name, float(part)) for part in parts), name)
         except (ValueError, AdapterError) as error:
-            raise ConfigError(f"axis {text!r}: {error}; wanted weights such as 0,0.5,1.") from None
+            raise ConfigError(f"axis {text!r}: {str(error).rstrip('.')}; wanted weights such as 0,0.5,1.") from None
     if name not in PLAIN:
         hint = nearest(name, [*PLAIN, "adapter", *labels])
         raise ConfigError(f"axis {text!r}: there is no {name!r} to vary; {hint}")

@@ -44,6 +44,8 @@ def parse_region(text: str, adapters: Sequence[Adapter]) -> RegionSpec:
         names, rest = text[: at.start()], text[at.end() :]
         labels = [names] if names in known else names.split("+")
         if all(label in known for label in labels):
+            if repeated := [label for label in labels if labels.count(label) > 1]:
+                raise ConfigError(f"--region {text}: {repeated[0]} is in it twice; its weight says how much it counts.")
             break
     else:
         raise ConfigError(
@@ -53,6 +55,8 @@ def parse_region(text: str, adapters: Sequence[Adapter]) -> RegionSpec:
     for place, prompt in splits:
         if (where := _where(place, text)) is not None:
             own = None if prompt is None else without_tags(prompt.strip(), f"--region {text}")
+            if own == "":
+                raise ConfigError(f"--region {text}: no prompt follows the colon; write one, or leave the colon out.")
             return RegionSpec(tuple(known[label] for label in labels), where, own)
     raise ConfigError(
         f"--region {text}: {splits[min(1, len(splits) - 1)][0]!r} is no place; wanted {', '.join(HALVES)}, a box such "

@@ -80,6 +80,8 @@ def parse_embedding(spec: str) -> tuple[str | None, Path]:
     One of the hub is fetched first.
     """
     token, path = _token_and_path(spec)
+    if path == Path():
+        raise ConfigError(f"{spec!r} names no file; wanted FILE or TOKEN=FILE, a new word (--embedding).")
     if is_hub_name(path.as_posix()):
         from sfumato.bases.hub import WORD, hub_file
 
@@ -169,6 +171,9 @@ def parse_strengths(texts: Sequence[str], labels: Sequence[str]) -> dict[str, fl
         if equals and label not in labels:
             known = ", ".join(labels) or "none are given"
             raise ConfigError(f"--adapter-guidance {text}: no --lora is called {label!r} ({known}).")
+        if [each.rpartition("=")[0] for each in texts].count(label) > 1:
+            of = f"for {label}" if equals else "for all adapters"
+            raise ConfigError(f"--adapter-guidance {text}: is given twice {of}; leave one out.")
         try:
             strength = float(number)
         except ValueError:

@@ -19,6 +19,8 @@ from sfumato.weighting.blocks import WEB_PRESETS, Blocks
 
 _TAG = re.compile(r"<(?:lora|lyco):([^:<>]*)((?::[^:<>]*)*)>", re.IGNORECASE)
 _HYPERNETWORK = re.compile(r"<hypernet:[^<>]*>", re.IGNORECASE)
+_TORN = re.compile(r"<(?:lora|lyco):", re.IGNORECASE)
+"""The beginning of a tag that lacks its end."""
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 
 
@@ -50,6 +52,8 @@ def split_tags(prompt: str) -> Tagged:
         except (AdapterError, ConfigError) as error:
             raise ConfigError(f"{found[0]}: {error}") from None
     plain = _TAG.sub(" ", prompt) if adapters else prompt
+    if torn := _TORN.search(plain):
+        raise ConfigError(f"the prompt {prompt[:60]!r}: {torn[0]}... is no whole tag; wanted such as <lora:line:0.8>.")
     return Tagged(" ".join(plain.split()) if adapters else plain, tuple(adapters.items()))
 
 
@@ -122,6 +126,8 @@ def split_flags(prompt: str) -> tuple[str, dict[str, Any]]:
                 f"the prompt {plain[:60]!r}: --{name} is not read there; --n, --w, --h, --d, --s, --l are."
             )
         key, read = _FLAGS[name.lower()]
+        if key in settings:
+            raise ConfigError(f"the prompt {plain[:60]!r}: --{name} is there twice; leave one.")
         try:
             settings[key] = read(value.strip())
         except ValueError:

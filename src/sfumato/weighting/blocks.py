@@ -109,6 +109,8 @@ class Blocks:
                     f"blocks {word!r}: wanted NAME:FACTOR such as up.1:0.5, numbers alone, or one of "
                     f"{', '.join([*PRESETS, *WEB_PRESETS])}."
                 )
+            if name in factors:
+                raise AdapterError(f"blocks {text[:60]!r}: {name} has two factors; leave one.")
             factors[name] = float(number)
         if not factors:
             raise AdapterError("blocks: nothing is named; wanted NAME:FACTOR such as down:0,up:1.")
