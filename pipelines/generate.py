@@ -32,6 +32,7 @@ from sfumato.config import parse
 from sfumato.drawing.placement import AdapterPlacement, RegionSpec
 from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
+from sfumato.limits import MOST_FROM_A_SEED, checked_area
 from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax, checked_syntax
@@ -208,6 +209,8 @@ def _read_prompt(config: Config, text: str, *, is_sheet: bool) -> _ReadPrompt:
 def _check_settings(config: Config) -> None:
     if config.count < 1:
         raise ConfigError(f"--count {config.count}: wanted at least 1.")
+    if config.count > MOST_FROM_A_SEED:
+        raise ConfigError(f"--count {config.count}: wanted at most {MOST_FROM_A_SEED:,} from each seed.")
     for name in ("steps", "guidance", "sampler"):
         if (value := getattr(config, name)) is not None:
             CHECKS[name](value)
@@ -304,6 +307,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     settings = _settings(config, wanted, start, base)
     in_full = [{**settings, **picture.overrides} for picture in wanted.pictures]
     for to in (settings, *in_full):  # all, before the first is drawn
+        checked_area(to["width"], to["height"])
         check_steps(to["steps"], base.scheduler)
         if start is not None:
             check_strength(to["steps"], start)

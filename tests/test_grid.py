@@ -500,6 +500,7 @@ A1111 = ["--prompt-syntax", "a1111"]
         (["--x", "seed=1", "--y", "seed=2", "--prompt", "a"], "both vary seed"),
         (["--x", "seed=1", "--y", "steps=2"], "no prompt"),
         (["--x", "adapter=nowhere.safetensors", "--y", "seed=1", "--prompt", "a"], "nowhere.safetensors"),
+        (["--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--size", "9000"], "9000x9000 pixels: wanted at most"),
         (["--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--embedding", ""], "'' names no file; wanted FILE or"),
         (["--x", "seed=1", "--y", "steps=2", "--prompt", "a", "--size", "50"], "multiples of 8; the nearest is 48x48"),
         ([*A1111, "--x", "seed=1", "--y", "prompt=a|[b|c"], "'[b|c' does not close a bracket '['"),

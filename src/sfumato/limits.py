@@ -5,6 +5,10 @@ from __future__ import annotations
 from sfumato.errors import ConfigError
 
 MOST_ADAPTER_GUIDANCE = 20.0
+MOST_SIDE = 8192
+"""Of a square image, in pixels."""
+MOST_FROM_A_SEED = 100_000
+"""Images of --count."""
 MOST_CHUNKS = 3
 """Of a prompt that are read, 75 tokens each: of two and of three in one batch there are six, which both go into."""
 
@@ -24,6 +28,16 @@ def checked_seed(seed: int) -> int:
     if not -(2**63) <= seed < 2**64:
         raise ConfigError(f"seed {seed}: wanted a whole number of 64 bits.")
     return seed
+
+
+def checked_area(width: int, height: int) -> None:
+    """The size of an image in pixels. Raises ConfigError for one that no machine draws: a CPU would begin, and end in a
+    full memory after minutes."""
+    if width * height > MOST_SIDE**2:
+        raise ConfigError(
+            f"{width}x{height} pixels: wanted at most as many as {MOST_SIDE}x{MOST_SIDE} has, of which 512 to 1024 a "
+            "side is usual."
+        )
 
 
 def checked_guidance(guidance: float) -> float:

@@ -15,3 +15,10 @@ def test_a_line_is_a_prompt_whatever_editor_wrote_it(tmp_path):
     file.write_bytes("caf\u00e9".encode("cp1252"))
     with pytest.raises(ConfigError, match=r"prompts\.txt: not readable as text \(not UTF-8\)"):
         prompts_in(file)
+
+
+def test_a_file_without_a_prompt_is_refused(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n# a crab\n")
+    with pytest.raises(ConfigError, match=r"prompts\.txt: there is no prompt in it; write one on each line"):
+        prompts_in(file)

@@ -67,8 +67,14 @@ WRONG = {
     "one label twice": (["a", "--lora", "line.safetensors", "--lora", "line.safetensors"], "'line'"),
     "an unknown sampler": (["a", "--sampler", "eular"], "did you mean 'euler'?"),
     "an odd size": (["a", "--size", "60x64"], "the nearest is 64x64"),
+    "a size that no machine draws": (
+        ["a", "--size", "99992"],
+        "99992x99992 pixels: wanted at most as many as 8192x8192",
+    ),
+    "a size of a prompt that no machine draws": (["a --w 2000000 --h 64"], "2000000x64 pixels: wanted at most as many"),
     "a size in words": (["a", "--size", "big"], "WIDTHxHEIGHT"),
     "no steps": (["a", "--count", "0"], "--count 0"),
+    "more images than are meant": (["a", "--count", str(10**9)], "--count 1000000000: wanted at most 100,000"),
     "many into one file": (
         ["a", "b", "-o", "x.png"],
         "name a folder, or put the words of one prompt into quotes: 'a', 'b' are several.",

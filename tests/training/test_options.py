@@ -233,6 +233,7 @@ def test_a_plain_config_passes():
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
+        ("a crab --w 99992 --h 99992", "99992x99992 pixels: wanted at most as many as 8192x8192 has"),
         ("a crab --w 500", "--w 500 in a prompt: wanted a multiple of 8; the nearest is 496"),
         ("a crab --ar 3:2", "the prompt 'a crab': --ar is not read there"),
         ("a crab --s 0", "0 steps; wanted at least 1"),

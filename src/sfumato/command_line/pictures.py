@@ -16,6 +16,7 @@ from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.specs import checked_folder, without_tags
 from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
+from sfumato.limits import checked_area
 from sfumato.prompts.tags import LETTERS
 from sfumato.text_files import decode
 
@@ -32,7 +33,10 @@ def prompts_in(file: Path) -> list[str]:
         raise ConfigError(
             f"--prompts-file {file}: not readable as text ({reason}); wanted UTF-8, a prompt a line."
         ) from None
-    return [line for line in lines if line and not line.startswith("#")]
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise ConfigError(f"--prompts-file {file}: there is no prompt in it; write one on each line, or leave it out.")
+    return found
 
 
 def checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
@@ -49,6 +53,7 @@ def checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
 
             near = near_side(flags[name])
             raise ConfigError(f"--{letter} {flags[name]} in a prompt: wanted a multiple of 8; the nearest is {near}.")
+    checked_area(flags.get("width", 8), flags.get("height", 8))
     if sheet and flags.keys() - {"seed"}:
         raise ConfigError(
             "a sheet has one setting for all: instead of options in a prompt give --negative, --size, --steps or "
@@ -68,6 +73,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
         near = "x".join(str(near_side(side)) for side in (width, height))
         raise ConfigError(f"--size {text}: both sides are multiples of 8; the nearest is {near}.")
+    checked_area(width, height)
     return width, height
 
 
