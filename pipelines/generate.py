@@ -301,6 +301,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.drawing.pictures import check_steps, check_strength
     from sfumato.drawing.pnginfo import check_size
     from sfumato.drawing.session import DrawingSession
+    from sfumato.drawing.start import taken_steps
 
     start = _start(config)
     base = config.load_base()
@@ -311,12 +312,15 @@ def generate(config: Config) -> tuple[Path, ...]:
         check_steps(to["steps"], base.scheduler)
         if start is not None:
             check_strength(to["steps"], start)
+    for to in in_full:
+        wanted.placement.check_turns(taken_steps(to["steps"], start))
     sampler = sampler_label(config.sampler, base)
     say(_summary(in_full, sampler, base))
     asked = any(wanted.strengths.values())
     say(*unguided((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
         settings, pictures, placement = _with_asked(config, wanted, mix, regional, settings)
+        say(*_out_of_steps(config, placement, base, start, {to["steps"] for to in in_full}))
         allowed = {"partial": config.partial, "verify": config.verify}
         session = DrawingSession(base, mix, pictures, settings, start, placement, allowed)
         for file, size in zip(wanted.files, session.sizes(wanted.sweep, before_after=config.before_after), strict=True):
@@ -326,6 +330,28 @@ def generate(config: Config) -> tuple[Path, ...]:
             save_drawn(picture, used, about, file, sampler, words)
             print(file)
     return files
+
+
+def _out_of_steps(
+    config: Config, placement: AdapterPlacement, base: Base, start: Start | None, steps: Iterable[int]
+) -> list[str]:
+    """What there is to say of adapters whose span holds no step. steps: how many each image has."""
+    from copy import deepcopy
+
+    from sfumato import schedulers
+    from sfumato.drawing.notes import no_steps_in
+    from sfumato.drawing.start import taken_steps
+
+    spans = {label: way for label, way in placement.by_step.items() if isinstance(way, Span)}
+    if not spans:
+        return []
+    own = base.scheduler
+    scheduler = deepcopy(own) if config.sampler is None else schedulers.scheduler(config.sampler, own.config)
+    timesteps = {}
+    for count in sorted(steps):
+        scheduler.set_timesteps(count)
+        timesteps[count] = scheduler.timesteps.tolist()[(count - taken_steps(count, start)) * scheduler.order :]
+    return no_steps_in(spans, timesteps, scheduler)
 
 
 def _with_asked(

@@ -149,6 +149,18 @@ WRONG = {
         "sets line's weight at every step",
     ),
     "turns of one": (["a", "--lora", "line.safetensors", "--switch", "5"], "two --lora or more"),
+    "a turn after the last step": (
+        ["a", *TWO, "--switch", "2"],
+        "--switch 2: the turn of otter does not come in 2 steps",
+    ),
+    "a turn after the last step of a prompt": (
+        ["a --s 3", "a", *TWO, "--switch", "2"],
+        "otter does not come in 2 steps",
+    ),
+    "a turn after the last step of a start": (
+        ["a", *TWO, "--switch", "1", "--image", "picture.png", "--strength", "0.5"],
+        "--switch 1: the turn of otter does not come in 1 step;",
+    ),
     "turns of no step": (["a", *TWO, "--switch", "0"], "--switch 0"),
     "no such prompts": (["--prompts-file", "gone.txt"], "gone.txt"),
     "an option in a prompt that is none": (["a cat --ar 3:2"], "--ar is not read there"),

@@ -82,6 +82,18 @@ def test_weights_by_step_of_a_tag_count_in_its_prompt_alone(way, generate):
     assert not np.array_equal(tagged, plain)
 
 
+@pytest.mark.parametrize("region", [[], ["--region", "line=left"]], ids=["mixed", "regional"])
+def test_a_span_in_which_no_step_lies_is_told(region, generate):
+    words = ["red", "red --s 50", *TWO, *region, "--overwrite", "-o", "out"]
+    told = "line: its span 0.9-1 holds none of 2 steps, so that it counts for nothing; more --steps or"
+    err = generate(*words, "--over-steps", "line=0.9-1")[2]
+    assert (told in err, err.count("counts for nothing")) == (True, 1)
+    assert "counts for nothing" not in generate(*words, "--over-steps", "line=0.3-0.6")[2]
+    Image.new("RGB", (64, 64), "red").save("start.png")
+    late = ["red --s 10", *TWO, *region, "--image", "start.png", "--strength", "0.5", "--over-steps", "line=0-0.4"]
+    assert "line: its span 0-0.4 holds none of 10 steps" in generate(*late, "-o", "late.png")[2]
+
+
 def test_weights_by_step_are_those_of_the_library(generate, base, loras):
     from sfumato.compose.steps import Ramp, Switch, over_steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sfumato.files.metadata import clip_skip_of, prediction_of, words_beside
 from sfumato.numerals import plain, pluralize
@@ -15,6 +15,7 @@ from sfumato.words.placeholders import holds
 if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.prompts.syntax import Syntax
+    from sfumato.weighting.span import Span
 
 
 def learned_otherwise(told: Mapping[str, Mapping[str, str]], base: Base) -> list[str]:
@@ -134,6 +135,22 @@ def changes_nothing(without_effect: Iterable[str]) -> list[str]:
         "that is too coarse for it."
         for label in without_effect
     ]
+
+
+def no_steps_in(spans: Mapping[str, Span], timesteps: Mapping[int, Sequence[float]], scheduler: Any) -> list[str]:
+    """A line on each adapter whose span of the steps holds none of them. timesteps: of a drawing, by its steps."""
+    from sfumato.compose.steps import Ramp, progress_of
+
+    lines = []
+    for label, span in spans.items():
+        within = Ramp.within(span.start, span.end, 1.0)
+        for steps, each in timesteps.items():
+            if not any(within(progress_of(float(timestep), scheduler)) for timestep in each):
+                lines.append(
+                    f"{label}: its span {span.start:g}-{span.end:g} holds none of {pluralize(steps, 'step')}, so that "
+                    "it counts for nothing; more --steps or a wider --over-steps brings it in."
+                )
+    return lines
 
 
 def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> list[str]:

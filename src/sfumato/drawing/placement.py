@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
 from sfumato.weighting.adapter import Adapter, is_idle, unet_weight
 from sfumato.weighting.span import Span
 
@@ -58,6 +60,15 @@ class AdapterPlacement:
     def ramps(self) -> frozenset[str]:
         """The labels whose weight is given for every step, whatever the mix says."""
         return frozenset(label for label, way in self.by_step.items() if not isinstance(way, Span))
+
+    def check_turns(self, steps: int) -> None:
+        """Raises ConfigError where an image of so many steps ends before the turn of the last adapter."""
+        if self.switch_every is not None and steps <= self.switch_every * (len(self.switch_labels) - 1):
+            turn = self.switch_labels[-(-steps // self.switch_every)]
+            raise ConfigError(
+                f"--switch {self.switch_every}: the turn of {turn} does not come in {pluralize(steps, 'step')}; give "
+                "a smaller number, or more --steps."
+            )
 
     def with_asked(self, spans: Mapping[str, tuple[float, float]]) -> AdapterPlacement:
         """The same, but adapters without a setting count in the steps that their files ask for, by label."""

@@ -54,7 +54,12 @@ def size_like(size: tuple[int, int], side: int) -> tuple[int, int]:
     return near_side(side * stretch), near_side(side / stretch)
 
 
+def taken_steps(steps: int, start: Start | None) -> int:
+    """How many of the sampler's steps an image that begins from `start` takes; all of them from noise."""
+    return steps if start is None else int(steps * start.strength)
+
+
 def check_strength(steps: int, start: Start) -> None:
     """Raises ConfigError where the start's share of the steps is none."""
-    if int(steps * start.strength) < 1:
+    if taken_steps(steps, start) < 1:
         raise ConfigError(f"strength {start.strength:g} of {pluralize(steps, 'step')} is no step; give more of either.")
