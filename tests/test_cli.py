@@ -154,6 +154,13 @@ def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):
     assert "not overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["torch", "sfumato", "cyclopts"])
+def test_a_copy_hides_no_package_that_it_imports(name, tmp_path, capsys):
+    assert cli.main(["cp", "lora", str(tmp_path / f"{name}.py")]) == 2
+    assert f"would hide the installed package {name}; name another file." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_copy_hides_no_module_of_pythons(tmp_path, capsys):
     """A program beside one called inspect.py would import it for Python's own."""
     assert cli.main(["cp", "inspect", str(tmp_path / "inspect.py")]) == 2

@@ -6,6 +6,7 @@ Listing and help load no torch: a program imports what is heavy only when it run
 import errno
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -347,6 +348,8 @@ def _copy(words: list[str]) -> int:
         target = target / original.name
     if target.stem in sys.stdlib_module_names:  # what it imports itself, or another program beside it
         raise ConfigError(f"{target}: would hide Python's own module {target.stem}; name another file.")
+    if target.stem in {"sfumato", *importlib.metadata.packages_distributions()}:
+        raise ConfigError(f"{target}: would hide the installed package {target.stem}; name another file.")
     if target.exists():
         raise ConfigError(f"{target} exists and is not overwritten; name another file.")
     if not target.parent.is_dir():
