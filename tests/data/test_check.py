@@ -351,6 +351,8 @@ def test_a_base_whose_size_is_two_numbers_has_its_family_s_resolution(pocket_fol
 def test_a_base_that_is_not_here_names_the_families():
     with pytest.raises(BaseModelError, match=r"somebody/something: not on this machine.*sd1, sd2, sdxl"):
         needs_of("somebody/something")
+    with pytest.raises(BaseModelError, match=r"^--base is empty; name pocket, a folder, a file, a hub id or a family"):
+        needs_of("")
 
 
 def test_json_holds_every_picture_and_finding_and_the_exit_code_is_1(messy, capsys):

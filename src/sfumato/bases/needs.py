@@ -63,6 +63,8 @@ def needs_of(base: str, prediction_type: str | None = None, max_tokens: int | No
     prediction_type, max_tokens: as of `load_base`; the first tells the sizes of SD 2.x apart. Raises BaseModelError
     where the base's configs are not on this machine, or its file does not say which of the two it is.
     """
+    if not base:
+        raise BaseModelError("--base is empty; name pocket, a folder, a file, a hub id or a family, such as sdxl.")
     path, family = Path(base).expanduser(), base
     if base != "pocket" and path.is_file():
         header = read_header(path)

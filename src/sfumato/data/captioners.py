@@ -96,6 +96,8 @@ _KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 def load_captioner(model: str, precision: Precision, wishes: CaptionSettings) -> Captioner:
     """A captioner from a folder, or from a hub id in the cache or on the hub. Raises FileError and ConfigError."""
+    if not model:
+        raise ConfigError("--model is empty; name the model's folder or a hub id.")
     folder = found if (found := Path(model).expanduser()).is_dir() else _from_hub(model)
     if (folder / "model.onnx").is_file():
         _refuse_unused(wishes, "a tagger")

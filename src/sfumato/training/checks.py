@@ -74,6 +74,13 @@ def check_trainer(config: TrainerOptions) -> None:
         only_with(config, "--schedule cosine or linear", "cycles")
     if config.debiased and config.min_snr:
         raise ConfigError("--debiased and --min-snr both weight the timesteps; give one of them.")
+    for option in ("cache", "class_cache"):
+        folder = getattr(config, option, None)
+        for part in () if folder is None else (folder, *folder.parents):
+            if part.is_file():
+                raise ConfigError(
+                    f"{shell.option(option)} {folder}: {part} is a file; name a folder, or another place."
+                )
     check_run(config)
 
 
