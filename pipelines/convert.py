@@ -76,15 +76,14 @@ def convert(config: Config) -> Path:
     from sfumato.merging.convert import as_lora, diffusers_warnings, write
     from sfumato.merging.factors import Budget
     from sfumato.merging.lineage import common_family
-    from sfumato.merging.sources import read_source
-    from sfumato.merging.stored import stored_base
+    from sfumato.merging.sources import read_source, stored_if_named
     from sfumato.precision import DTYPES
 
     keeps_words = config.to == "kohya" and config.bake != "diff"
     source, parent = read_source(Adapter(config.file), partial=config.partial, words=keeps_words)
     say(*keys_left_out([(source.name, source.skipped)]))
     say(*changes_nothing([source.name] if source.is_zero else []))
-    base = None if config.base is None else stored_base(config.base)
+    base = stored_if_named(config.base)
     family = common_family([parent], default=base.family.name if base else None, said=config.family)
     metadata = _metadata(config, parent, family)
     if config.bake == "diff":

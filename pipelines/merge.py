@@ -155,10 +155,10 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
     from sfumato.merging.lineage import common_family, merged_metadata, predictions
     from sfumato.merging.merge import merge
     from sfumato.merging.methods import Settings
-    from sfumato.merging.stored import stored_base
+    from sfumato.merging.sources import stored_if_named
     from sfumato.precision import DTYPES
 
-    base = None if config.base is None else stored_base(config.base)
+    base = stored_if_named(config.base)
     family = common_family(parents, default=base.family.name if base else None, said=config.family)
     words = merge_embeddings({source.name: source.words for source in sources if source.counts})
     merged = merge(

@@ -138,12 +138,11 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
     contains."""
     from sfumato.files.changes.bias import bias_change, may_have_bias
     from sfumato.files.fingerprint import known_delta, probe_rows, probed
-    from sfumato.merging.sources import read_source
-    from sfumato.merging.stored import stored_base
+    from sfumato.merging.sources import read_source, stored_if_named
     from sfumato.weighting.adapter import Adapter
 
     source, _ = read_source(Adapter(path), partial=True)
-    stored = None if base is None else stored_base(base)
+    stored = stored_if_named(base)
     read = known_delta if vectors else probed
     rows: dict[str, Row] = {}
     for (part, name), change in source.changes.items():

@@ -35,6 +35,24 @@ def test_no_help_loads_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_without_a_base_an_adapter_s_commands_load_no_diffusers(tmp_path):
+    """Which takes most of their time."""
+    script = (
+        "import sys, torch\nfrom sfumato.cli import main\nfrom sfumato.files import write_lora\n"
+        "from sfumato.files.changes import LoraModule\n"
+        "path = 'mid_block.attentions.0.transformer_blocks.0.attn2.to_k'\n"
+        "module = LoraModule(torch.ones(2, 768), torch.ones(1280, 2), 2.0)\n"
+        "write_lora('a.safetensors', {('unet', path): module}, family='sd1')\n"
+        "for argv in (['verify', 'a.safetensors'], ['convert', 'a.safetensors', '-o', 'b.safetensors'],\n"
+        "             ['merge', 'a.safetensors', 'b.safetensors', '-o', 'c.safetensors'],\n"
+        "             ['resize', 'c.safetensors', '--rank', '1', '-o', 'd.safetensors']):\n"
+        "    assert main(argv) == 0, argv\n"
+        "    assert 'diffusers' not in sys.modules, argv\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

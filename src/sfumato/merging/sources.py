@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
@@ -20,6 +21,9 @@ from sfumato.merging.whole_model import files_of_parts, is_whole_model, read_mix
 from sfumato.weighting.adapter import Adapter, public_name
 from sfumato.weighting.blocks import Blocks
 from sfumato.weighting.modules import select_modules
+
+if TYPE_CHECKING:
+    from sfumato.merging.stored import StoredBase
 
 
 def read_source(
@@ -49,6 +53,15 @@ def read_sources(
     """The same of several adapters, and of whole models."""
     found = [read_source(adapter, partial=partial, words=words, models=True) for adapter in adapters]
     return [source for source, _ in found], [parent for _, parent in found]
+
+
+def stored_if_named(base: str | None) -> StoredBase | None:
+    """The parameters of the base, as `stored_base` has them; None where none is named."""
+    if base is None:
+        return None
+    from sfumato.merging.stored import stored_base  # which imports diffusers, as adapters alone do not
+
+    return stored_base(base)
 
 
 def adapter_hash(path: Path) -> str:
