@@ -39,7 +39,9 @@ def test_a_lora_s():
 
 
 @pytest.mark.parametrize("out", [6, 64, 130])
-def test_a_loha_s_a_few_rows_at_a_time(out):
+@pytest.mark.parametrize("factored", [0, 1e9])
+def test_a_loha_s_by_its_factors_or_a_few_rows_at_a_time(out, factored, monkeypatch):
+    monkeypatch.setattr(update_norms, "_FACTORED", factored)
     a, b, c, d = noise(out, 2), noise(2, 8), noise(out, 3), noise(3, 8)
     loha = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}
     assert square_norm("LoHa", loha, None) == square((a @ b) * (c @ d))
@@ -54,6 +56,8 @@ def test_a_loha_that_is_too_large_or_of_two_sizes_has_none(monkeypatch):
     loha = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
     assert square_norm("LoHa", loha | {"hada_w2_a": noise(5, 2)}, None) is None
     assert square_norm("LoHa", loha | {"hada_w2_b": noise(2, 7)}, None) is None
+    of_other_ranks = {"hada_w1_a": noise(6, 1), "hada_w2_a": noise(6, 4)}
+    assert square_norm("LoHa", loha | of_other_ranks, None) is None
     monkeypatch.setattr(update_norms, "DENSE_LIMIT", 48)
     assert square_norm("LoHa", loha, None) is not None
     monkeypatch.setattr(update_norms, "DENSE_LIMIT", 47)

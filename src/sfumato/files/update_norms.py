@@ -13,7 +13,9 @@ from sfumato.files.numpy_tensors import Array
 
 DENSE_LIMIT = 1 << 26
 """Values of an update that is formed, a few rows at a time, to be measured. SDXL's largest layer has 13 million."""
-_ROWS = 64
+_ROWS = 16
+_FACTORED = 64
+"""A value of a formed update costs about as much as so many steps of the products of its factors."""
 
 
 def is_update(kind: str) -> bool:
@@ -52,7 +54,7 @@ def _lora(values: Mapping[str, Array], alpha: float | None, down: str = "down", 
 
 
 def _loha(values: Mapping[str, Array], alpha: float | None) -> float | None:
-    """Of the Hadamard product, formed a few rows at a time."""
+    """Of the Hadamard product: as low-rank as the product of both ranks, or formed a few rows at a time."""
     halves = []
     for n in (1, 2):
         a, b = _flat(values[f"hada_w{n}_a"]), _flat(values[f"hada_w{n}_b"])
@@ -62,13 +64,25 @@ def _loha(values: Mapping[str, Array], alpha: float | None) -> float | None:
             a, b = a.T, np.einsum("pqk,qi->pik", kernel, b).reshape(a.shape[0], -1)
         halves.append((a, b))
     (a, b), (c, d) = halves
-    if len(a) != len(c) or b.shape[1] != d.shape[1] or len(a) * b.shape[1] > DENSE_LIMIT:
+    if (len(a), b.shape[1]) != (len(c), d.shape[1]) or (a.shape[1], c.shape[1]) != (len(b), len(d)):
         return None
+    if len(a) * b.shape[1] > DENSE_LIMIT:
+        return None
+    scale = 1.0 if alpha is None else alpha / values["hada_w1_b"].shape[0]
+    rank = len(b) * len(d)
+    if rank**2 * (len(a) + b.shape[1]) < _FACTORED * len(a) * b.shape[1]:
+        # (A B) * (C D) = (A . C) (B . D), whose rank counts the pairs of a column of A and one of C.
+        up = (a[:, :, None] * c[:, None]).reshape(len(a), rank)
+        down = (b[:, None] * d[None]).reshape(rank, b.shape[1])
+        return scale**2 * float(max(np.sum((up.T @ up) * (down @ down.T)), 0.0))
     total = 0.0
+    one, two = np.empty((2, _ROWS, b.shape[1]))  # fresh memory would cost as much as the products
     for start in range(0, len(a), _ROWS):
         rows = slice(start, start + _ROWS)
-        total += float(np.sum(np.square((a[rows] @ b) * (c[rows] @ d))))
-    scale = 1.0 if alpha is None else alpha / values["hada_w1_b"].shape[0]
+        count = len(a[rows])
+        product = np.matmul(a[rows], b, out=one[:count])
+        product *= np.matmul(c[rows], d, out=two[:count])
+        total += float(np.vdot(product, product))
     return scale**2 * total
 
 
