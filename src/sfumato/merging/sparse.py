@@ -20,7 +20,7 @@ def keep_largest(delta: Tensor, density: float) -> Tensor:
         return delta
     count = max(1, int(density * delta.numel()))
     flat = delta.reshape(-1)
-    kept = torch.topk(flat.abs(), count).indices
+    kept = torch.topk(flat.abs(), count, sorted=False).indices
     return torch.zeros_like(flat).scatter(0, kept, flat[kept]).view(delta.shape)
 
 
