@@ -69,6 +69,7 @@ def only_cell(folder):
     return cell
 
 
+@pytest.mark.slow
 def test_a_word_in_an_adapters_file_is_known_everywhere(run):
     draw = ["a <fox>", "--seed", "0"]
     assert run("generate", *draw, "--lora", "fox.safetensors", "-o", "fox.png") == (0, ANY)
@@ -247,6 +248,7 @@ def test_a_grid_draws_with_an_adapter_in_the_steps_that_its_file_asks_for_as_gen
     assert read_picture_info(only_cell("g")).own["over_steps"] == read_picture_info(Path("said.png")).own["over_steps"]
 
 
+@pytest.mark.slow
 def test_a_cell_is_drawn_anew_where_anything_changed_that_it_depends_on(run, modules):
     grid = ["--lora", "style.safetensors", "--x", "seed=0", "--y", "prompt=a cat", "-o", "g"]
     for count, (strength, more) in enumerate(

@@ -86,6 +86,7 @@ def test_without_a_prior_the_subjects_captions_are_embedded(train, seen):
     assert "" in subject.given
 
 
+@pytest.mark.slow
 def test_with_pictures_both_sets_have_theirs_by_their_own_seeds(train, seen, tmp_path):
     train("--prior", "pictures", "--class-images", tmp_path / "class")
     subject, of_class = seen.values()
@@ -95,6 +96,7 @@ def test_with_pictures_both_sets_have_theirs_by_their_own_seeds(train, seen, tmp
     assert "" not in of_class.given
 
 
+@pytest.mark.slow
 def test_beside_the_base_s_predictions_nothing_is_embedded_but_the_subjects_own_captions(train, seen):
     train("--prior", "base")
     (subject,) = seen.values()
@@ -110,6 +112,7 @@ def test_pictures_that_are_only_noised_need_no_captions(train, seen, tmp_path):
     exactly(subject)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["none", "pictures", "base"])
 def test_captions_that_an_encoder_learns_from_are_not_embedded(prior, train, seen, tmp_path):
     given = () if prior == "none" else ("--class-images", tmp_path / "class")

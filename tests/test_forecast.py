@@ -62,6 +62,7 @@ def test_it_is_what_a_step_of_real_tensors_takes(name, checkpointing, shapes):
     assert told.trained == tuple(weight.shape for weight in learned)
 
 
+@pytest.mark.slow
 def test_weights_and_state_are_counted(shapes):
     way = BY_OPTIONS["dreambooth --method full"]
     step = step_memory(shapes, way, ON_CPU)

@@ -196,6 +196,7 @@ def test_a_cell_whose_file_is_broken_is_drawn_again(grid, tmp_path):
     assert files[2].stat().st_mtime_ns == before[2][1]
 
 
+@pytest.mark.slow
 def test_what_a_cell_depends_on_draws_another(grid, tmp_path):
     words = ["--x", "seed=1", "--y", "line=0.5", "--prompt", "red", "--lora"]
     write_peft(tmp_path / "folder", read_lora(tmp_path / "otter.safetensors").modules, family="pocket")
@@ -351,6 +352,7 @@ def test_cells_of_another_number_of_tokens_are_drawn_anew(grid, tmp_path):
 BOTH = ["--lora", "line.safetensors:0.8", "--lora", "otter.safetensors"]
 
 
+@pytest.mark.slow
 def test_methods_by_weights_are_what_merged_files_draw(grid, tmp_path, pocket_folder):
     words = [*BOTH, "--x", "otter=0.5,1", "--y", "method=linear,ties,np-lora", "--prompt", "red", "--seed", "3"]
     assert grid(*words, "--density", "0.3") == 0

@@ -81,6 +81,7 @@ def test_what_stands_past_75_tokens_is_learned_where_it_is_asked_for(of_trainer,
         assert "; --max-tokens 225 reads up to 225" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_batch_mixes_lengths_and_two_runs_are_equal(train, pictures, tmp_path):
     folder = captioned(pictures, tmp_path / "images")
     options = (*OF_LORA, "--max-tokens", "225", "--caption-dropout", "0.3", "--prior-prompts", "a circle")
@@ -141,6 +142,7 @@ def test_check_reads_as_many(pocket_folder, pictures, tmp_path, capsys):
     assert "is not seen" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_image_draws_the_whole_prompt_and_tells_how(pocket_folder, tmp_path, capsys):
     def pixels(name, *words):
         file = tmp_path / f"{name}.png"

@@ -338,6 +338,7 @@ def test_the_folder_is_whole_and_plain_diffusers_loads_it_as_its_card_says(train
     assert (path.parent / "images/before_after.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_in_half_precision_draws_with_the_lines_of_its_card(train, monkeypatch, capsys):
     """Text encoders are read in the dtype of their files unless one is asked for, the U-Net in fp32."""
     path = train("run", "--prior", "none", "--steps", "1", "--save-precision", "fp16")
@@ -418,6 +419,7 @@ def test_a_prior_moves_the_class_less(train):
     assert held[-1] < 0.8 * free[-1]
 
 
+@pytest.mark.slow
 def test_the_drift_limit_stops_saves_and_holds_when_it_goes_on(train, capsys):
     options = ["--prior", "none", "--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1"]
     path = train("run", *options)
@@ -498,6 +500,7 @@ def test_the_mean_of_the_weights_is_what_is_saved(train):
         assert_close(mean[key], 0.9 * whole[key])
 
 
+@pytest.mark.slow
 def test_adapters_on_the_way_are_those_of_runs_that_end_there(train):
     steady = ("--method", "lora", "--prior", "none", "--schedule", "constant")
     path = train("run", *steady, "--save-every", "2")

@@ -201,6 +201,7 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(further, train)
         assert_close(tensor, read_tensors(parts)[key], rtol=1e-3, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_what_is_dropped_is_the_same_where_activations_are_computed_twice(train):
     once, twice = train("once", "--dropout", "0.5"), train("twice", "--dropout", "0.5", "--gradient-checkpointing")
     for key, tensor in read_tensors(once).items():
@@ -331,6 +332,7 @@ def test_with_a_prior_other_prompts_move_less(options, train):
     assert drift("held", *held) < 0.9 * drift("free")
 
 
+@pytest.mark.slow
 def test_the_priors_samples_take_half_of_the_default_batch(pocket_folder, pictures, tmp_path, capsys):
     words = ["--images", str(pictures), "--output", str(tmp_path / "run"), "--base", str(pocket_folder), "--steps", "1"]
     words += ["--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0"]
@@ -358,6 +360,7 @@ def test_a_copys_training_is_not_gone_on_with_by_another_program(
     run_here(shown[0], shown[1:], monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "said"),
     [
@@ -562,6 +565,7 @@ def test_wrong_use_is_one_line_and_leaves_no_adapter(options, said, pocket_folde
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_does_not_go_on_without_what_it_began_from(train, capsys):
     first = train("first")
     run = train("second", "--init-from", str(first)).parent

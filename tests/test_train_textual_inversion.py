@@ -395,6 +395,7 @@ def test_in_turn_the_words_are_those_of_textual_inversion(pivotal, train):
     assert all(up.abs().sum() > 0 for up in ups)
 
 
+@pytest.mark.slow
 def test_a_bundle_goes_on_with_its_words(pivotal, capsys):
     first, _ = pivotal("first", "--bundle")
     still = ("--init-from", str(first), "--steps", "1", "--learning-rate", "1e-12", "--word-learning-rate", "1e-12")
@@ -456,6 +457,7 @@ def test_one_bundle_on_request(pivotal, monkeypatch):
     assert 'compose(pipe, Adapter("bundle.safetensors"))' in (bundle.parent / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal, monkeypatch):
     """Those of step 2 are those of a run that ends there, beside them or bundled."""
     steady = ("--schedule", "constant")

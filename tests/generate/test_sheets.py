@@ -55,6 +55,7 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
     return float(np.abs(one - other).mean()) < 4
 
 
+@pytest.mark.slow
 def test_pairs_show_each_picture_without_and_with_the_adapters(generate):
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save("start.png")
     many, one = ["a cat", "red", "--seed", "7", "--seed", "8"], ["a cat", "--seed", "7"]
@@ -73,6 +74,7 @@ def test_pairs_show_each_picture_without_and_with_the_adapters(generate):
     assert (own["prompts"][2], own["seeds"][3]) == ("red", 8)
 
 
+@pytest.mark.slow
 def test_pairs_leave_out_tags_regions_and_steps_on_the_side_without(generate):
     generate("a cat", "-o", "plain.png")
     generate("a cat <lora:line:0.9>", "-o", "tagged.png")

@@ -37,6 +37,7 @@ def test_a_wrong_use_costs_nothing_of_the_run_that_it_would_replace(learn, capsy
     assert everything(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plotted")
 def test_nothing_of_the_old_run_lies_beside_the_new_one_and_what_is_nobodys_stays(learn):
     words = ("--caption", "<x> {caption}", "--train-words", "<x>", "--sample-prompts", "red")

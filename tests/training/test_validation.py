@@ -197,6 +197,7 @@ def test_nothing_is_learned_of_pictures_held_out(pictures, tmp_path, pocket_fold
     assert not any("validation" in row for row in without)
 
 
+@pytest.mark.slow
 def test_a_run_knows_the_pictures_held_out_again(pictures, tmp_path, pocket_folder, quick, capsys):
     """Else one curve would be of two sets."""
     (tmp_path / "new").mkdir()
@@ -224,6 +225,7 @@ def test_a_limit_is_looked_at_as_often_with_pictures_held_out(base, examples):
     assert [each.measure_every for each in found] == [5, 5]
 
 
+@pytest.mark.slow
 def test_a_new_word_is_validated_too(pictures, tmp_path, pocket_folder, quick):
     words = ["--images", pictures, "--output", tmp_path / "word", "--base", pocket_folder, "--placeholder", "<x>"]
     words += ["--steps", "2", "--batch", "2", "--validation-split", "0.2", *QUIET]
