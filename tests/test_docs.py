@@ -85,7 +85,8 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
     for command in COMMANDS:
         program, *words = shlex.split(command)
         assert program == "sfumato"
-        assert cli.main([*words, *more.get(words[0], ["--steps", "2", "--device", "cpu"])]) == 0, command
+        steps = "6" if "--switch" in words else "2"  # so that each adapter has its turn
+        assert cli.main([*words, *more.get(words[0], ["--steps", steps, "--device", "cpu"])]) == 0, command
     made = (
         "guided.png",
         "blocks.png",
