@@ -231,7 +231,7 @@ def train(config: Config) -> Path:
     samples = samples_of(config, base, trained, prompts, trigger, run, average)
     about = partial(description_of, config, base, dataset, samples, trigger)
     learned = trained_adapter_of(config, base, lora, about, average) if lora else None
-    limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row["step"] <= run.step])
+    limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row.get("step", 0) <= run.step])
     run.every(config.measure_every, limit.watching(run, metrics, processes))
     run.every(config.sample_every, samples.draw)
     if learned:

@@ -143,10 +143,13 @@ def test_rows_without_a_step_are_of_the_beginning(tmp_path):
     assert log.rows() == [{"note": 1}, {"step": 0, "a": 2}]
 
 
-def test_what_is_no_row_ends_the_rows(tmp_path):
+@pytest.mark.parametrize("line", ["[2]", '{"step": "2"}', '{"step": null}', '{"step": Infinity}', "[" * 5000])
+def test_what_is_no_row_ends_the_rows(line, tmp_path):
     log = Log(tmp_path / "log.jsonl")
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     assert log.rows() == [{"step": 1}]
+    log.cut(9)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_the_board_gets_each_number_at_its_step(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import RunError
 from sfumato.files.atomic import write_text
+from sfumato.json_text import value_of
 
 _FLUSH_EVERY = 10
 _OF_THE_LOOP = {"loss", "skipped", "went_back_from"}
@@ -80,11 +81,8 @@ class Log:
         found = []
         if self.path.exists():
             for line in self.path.read_bytes().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if not isinstance(row, dict):
+                row = value_of(line)
+                if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
                     break
                 found.append(row)
         return [*found, *self._pending]
