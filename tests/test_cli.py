@@ -339,6 +339,13 @@ def test_a_run_whose_file_is_nested_without_end_is_none(tmp_path, capsys):
     assert "holds no run to resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("copy", ["3", "[1]", "true"])
+def test_a_run_whose_copy_is_no_text_is_one_line(copy, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(f'{{"program": "lora", "copy": {copy}}}')
+    assert cli.main(["resume", str(tmp_path)]) == 2
+    assert "config.toml: there is no such config file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5000])
 def test_toml_that_cannot_be_held_is_one_line(tmp_path, text):
     (tmp_path / "a.toml").write_text(text)

@@ -291,7 +291,8 @@ def _resume(words: list[str]) -> object:
     facts = object_in(folder / "run.json")
     if "program" not in facts:
         raise ConfigError(f"{folder} holds no run to resume; name the folder that --output named.")
-    if copy := facts.get("copy"):
+    copy = facts.get("copy")
+    if isinstance(copy, str) and copy:
         raise ConfigError(
             f"{folder}: its program is {copy}, which may do otherwise than sfumato's own. Go on with: python "
             f"{shell.quote(copy)} {shell.quote(str(config))} --output {shell.quote(str(folder))} --resume"
