@@ -291,6 +291,8 @@ def test_fused_weights_are_those_of_the_plain_run(train, clip):
         (["--drift-limit", "0.1"], "--measure-every 0"),
         (["--identifier", " "], "--identifier is empty"),
         (["--class-prompt", " "], "--class-prompt is empty"),
+        (["--class-prompt", ""], "--class-prompt is empty"),
+        (["--instance-prompt", "", "--identifier", "sks"], "--instance-prompt is empty"),
         (["--caption", "{caption}"], "--instance-prompt and --caption"),
         (["--class-images", "nowhere", "--class-count", None], "nowhere"),
         (["--class-images", "nowhere"], "--class-count has no effect without --prior-prompts beside --class-images"),

@@ -351,7 +351,7 @@ def check_words(config: Config) -> None:
     if not config.identifier.strip():
         raise ConfigError("--identifier is empty; give a rare word, such as sks.")
     for option in ("class_name", "class_prompt", "instance_prompt"):
-        if (words := getattr(config, option)) and not words.strip():
+        if (words := getattr(config, option)) is not None and not words.strip():
             raise ConfigError(f"{shell.option(option)} is empty; give words, or leave it out.")
     if config.instance_prompt and config.caption:
         raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
