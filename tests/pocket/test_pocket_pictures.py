@@ -48,6 +48,12 @@ def test_a_manifest_that_is_no_json_says_where(data):
         read_manifest(data)
 
 
+def test_a_manifest_that_nests_without_end_is_no_json(data):
+    (data / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"manifest\.json: not readable as JSON"):
+        read_manifest(data)
+
+
 def test_words_are_read_with_a_byte_order_mark_and_refused_in_another_encoding(data):
     (data / "words.txt").write_text("picture\nof", encoding="utf-8-sig")
     assert read_words(data) == ["picture", "of"]

@@ -224,7 +224,7 @@ def read_manifest(data: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({' '.join(str(error).split())}); mend that place.") from None
     if problem := _problem_of(manifest):
         raise DataError(f"{path}: {problem}; docs/pocket.md shows one.")
