@@ -112,6 +112,7 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
     varied = _tags(own, notes)
     for place in with_pictures(path, folder):
         notes.extend(notes_on(place, folder))
+        several = by_line and bool(of_several_lines(place, folder))
         for prompt in prompts:
             yield non_default(
                 path=place,
@@ -119,7 +120,7 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
                 **{"class": taught and not is_held_out},
                 validation=is_held_out,
                 caption=prompt,
-                caption_lines=by_line and bool(of_several_lines(place, folder)),
+                caption_lines=several,
                 **varied,
                 crop=_crop(own, notes),
             )
