@@ -30,6 +30,7 @@ from sfumato.compose.match import compiled_parts, exclusive_row_split, unwrapped
 from sfumato.compose.uncopied import Uncopied
 from sfumato.errors import AdapterError
 from sfumato.limits import MOST_ADAPTER_GUIDANCE
+from sfumato.precision.flat import computed
 from sfumato.weighting.adapter import check_mix
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterat
     """
     name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward = getattr(module, name)
-    replacement = Uncopied(partial(function, forward))
+    replacement = Uncopied(partial(function, computed(module, forward)))
     setattr(module, name, replacement)
     try:
         yield

@@ -18,6 +18,7 @@ from sfumato.drawing.decoding import check_all, checked_safe, image_of, in_fp32,
 from sfumato.drawing.start import Start, check_strength
 from sfumato.drawing.tagged import TaggedPrompts, reading_tags
 from sfumato.errors import ConfigError
+from sfumato.precision.flat import drawn_flat
 from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.prompt_editing import Stage, concat_stages, staged_prompts
 from sfumato.prompts.syntax import Syntax
@@ -58,7 +59,8 @@ class Call:
     def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         """The pictures of one batch; what is not finite or black is tried once more in fp32."""
         pipe, base, start = self.pipe, self.base, self.start
-        with _drawing(base) if base else nullcontext(), draw_call.step_count(self.drawn_steps):
+        own = _drawing(base) if base else nullcontext()
+        with own, drawn_flat(pipe.unet), draw_call.step_count(self.drawn_steps):
             latents = self._latents(prompts, seeds)
         in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
         parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))

@@ -1,0 +1,278 @@
+"""A U-Net computed flat: diffusers' own values, and diffusers' own way wherever something in it is not the usual."""
+
+import threading
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig
+from PIL import ImageChops
+from torch.testing import assert_close
+
+from sfumato.bases import load_base
+from sfumato.compose import Adapter, compose
+from sfumato.compose.guided import adapter_guidance
+from sfumato.drawing.pictures import draw
+from sfumato.files.changes import LoraModule
+from sfumato.files.write_kohya import write_lora
+from sfumato.precision import flat
+from sfumato.precision.lean import save_activation_memory
+from sfumato.precision.products import quicken
+from tests.tiny import CPU, tiny_pipeline
+
+
+@pytest.fixture
+def unet(pocket_folder) -> Any:
+    return load_base(str(pocket_folder), precision=CPU).unet
+
+
+def asked(unet: Any, *, rows: int = 2, side: int = 16, seed: int = 0, tokens: int = 77) -> dict[str, Any]:
+    """What a pipeline calls a U-Net with."""
+    generator = torch.Generator().manual_seed(seed)
+    config = unet.config
+    given = {
+        "sample": torch.randn(rows, config.in_channels, side, side, generator=generator),
+        "timestep": torch.tensor(500 + seed),
+        "encoder_hidden_states": torch.randn(rows, tokens, config.cross_attention_dim, generator=generator),
+        "timestep_cond": None,
+        "cross_attention_kwargs": None,
+        "added_cond_kwargs": None,
+    }
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        given["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(rows, width, generator=generator),
+            "time_ids": torch.tensor([[64.0, 64.0, 0.0, 8.0, 64.0, 64.0]] * rows),
+        }
+    return given
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """A number for each call that is computed flat."""
+    calls: list[int] = []
+    compute = flat._Flat.__call__
+    monkeypatch.setattr(flat._Flat, "__call__", lambda *given: (calls.append(1), compute(*given))[1])
+    return calls
+
+
+@torch.no_grad()
+def both(unet: Any, calls: list[int], **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is computed flat, and what diffusers computes."""
+    before = len(calls)
+    with flat.drawn_flat(unet):
+        (ours,) = unet(**given, return_dict=False)
+    assert len(calls) == before + 1
+    (theirs,) = unet(**given, return_dict=False)
+    assert len(calls) == before + 1
+    return ours, theirs
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("side", [8, 12, 13])
+def test_every_familys_unet_gives_diffusers_values(family, side, counted):
+    unet = tiny_pipeline(family).unet
+    # A group norm of one pixel, of the deepest level, blows up the last bits.
+    assert_close(*both(unet, counted, **asked(unet, side=side, rows=3)), atol=2e-4, rtol=1e-4)
+
+
+def test_quick_and_lean_layers_are_the_usual(unet, counted):
+    assert_close(*both(unet, counted, **asked(unet)))
+    quicken(unet)
+    save_activation_memory(unet)
+    assert_close(*both(unet, counted, **asked(unet, seed=1)))
+
+
+def test_a_call_with_an_output_object_gives_one(unet, counted):
+    given = asked(unet)
+    with torch.no_grad(), flat.drawn_flat(unet):
+        (ours,) = unet(**given, return_dict=False)
+        assert torch.equal(unet(**given).sample, ours)
+        assert torch.equal(unet(*[given[name] for name in ("sample", "timestep", "encoder_hidden_states")])[0], ours)
+    assert len(counted) == 3
+
+
+def test_a_texts_keys_are_kept_until_another_is_heard(unet, counted):
+    first, second = asked(unet), asked(unet, seed=1, tokens=154)
+    with torch.no_grad():
+        wanted = [unet(**given)[0] for given in (first, second)]
+        with flat.drawn_flat(unet):
+            found = [unet(**given)[0] for given in (first, second, first)]
+            first["encoder_hidden_states"].mul_(2)  # the same tensor, another text
+            doubled = unet(**first)[0]
+        assert_close(found, [*wanted, wanted[0]])
+        assert_close(doubled, unet(**first)[0])
+    assert len(counted) == 4
+
+
+@pytest.mark.parametrize("way", ["written over", "exchanged"])
+def test_weights_that_change_from_call_to_call_are_seen(unet, counted, way):
+    """As adapters weighted by step change them, and adapter guidance: back and forth."""
+    given, aside = asked(unet), {name: 1.1 * weight.detach() for name, weight in unet.named_parameters()}
+
+    def change(*_: Any) -> None:
+        for name, weight in unet.named_parameters():
+            if way == "exchanged":
+                aside[name], weight.data = weight.data, aside[name]
+            else:
+                weight.mul_(1.01)
+
+    with torch.no_grad():
+        handle = unet.register_forward_pre_hook(change)
+        with flat.drawn_flat(unet):
+            found = [unet(**given)[0] for _ in range(4)]
+        for weight in () if way == "exchanged" else unet.parameters():
+            weight.div_(1.01**4)
+        wanted = [unet(**given)[0] for _ in range(4)]
+        handle.remove()
+    assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    assert len(counted) == 4
+
+
+def test_an_adapter_that_comes_beside_a_layer_within_the_block_is_seen(unet, counted):
+    given = asked(unet)
+    with torch.no_grad(), flat.drawn_flat(unet):
+        plain = unet(**given)[0]
+        hooked(unet)
+        assert not torch.allclose(unet(**given)[0], plain, atol=1e-3)
+    assert len(counted) == 1
+
+
+def test_texts_that_come_in_new_tensors_do_not_pile_up(unet, counted):
+    given = asked(unet)
+    with torch.no_grad(), flat.drawn_flat(unet):
+        wanted = unet(**given)[0]
+        for _ in range(9):
+            given["encoder_hidden_states"] = given["encoder_hidden_states"].clone()
+            assert torch.equal(unet(**given)[0], wanted)
+        (own,) = flat._IN_USE[unet].values()
+        assert max(map(len, own._kept._made.values())) == flat._Kept._MOST
+    assert len(counted) == 10
+
+
+def test_adapter_guidance_is_drawn_flat_in_both_halves(pocket_folder, tmp_path, counted, monkeypatch):
+    base = load_base(str(pocket_folder), precision=CPU)
+    path, layer = next((path, part) for path, part in base.unet.named_modules() if path.endswith("attn2.to_k"))
+    change = LoraModule(torch.full((1, layer.in_features), 0.5), torch.ones(layer.out_features, 1), 1.0)
+    file = write_lora(tmp_path / "a.safetensors", {("unet", path): change}, family="pocket")
+    with compose(base, Adapter(file, 1.0)) as mix, adapter_guidance(mix, 2, guidance=4):
+        ours = draw(base, "red square", 0, steps=3, guidance=4)[0]
+        assert len(counted) == 6
+        monkeypatch.setattr(flat, "MOST", 0)
+        theirs = draw(base, "red square", 0, steps=3, guidance=4)[0]
+        assert len(counted) == 6
+    assert ImageChops.difference(ours, theirs).getextrema() <= ((0, 1),) * 3
+    assert "forward" not in vars(base.unet)
+
+
+def with_peft(unet: Any) -> None:
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+
+
+def in_chunks(unet: Any) -> None:
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].set_chunk_feed_forward(2, 1)
+
+
+def hooked(unet: Any) -> None:
+    unet.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.register_forward_hook(
+        lambda _module, _given, output: 9 * output
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_peft,
+        in_chunks,
+        hooked,
+        lambda unet: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
+        lambda unet: unet.fuse_qkv_projections(),
+        lambda unet: unet.set_attention_slice("max"),
+        lambda unet: setattr(unet.mid_block.resnets[0].conv1, "forward", lambda x: 0 * x),
+        lambda unet: unet.register_to_config(resnet_time_scale_shift="scale_shift"),
+        lambda unet: unet.register_to_config(addition_embed_type="text"),
+        lambda unet: unet.train(),
+        lambda unet: unet.to(torch.bfloat16),
+    ],
+    ids=[
+        *("peft", "chunks", "hook", "freeu", "fused", "sliced"),
+        *("forward", "scale-shift", "text", "training", "bf16"),
+    ],
+)
+def test_what_is_not_the_usual_is_computed_as_it_was(unet, change):
+    assert flat.is_usual(unet)
+    change(unet)
+    assert not flat.is_usual(unet)
+    before = vars(unet).get("forward")
+    with flat.drawn_flat(unet):
+        assert vars(unet).get("forward") is before
+
+
+def test_autocast_and_large_unets_are_not_the_usual(unet, monkeypatch):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not flat.is_usual(unet)
+    monkeypatch.setattr(flat, "MOST", 1000)
+    assert not flat.is_usual(unet)
+
+
+def test_another_architecture_is_not_the_usual():
+    assert not flat.is_usual(torch.nn.Linear(2, 2))
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+    assert not flat.is_usual(diffusers.UNet2DModel(sample_size=8, **blocks))
+
+
+def test_calls_of_another_kind_are_diffusers(unet, counted):
+    given = asked(unet)
+    attention_mask = torch.zeros(2, 77)
+    attention_mask[:, :9] = 1
+    with torch.no_grad():
+        wanted = unet(**given, encoder_attention_mask=attention_mask)[0]
+        with flat.drawn_flat(unet):
+            assert torch.equal(unet(**given, encoder_attention_mask=attention_mask)[0], wanted)
+            unet.to(torch.float64)
+            half = {name: value.double() if name != "timestep" and value is not None else value
+                    for name, value in given.items()}  # fmt: skip
+            assert unet(**half)[0].dtype == torch.float64
+            unet.to(torch.float32)
+    given["sample"].requires_grad_()
+    with flat.drawn_flat(unet):
+        unet(**given)[0].sum().backward()
+    assert given["sample"].grad is not None
+    assert not counted
+
+
+def test_each_thread_computes_flat_for_itself(unet, counted):
+    given = asked(unet), asked(unet, seed=1)
+    with torch.no_grad():
+        wanted = [unet(**each)[0] for each in given]
+    found, inside, left = {}, threading.Barrier(3), threading.Event()
+
+    def drawing(number: int) -> None:
+        with torch.no_grad(), flat.drawn_flat(unet):
+            inside.wait()
+            found[number] = [unet(**given[number])[0] for _ in range(3)]
+            left.wait(10 * number)
+
+    threads = [threading.Thread(target=drawing, args=(number,)) for number in (0, 1)]
+    for each in threads:
+        each.start()
+    inside.wait()
+    threads[0].join()
+    with torch.no_grad():  # the other thread has not left, and this one never was in it
+        assert torch.equal(unet(**given[0])[0], wanted[0])
+    assert "forward" in vars(unet)
+    left.set()
+    threads[1].join()
+    assert "forward" not in vars(unet)
+    assert len(counted) == 6
+    for number in (0, 1):
+        assert_close(found[number], [wanted[number]] * 3)
+
+
+def test_the_unet_is_itself_after_an_error(unet):
+    with pytest.raises(RuntimeError), torch.no_grad(), flat.drawn_flat(unet):
+        unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 77, 5))
+    assert "forward" not in vars(unet)
+    assert not flat._IN_USE
