@@ -149,35 +149,11 @@ def _is_itself(module: nn.Module) -> bool:
     )
 
 
-def _forward(
-    unet: Any,
-    plain: Callable[..., Any],
-    /,
-    sample: Tensor,
-    timestep: Any,
-    encoder_hidden_states: Tensor,
-    *args: Any,
-    **options: Any,
-) -> Any:
-    """UNet2DConditionModel's forward."""
+def _forward(unet: Any, plain: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
     flat = _IN_USE.get(unet, {}).get(get_ident())
-    further = options.keys() - {"added_cond_kwargs", "return_dict"}
-    if (
-        flat is None
-        or torch.is_grad_enabled()
-        or sample.dtype != torch.float32
-        or encoder_hidden_states.dtype != torch.float32
-        or encoder_hidden_states.is_inference()
-        or any(each is not None for each in (*args, *(options[name] for name in further)))
-        or _is_hooked(flat.parts)  # since: an adapter beside a layer whose weight was 0 until this step
-    ):
-        return plain(sample, timestep, encoder_hidden_states, *args, **options)
-    drawn = flat(sample, timestep, encoder_hidden_states, options.get("added_cond_kwargs"))
-    if options.get("return_dict", True):
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-        return UNet2DConditionOutput(sample=drawn)
-    return (drawn,)
+    if flat is None or torch.is_grad_enabled():
+        return plain(*args, **options)
+    return flat.forward(plain, *args, **options)
 
 
 class _Kept:
@@ -205,8 +181,34 @@ class _Flat:
     """The forward pass of one U-Net for one thread, whatever happens to its weights from call to call."""
 
     def __init__(self, unet: Any) -> None:
-        self._unet, self._kept = unet, _Kept()
-        self.parts = _parts(unet)
+        self._unet, self._parts, self._kept = unet, _parts(unet), _Kept()
+
+    def forward(
+        self,
+        plain: Callable[..., Any],
+        /,
+        sample: Tensor,
+        timestep: Any,
+        encoder_hidden_states: Tensor,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """As UNet2DConditionModel's, `plain`, which takes over where it is asked for more."""
+        further = options.keys() - {"added_cond_kwargs", "return_dict"}
+        if (
+            sample.dtype != torch.float32
+            or encoder_hidden_states.dtype != torch.float32
+            or encoder_hidden_states.is_inference()
+            or any(each is not None for each in (*args, *(options[name] for name in further)))
+            or _is_hooked(self._parts)  # since: an adapter beside a layer whose weight was 0 until this step
+        ):
+            return plain(sample, timestep, encoder_hidden_states, *args, **options)
+        drawn = self(sample, timestep, encoder_hidden_states, options.get("added_cond_kwargs"))
+        if options.get("return_dict", True):
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+            return UNet2DConditionOutput(sample=drawn)
+        return (drawn,)
 
     def __call__(self, sample: Tensor, timestep: Any, text: Tensor, added: Any) -> Tensor:
         unet = self._unet
