@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sfumato.precision import layer_norms, lean, products
+from sfumato.precision import products
 
 __all__ = ["computed", "drawn_flat", "is_usual"]
 
@@ -44,7 +44,10 @@ _KINDS = {
     *("Conv2d", "Linear", "GroupNorm", "LayerNorm", "SiLU", "Dropout", "ModuleList"),
 }
 """Classes of the modules that are computed here; one of another is somebody's adapter, or another architecture."""
-_OURS = (__name__, layer_norms.__name__, lean.__name__, products.__name__, "sfumato.compose.uncopied")
+_OURS = {
+    *(f"sfumato.precision.{name}" for name in ("flat", "layer_norms", "lean", "products")),
+    "sfumato.compose.uncopied",
+}
 """Modules whose functions compute what a layer does, only quicker; and adapter guidance, which calls `computed`."""
 
 _IN_USE: WeakKeyDictionary[nn.Module, dict[int, _Flat]] = WeakKeyDictionary()
