@@ -5,6 +5,7 @@ import pytest
 from matplotlib import font_manager, get_data_path
 from PIL import Image
 
+from sfumato.drawing import sheet as sheets
 from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, label_font, sheet_size
 
 
@@ -47,6 +48,15 @@ def test_labels_stay_in_their_column_however_long():
     right = boxes(sheet, (255, 0, 0))[2]
     left = boxes(sheet, (0, 0, 255))[0]
     assert (np.asarray(sheet)[:, right + 1 : left - 1] == 255).all()
+
+
+def test_a_label_that_is_one_long_word_takes_few_looks(monkeypatch):
+    """As Chinese and Japanese captions are, which the samples of a training are labelled with."""
+    looked = []
+    monkeypatch.setattr(sheets, "_width", lambda text, _: looked.append(len(text)) or 10 * len(text))
+    assert sheets._wrap("w" * 1000, None, 105) == ["w" * 10] * 100
+    assert sum(looked) < 1_000_000
+    assert "".join(sheets._wrap("w" * 100_000, None, 105)) == "w" * 2000 + "..."
 
 
 def test_every_label_and_the_title_leave_ink():

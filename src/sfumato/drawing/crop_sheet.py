@@ -62,8 +62,9 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 
 def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    text = " ".join(text.split())  # a file's name may hold a line break, which Pillow cannot measure
-    if font.getlength(text) <= _CELL_PX:
+    whole = " ".join(text.split())  # a file's name may hold a line break, which Pillow cannot measure
+    text = whole[:_CELL_PX]  # a letter is a pixel wide at least, and a caption may have a million
+    if text == whole and font.getlength(text) <= _CELL_PX:
         return text
     while text and font.getlength(f"{text} ...") > _CELL_PX:
         text = text[:-1]

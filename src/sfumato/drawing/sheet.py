@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,8 @@ _SMALLEST_CELL_PX = 128
 _LARGEST_CELL_PX = 512
 _MOST_PX = 2**27
 """Of all pictures of a sheet: Pillow opens no image of more than 179 million, and few programs do."""
+_LONGEST_LABEL = 2_000
+"""Letters of a label that are shown. One may be a caption, of which a file has up to a million."""
 
 
 def label_font(size_px: int, text: str = "") -> Font:
@@ -179,8 +182,10 @@ def _named(text: str, font: Font) -> str:
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken between words, or within one that is longer."""
+    """The text in lines of at most `width` pixels, broken between words, or within one that is longer. Of a text
+    without end the beginning."""
     lines: list[str] = []
+    text = text if len(text) <= _LONGEST_LABEL else f"{text[:_LONGEST_LABEL]} ..."
     for paragraph in _named(text, font).splitlines():
         line = ""
         for word in paragraph.split():
@@ -191,7 +196,8 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
                 lines.append(line)
             line = word
             while _width(line, font) > width and len(line) > 1:
-                fits = max(1, *(n for n in range(len(line)) if _width(line[:n], font) <= width))
+                # By halves: Chinese and Japanese captions are one word, which else takes the cube of its length.
+                fits = max(1, bisect_right(range(len(line)), width, key=lambda n: _width(line[:n], font)) - 1)
                 lines.append(line[:fits])
                 line = line[fits:]
         lines.append(line)
