@@ -604,6 +604,16 @@ def test_a_mended_data_set_names_its_copies(messy, tmp_path):
     assert all(example.path.parent == tmp_path / "mended" / "messy" for example in folder)
 
 
+def test_a_data_set_of_notepad_is_mended(tmp_path):
+    """Which writes UTF-16 where it is asked for Unicode."""
+    (tmp_path / "dogs").mkdir()
+    noise_picture().save(tmp_path / "dogs/a.png")
+    (tmp_path / "dataset.toml").write_text('[[source]]\npath = "dogs"\nwords = "ein süßer Hund"\n', "utf-16")
+    main([str(tmp_path / "dataset.toml"), "--fix", str(tmp_path / "mended")])
+    (example,) = read_folder(tmp_path / "mended" / "dataset.toml")
+    assert example.caption == "ein süßer Hund"
+
+
 def test_a_folder_that_sources_share_is_mended_once(tmp_path, capsys):
     """Unless they read other captions in it."""
     for folder in ("dogs", "broken"):

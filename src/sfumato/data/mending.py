@@ -16,6 +16,7 @@ from sfumato.data.listing import REPEATS, ListedPicture
 from sfumato.data.source import Source
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_folder
+from sfumato.text_files import decode
 
 _KEPT = ("PNG", "JPEG", "WEBP")
 
@@ -162,7 +163,7 @@ def _write_toml(path: Path, part: Path, folders: Sequence[Path], filled: Mapping
     """The dataset.toml of the copies, without the sources of which nothing is left: they would stop training."""
     import tomlkit
 
-    document = tomlkit.parse(path.read_text(encoding="utf-8-sig"))
+    document = tomlkit.parse(decode(path.read_bytes()))
     for entry, folder in zip(document["source"], folders, strict=True):
         entry["path"] = folder.name
     for folder, has_pictures in filled.items():
