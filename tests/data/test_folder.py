@@ -167,6 +167,17 @@ def test_folders_with_repeats_give_repeats_and_captions(tmp_path):
     assert {entry.name for entry in folder.ignored} == {"beside.png", "0_off"}
 
 
+@pytest.mark.parametrize("mask", ["crab.mask.png", "masks/crab.png"])
+def test_a_mask_is_not_read_from_outside_of_the_folder(mask, tmp_path):
+    (tmp_path / "pictures/masks").mkdir(parents=True)
+    for name in ("private.png", "pictures/crab.png"):
+        noise_picture().save(tmp_path / name)
+    (tmp_path / "pictures" / mask).symlink_to(tmp_path / "private.png")
+    (crab,) = (listing := list_folder(tmp_path / "pictures")).pictures
+    assert crab.mask is None
+    assert [(entry.name, entry.reason) for entry in listing.ignored] == [(mask, "leads out of the folder")]
+
+
 def test_what_is_ignored_is_listed_with_its_reason(pictures):
     for name in (".DS_Store", "._crab.png", "Thumbs.db", "film.mp4", "stray.txt", "README.md"):
         (pictures / name).write_bytes(b"x")

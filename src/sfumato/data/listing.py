@@ -235,11 +235,14 @@ class _Reader:
         for entry in (each for each in entries if not each.name.startswith(".")):
             if self._is_caption(entry) and _spelt(entry) not in companions:
                 self._ignore(entry, "a caption without an image")
+            elif not self._is_inside(entry):  # of which that is said already
+                continue
             elif entry.suffix.lower() in SUFFIXES and entry.stem.endswith(_MASKS) and entry not in masks:
                 self._ignore(entry, _idle_mask(entry))
         for entry in self._entries(folder / "masks") if (folder / "masks").is_dir() else []:
             if entry.suffix.lower() in SUFFIXES and entry not in masks:
-                self._ignore(entry, _idle_mask(entry))
+                leads_out = entry.is_file() and not self._is_inside(entry)
+                self._ignore(entry, "leads out of the folder" if leads_out else _idle_mask(entry))
 
     def _listed(self, path: Path) -> Path:
         """The picture that a line of metadata.jsonl means by this path."""
@@ -258,8 +261,9 @@ class _Reader:
         return path if path is not None and path.is_file() else None  # a pipe by that name would never end
 
     def _mask_of(self, picture: Path) -> Path | None:
-        beside = (self._companion(picture.parent, f"{picture.stem}{end}.png") for end in _MASKS)
-        return next(filter(None, beside), None) or self._companion(picture.parent / "masks", f"{picture.stem}.png")
+        places = [(picture.parent, f"{picture.stem}{end}.png") for end in _MASKS]
+        found = (self._companion(*place) for place in (*places, (picture.parent / "masks", f"{picture.stem}.png")))
+        return next((mask for mask in found if mask is not None and self._is_inside(mask)), None)
 
     def _is_picture(self, entry: Path) -> bool:
         """Whether to learn from it; if not, and it is no companion of a picture, why not."""
