@@ -154,7 +154,10 @@ def test_repeats_and_samples_keep_their_proportions(home):
     assert "dogs/more: 0 repeats, so it is left out" in notes
 
 
-@pytest.mark.parametrize(("balancing", "repeats"), [(0.004, (1, 250)), (0.0301, (1, 33)), (0.00001, (1, 100_000))])
+@pytest.mark.parametrize(
+    ("balancing", "repeats"),
+    [(0.004, (1, 250)), (0.0301, (1, 33)), (0.00001, (1, 100_000)), (5e-324, (1, 2 * 10**323))],
+)
 def test_a_small_share_is_not_none(balancing, repeats, home):
     rare = {"path": "dogs", "balancing": balancing, **PLAIN}
     if repeats[1] > 99_999:

@@ -208,7 +208,7 @@ def _share(own: Mapping[str, Any], places: list[str], folder: Path, notes: list[
         raise ConfigError(f"balancing is {balancing!r:.40}; wanted at most {_MOST_REPEATS:,} repeats of an image.")
     share = balancing / count
     if 0 < share < 0.1:  # in hundredths too little would be left of it
-        return Fraction(1, round(1 / share))
+        return Fraction(1, round(1 / Fraction(share)))  # exact: of 5e-324 the inverse is no float
     return Fraction(round(share * 100), 100)
 
 
