@@ -272,6 +272,9 @@ def test_the_list_of_another_tagger_s_tags_is_refused(tagger, tmp_path):
         file.write("\n7,sea,0,0")
     with pytest.raises(FileError, match=r"selected_tags\.csv has 7 tags, model\.onnx gives 6;"):
         load_captioner(str(tmp_path / "tagger"), CPU, CaptionSettings())([noise_picture(seed=0)])
+    (tmp_path / "tagger/selected_tags.csv").write_text("tag_id,name,category,count\n1")
+    with pytest.raises(FileError, match=r"selected_tags\.csv: missing, or without the columns name and category"):
+        load_captioner(str(tmp_path / "tagger"), CPU, CaptionSettings())
 
 
 def test_a_tag_to_leave_out_may_be_spelt_as_danbooru_spells_it(tagger):
@@ -360,6 +363,26 @@ def test_no_program_of_a_models_folder_is_run(blip, monkeypatch):
             load_captioner(str(blip), decide("fp32", device="cpu"), CaptionSettings())
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, **__: None)
     assert asked == [False, False]
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_a_models_config_gets_no_program_from_the_hub(name, blip, tmp_path):
+    model = changed(blip, tmp_path, {name: "someone/kernel"})
+    captioner = load_captioner(str(model), CPU, CaptionSettings())
+    assert captioner.model.config._attn_implementation in ("eager", "sdpa")
+
+
+def test_a_model_that_wants_another_library_is_one_line(blip, tmp_path):
+    model = changed(blip, tmp_path, {"quantization_config": {"quant_method": "aqlm"}})
+    with pytest.raises(FileError, match=r"blip: the model cannot be loaded \(.*aqlm"):
+        load_captioner(str(model), CPU, CaptionSettings())
+
+
+def changed(model, tmp_path, settings):
+    """A copy of the model, with these settings in its config."""
+    folder = Path(shutil.copytree(model, tmp_path / "blip"))
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | settings))
+    return folder
 
 
 def test_a_models_config_nested_without_end_is_one_line(tmp_path):

@@ -158,7 +158,7 @@ class _Describer:
     """BLIP or Florence-2: a sentence or more."""
 
     def __init__(self, folder: Path, kind: str, precision: Precision, wishes: CaptionSettings):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
 
         from sfumato.files.header import read_header
@@ -173,15 +173,18 @@ class _Describer:
         logging.disable_progress_bar()
         self.kind, self.wishes, self.precision = kind, wishes, precision
         try:
-            self.processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            here = {"local_files_only": True, "trust_remote_code": False}
+            self.processor = AutoProcessor.from_pretrained(str(folder), **here)
+            config = AutoConfig.from_pretrained(str(folder), **here)
+            config._attn_implementation = None  # what the file names may be a program on the hub
             self.model = AutoModelForImageTextToText.from_pretrained(
                 str(folder),
-                local_files_only=True,
-                trust_remote_code=False,
+                config=config,
+                **here,
                 use_safetensors=True,
                 dtype=precision.storage,
             )
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())[:160]
             raise FileError(f"{folder.name}: the model cannot be loaded ({reason}). Download it again.") from None
         self.model.eval().to(precision.device)
@@ -281,7 +284,7 @@ def _read_tags(path: Path) -> list[tuple[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return [(_spelt(row["name"]), row["category"]) for row in rows]
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error):
+    except (OSError, UnicodeDecodeError, KeyError, AttributeError, csv.Error):  # a row that ends before its name
         raise FileError(f"{path.name}: missing, or without the columns name and category. Download it again.") from None
 
 
