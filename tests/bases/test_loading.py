@@ -496,6 +496,11 @@ def test_a_text_encoder_gets_no_program_from_the_hub(name):
     assert not hasattr(model.config, "auto_map")
 
 
+def test_a_text_encoder_has_no_labels_however_many_its_config_says():
+    config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    assert text_skeleton("CLIPTextModel", config | {"num_labels": 10_000}).config.num_labels == 2
+
+
 @pytest.mark.parametrize("text", ["[" * 5000, "[]"])
 def test_a_vocabulary_that_is_none_is_one_line(text, pocket, tmp_path):
     folder = Path(shutil.copytree(pocket, tmp_path / "base"))

@@ -39,9 +39,10 @@ _NOT_OF_SHAPES = (
     "experts_implementation",
     "quantization_config",
     "auto_map",
+    "num_labels",
 )
 """What a text encoder's config may say beside its shapes, as do names that begin with _: some would have transformers
-get a program from the hub."""
+get a program from the hub, and of labels, which it has none of, make a name each."""
 
 TEXT_CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
