@@ -344,7 +344,7 @@ def test_sdxl_takes_zeros_for_no_prompt_unless_its_folder_says_otherwise(index, 
     assert loading._wants_zeros(index) is zeros
 
 
-@pytest.mark.parametrize("index", ["{}", "[]", "{"])
+@pytest.mark.parametrize("index", ["{}", "[]", "{", "[" * 5000])
 def test_an_index_that_names_nothing_is_no_whole_base(index, cached, tmp_path):
     (tmp_path / "model_index.json").write_text(index)
     cached("owner/base", (tmp_path / "model_index.json", "model_index.json"))

@@ -238,7 +238,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         named = {part for part in PARTS if index.get(part) and index[part][0]} | {"unet", "vae", "text_encoder"}
-    except (OSError, ValueError, AttributeError, TypeError, LookupError):
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError):
         return False
     return all(_has_model(folder / part) if part in PARTS[:4] else any((folder / part).glob("*")) for part in named)
 
