@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sfumato import shell
 from sfumato.cli import run
+from sfumato.command_line.terminal import escape_control, say
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
 from sfumato.numerals import pluralize, some
@@ -72,10 +73,9 @@ def main(argv: Sequence[str]) -> int:
     check(config)
     wanted, captioned, silent = pictures_without(config.images)
     if silent:
-        print(
+        say(
             f"{some(silent)}: empty or unreadable, and nothing is written over. Remove such files to have captions "
-            "written there.",
-            file=sys.stderr,
+            "written there."
         )
     if not wanted and not config.json:
         print(
@@ -92,9 +92,8 @@ def main(argv: Sequence[str]) -> int:
             write_new(files[found.path], caption)
         done[found.path.as_posix()] = caption
         if not config.json:
-            print(f"{found.path.name}: {caption}")
-    for reason in failed:
-        print(reason, file=sys.stderr)
+            print(escape_control(f"{found.path.name}: {caption}"))
+    say(*map(escape_control, failed))
     if config.json:
         print(json.dumps({"written": config.write, "captions": done, "failed": failed, "empty": silent}, indent=2))
     verb = "written" if config.write else "shown; --write writes them"

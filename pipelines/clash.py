@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.specs import parse_adapters
+from sfumato.command_line.terminal import escape_control
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
@@ -83,7 +84,7 @@ def table(pairs: Sequence[Pair]) -> str:
                     f"{pair.block:<{width}}  {pair.modules:>7}  {pair.cosine:>6.2f}  {pair.rows:>6.1%}  "
                     f"{pair.columns:>7.1%}  {angles:<10}  {pair.conflict:>8.2%}"
                 )
-    return "\n".join(lines[1:])
+    return "\n".join(map(escape_control, lines[1:]))
 
 
 def main(argv: Sequence[str]) -> int:

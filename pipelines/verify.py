@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.cli import run
+from sfumato.command_line.terminal import escape_control
 from sfumato.config import parse
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.numerals import plain
@@ -172,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
     if config.json:
         print(json.dumps(found, indent=2))
     else:
-        print(f"{config.file.name}: {found['reason']}", file=sys.stdout if holds else sys.stderr)
+        print(escape_control(f"{config.file.name}: {found['reason']}"), file=sys.stdout if holds else sys.stderr)
     return 0 if holds else 1
 
 

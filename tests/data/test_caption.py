@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import string
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_a_bad_picture_is_named_and_the_others_are_done(blip, bare, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert [Path(name).name for name in printed["captions"]] == ["2.png"]
     assert printed["failed"][0].startswith("1.png: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+def test_a_pictures_name_does_not_command_the_terminal(blip, bare, capsys):
+    for number, name in ((1, "1\x1b[2J.png"), (2, "2\x1b[2J.png"), (0, "3\x1b[2J.png")):
+        (bare / f"{number}.png").rename(bare / name)
+    (bare / "2\x1b[2J.png").write_bytes(b"no picture")
+    (bare / "3\x1b[2J.txt").touch()
+    assert main([str(bare), str(blip), "--longest", "6"]) == 1
+    shown = capsys.readouterr()
+    assert "1\\x1b[2J.png: " in shown.out
+    assert "2\\x1b[2J.png: " in shown.err
+    assert "3\\x1b[2J.txt: empty" in shown.err
+    assert "\x1b" not in shown.out + shown.err
 
 
 def test_a_caption_that_appeared_meanwhile_is_kept(bare):

@@ -127,6 +127,12 @@ def test_the_program_prints_a_table_and_draws_a_map(adapter_file, tmp_path, caps
     assert (tmp_path / "clash.png").read_bytes() == before
 
 
+def test_a_files_name_does_not_command_the_terminal(adapter_file, capsys):
+    a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
+    assert run(a.rename(a.with_name("\x1b[2J.safetensors")), b) == 0
+    assert capsys.readouterr().out.startswith("\\x1b[2J and b: ")
+
+
 def test_json_has_a_row_for_each_pair_and_block(adapter_file, capsys):
     a, b = adapter_file("a", seed=1), adapter_file("b", seed=2)
     assert run(a, f"{b}:0.5", "--json", "--blocks", "up") == 0

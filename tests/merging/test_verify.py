@@ -52,6 +52,10 @@ def test_a_full_difference_is_what_its_fingerprint_says(with_base, deltas, tiny_
     base = ("--base", tiny_base("pocket").folder) if with_base else ()
     assert run(file, *base) == 0
     assert "the same against its own fingerprint" in capsys.readouterr().out
+    named = file.rename(tmp_path / "\x1b[2J.safetensors")
+    assert run(named, *base) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    file = named.rename(file)
     other = write_difference(tmp_path / "b.safetensors", deltas | {LINEAR: (-deltas[LINEAR][0], None)}, family="pocket")
     stated = {FINGERPRINT_KEY: read_header(file).metadata[FINGERPRINT_KEY]}
     assert run(write_tensors(tmp_path / "c.safetensors", load_file(other), stated), *base) == 1

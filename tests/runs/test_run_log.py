@@ -256,6 +256,8 @@ def test_the_loss_is_written_without_drawing_the_bar_anew():
 def test_a_line_goes_to_stderr(capsys):
     progress.say("a line")
     assert capsys.readouterr() == ("", "a line\n")
+    progress.say("1 ignored: \x1b[2Jb.xyz\nand more")
+    assert capsys.readouterr() == ("", "1 ignored: \\x1b[2Jb.xyz\nand more\n")
 
 
 # Samples

@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from sfumato.command_line.terminal import escape_control
+
 T = TypeVar("T")
 
 
 def say(text: str) -> None:
-    """A line for the person, above the bar."""
+    """A line for the person, above the bar, or several: what a terminal would obey in the names of files is spelt."""
     if sys.stderr is not None:  # as of pythonw and services
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write("\n".join(map(escape_control, text.split("\n"))), file=sys.stderr)
 
 
 def speaking(is_main: bool) -> Callable[..., None]:
