@@ -47,6 +47,13 @@ def test_the_wheel_tells_type_checkers_of_its_types():
     assert (ROOT / "src/sfumato/py.typed").is_file()
 
 
+def test_a_source_distribution_holds_what_its_readme_links_to_and_its_tests_read():
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()]
+    taken = {name for command, *names in lines if command in ("include", "graft") for name in names}
+    there = {path.name for path in ROOT.glob("[!.]*.md")} | {"datasets", "docs", "examples", "bench", "tests"}
+    assert there - {"README.md"} <= taken  # which setuptools takes by itself
+
+
 def test_contributing_says_where_every_module_is():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     table = text[text.index("| where |") : text.index("## Design decisions")]
