@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import zlib
 from dataclasses import fields
 from xml.etree import ElementTree
 
@@ -276,6 +277,13 @@ def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match=r"a\.png: cannot be read .*4096 pixels"):
         read_picture_info(tmp_path / "a.png")
+    assert read_drawn(tmp_path / "a.png") is None
+
+
+def test_a_drawn_picture_with_a_header_cut_short_is_none(tmp_path):
+    header = b"IHDR" + bytes(4)
+    chunk = (4).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
     assert read_drawn(tmp_path / "a.png") is None
 
 

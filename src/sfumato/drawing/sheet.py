@@ -60,7 +60,7 @@ def read_drawn(path: Path) -> Image.Image | None:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             return picture.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
 
