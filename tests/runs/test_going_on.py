@@ -127,6 +127,21 @@ def test_what_is_dropped_is_all_that_is_later(tmp_path):
     assert store.steps() == []
 
 
+def test_what_is_no_checkpoint_is_not_removed_behind_a_link(tmp_path):
+    """As in a run folder from somewhere else, whose link leads to the photographs of each day."""
+    (tmp_path / "photographs/20240115").mkdir(parents=True)
+    (tmp_path / "photographs/20240115/beach.jpg").touch()
+    (tmp_path / "photographs/000000").mkdir()
+    (tmp_path / "photographs/000000/cat.jpg").touch()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "photographs")
+    store = Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2, 3, 4):
+        store.save(step, {"a": torch.ones(1)})
+    store.drop_after(3)
+    assert store.steps() == [0, 3, 20240115]
+    assert {path.name for path in (tmp_path / "photographs").rglob("*.jpg")} == {"beach.jpg", "cat.jpg"}
+
+
 def test_what_is_unpacked_is_a_copy():
     tensors, rest = pack({"a": torch.ones(2)})
     again = unpack(tensors, rest)

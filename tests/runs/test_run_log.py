@@ -327,10 +327,13 @@ def test_a_resumed_run_forgets_the_rows_that_it_will_draw_again(step, left, samp
     for drawn in (0, 4, 8):
         sheet.draw(drawn)
     (tmp_path / "samples/mine").mkdir()
+    (tmp_path / "samples/20240115").mkdir()
+    (tmp_path / "samples/20240115/beach.png").touch()
     samples(step=step)
-    assert len(list((tmp_path / "samples").iterdir())) == 4
+    assert len(list((tmp_path / "samples").iterdir())) == 5
     forget_samples(tmp_path, step)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [*left, "mine"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [*left, "20240115", "mine"]
+    assert (tmp_path / "samples/20240115/beach.png").exists()
 
 
 def test_other_processes_draw_nothing(samples, tmp_path):

@@ -31,6 +31,7 @@ from sfumato.files.space import require_space
 from sfumato.runs.state import pack, unpack
 
 _FILES = ("state.safetensors", "state.json")
+_MANIFEST = "manifest.json"
 _FORMAT = 1
 _STEP = re.compile("[0-9]{6,15}")
 
@@ -77,7 +78,7 @@ class Checkpoints:
                 if tensors:
                     write_tensors(temporary / "state.safetensors", tensors)
                     sealed["state.safetensors"] = _seal_of(tensors)
-                _write(temporary / "manifest.json", {"format": _FORMAT, "step": step, "files": sealed})
+                _write(temporary / _MANIFEST, {"format": _FORMAT, "step": step, "files": sealed})
                 problem = _problem(temporary, step)
                 if problem:
                     raise FileError(f"it does not read back as written: {problem}")
@@ -115,7 +116,7 @@ class Checkpoints:
     def drop_after(self, step: int) -> None:
         """Remove checkpoints of later steps: a run that goes on from here will write its own."""
         for later in self.steps():
-            if later > step:
+            if later > step and self._is_ours(later):
                 try:
                     shutil.rmtree(self.path(later))
                 except OSError as error:
@@ -131,8 +132,17 @@ class Checkpoints:
         if len(valid) < self.keep:
             return
         for step in self.steps():
-            if step < min(valid):
+            if step < min(valid) and self._is_ours(step):
                 shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def _is_ours(self, step: int) -> bool:
+        """Whether it is a checkpoint, be it a broken one, and may be removed. Others call folders by numbers, too, such
+        as photographs by their day, and a run folder from somewhere else may have a link to these here."""
+        try:
+            names = {path.name for path in self.path(step).iterdir()}
+        except OSError:
+            return False
+        return _MANIFEST in names or names <= set(_FILES)
 
     def _is_whole(self, step: int) -> bool:
         """Whether the checkpoint verifies; what has and was not touched since is not read again, it may be 10 GB."""
@@ -164,7 +174,7 @@ def bytes_of(state: Any) -> int:
 
 def _problem(place: Path, step: int) -> str | None:
     try:
-        manifest = json.loads((place / "manifest.json").read_bytes())
+        manifest = json.loads((place / _MANIFEST).read_bytes())
         if manifest["format"] != _FORMAT or manifest["step"] != step:
             return f"its manifest is of format {manifest['format']!r:.20} and step {manifest['step']!r:.20}"
         if not manifest["files"].keys() >= {"state.json"}:

@@ -152,10 +152,18 @@ def forget_leftovers(folder: Path) -> None:
 
 
 def forget_samples(folder: Path, step: int) -> None:
-    """Remove the samples after this step, which a run that goes on from it will draw again."""
-    for path in (folder / "samples").glob("[0-9]*"):
-        if path.stem.isdigit() and int(path.stem) > step:
-            _remove(path)
+    """Remove the samples after this step, which a run that goes on from it will draw again.
+
+    Nothing else: others call folders by numbers, too, such as photographs by their day, and a run folder from somewhere
+    else may have a link to these in the place of its samples.
+    """
+    for row in (folder / "samples").glob("[0-9]*"):
+        if row.name.isdigit() and row.is_dir() and int(row.name) > step:
+            for picture in row.glob("[0-9]*.png"):
+                if picture.stem.isdigit():
+                    _remove(picture)
+            with suppress(OSError):  # somebody keeps something there, or it is a link
+                row.rmdir()
 
 
 def _name_of(folder: Path) -> str:
