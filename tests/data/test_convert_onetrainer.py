@@ -304,6 +304,10 @@ def test_folders_whose_names_say_repeats_here_alone_are_named(home):
             r"prompt_path 'gone\.txt': not readable as text \(No such file",
         ),
         (
+            [{"path": "dogs", "text": {"prompt_source": "concept", "prompt_path": "/dev/null"}}],
+            "prompt_path '/dev/null': is no plain file",
+        ),
+        (
             [{"path": "dogs", "text": {"prompt_source": "concept", "prompt_path": "empty.txt"}}],
             "there is no prompt in it",
         ),

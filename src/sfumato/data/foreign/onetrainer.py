@@ -178,8 +178,11 @@ def _prompts(text: Mapping[str, Any], folder: Path, notes: list[str]) -> list[st
     if origin != "concept":
         raise ConfigError(f"prompt_source is {origin!r}; wanted sample, concept or filename.")
     path = str(text.get("prompt_path", ""))
+    file = find(path, folder) or Path(path)
+    if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe or device: bytes without end, or none
+        raise ConfigError(f"prompt_path {path!r}: is no plain file. Name the file of prompts.")
     try:
-        lines = decode((find(path, folder) or Path(path)).read_bytes()).splitlines()
+        lines = decode(file.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(f"prompt_path {path!r}: not readable as text ({reason}). Name the file of prompts.") from None
