@@ -469,6 +469,7 @@ def test_importing_the_package_loads_no_torch():
             "_timesteps is 300000000; wanted",
         ),
         ("scheduler/scheduler_config", {"num_train_timesteps": 0}, "num_train_timesteps is 0; wanted"),
+        ("scheduler/scheduler_config", {"trained_betas": -1}, "Correct scheduler_config.json."),
         ("unet/config", {"layers_per_block": 1_000_000}, "1,000,000 for layers_per_block, wanted at most 100"),
         ("unet/config", {"transformer_layers_per_block": [1, [1, 101]]}, "101 for transformer_layers_per_block"),
         ("unet/config", {"layers_per_block": 100, "transformer_layers_per_block": 100}, "layers in all"),
