@@ -21,7 +21,7 @@ def test_each_number_is_a_curve(tmp_path):
 
 
 def test_a_last_line_cut_short_and_numbers_that_are_none_are_left_out(tmp_path):
-    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}]
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}, {"step": 2, "loss": 10**400}]
     log = write(tmp_path / "log.jsonl", rows, end='{"step": 3, "lo')
     assert read_log(log) == {"loss": ([1], [0.5])}
 

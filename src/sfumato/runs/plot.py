@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def read_log(log: Path) -> dict[str, tuple[list[int], list[float]]]:
                 break
             raise RunError(f'{log}, line {number}: wanted {{"step": 1, "loss": 0.2}}, found {line[:60]!r}.') from None
         for name, value in row.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and abs(value) <= sys.float_info.max:  # which a whole number may exceed
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(float(value))
