@@ -243,6 +243,21 @@ def test_a_checkpoint_of_another_program_s_parts(tmp_path):
     )
 
 
+@pytest.mark.parametrize("change", [{"kept": 1.0}, {"rate_factor": []}, {"bad": None}])
+def test_a_checkpoint_that_is_whole_and_of_no_training(change, tmp_path):
+    run = start(tmp_path, checkpoint_every=1)
+    run.keep(a=nn.Linear(1, 1))
+    list(run.steps(1))
+    run.close()
+    store = Checkpoints(tmp_path / "run/checkpoints")
+    store.save(1, store.load(1) | change)
+    run = start(tmp_path, checkpoint_every=1, resume=True)
+    run.keep(a=nn.Linear(1, 1))
+    assert problem(lambda: list(run.steps(2))) == (
+        "the checkpoint of step 1 is no training's; remove it, then resume from an earlier one."
+    )
+
+
 def test_a_part_that_does_not_take_its_state(tmp_path):
     class Part:
         def state_dict(self):

@@ -43,7 +43,7 @@ class CheckpointedParts:
         for name, part in self.parts.items():
             try:
                 _load(part, states[name])
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise RunError(
                     f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}. "
                     "Resume with the settings, the program and the version that wrote it."

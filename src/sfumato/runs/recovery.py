@@ -104,10 +104,15 @@ class Recovery:
 
     def load(self, step: int) -> None:
         """Bring the state of `step` back into what is kept."""
-        saved = self.checkpoints.load(step)
-        self.kept.load(saved["kept"], step)
+        match self.checkpoints.load(step):
+            case {"kept": dict(kept), "rate_factor": int() | float() as rate_factor, "bad": list(bad)}:
+                self.kept.load(kept, step)
+            case _:  # whole, and by another hand
+                raise RunError(
+                    f"the checkpoint of step {step} is no training's; remove it, then resume from an earlier one."
+                )
         self.saved_at = step
-        self.rate_factor, self.health.bad = saved["rate_factor"], list(saved["bad"])
+        self.rate_factor, self.health.bad = rate_factor, list(bad)
 
     def to_go_back_to(self, reason: str) -> int:
         """The step that a run whose numbers are broken goes back to. Raises RunError where it has gone back already."""
