@@ -53,6 +53,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "weights for a name": (lambda pipe, a, mix: mix.set_weights("a"), "wanted a dictionary by label"),
     "blocks in a text": (lambda pipe, a, mix: Blocks(1.0, "down:0"), "Blocks.parse reads texts"),
     "merged in a list": (lambda pipe, a, mix: mix.undo() or by_method(pipe, [a], method="ties"), "as Adapter(file"),
+    "merged by unknown blocks": (
+        lambda pipe, a, mix: mix.undo() or by_method(pipe, Adapter(a.path, Blocks(1.0, {"dwn": 0.0})), method="ties"),
+        "blocks dwn: no module of this pipeline is called that",
+    ),
     "a title of a number": (lambda pipe, a, mix: mix.save("a.safetensors", title=3), "a title is a text, got 3"),
     "a guidance in words": (lambda pipe, a, mix: adapter_guidance(mix, 2, guidance="3"), "guidance '3': wanted"),
 }

@@ -45,7 +45,8 @@ def by_method(
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base without a mix. method, settings, budget, seed: as of
     `sfumato.merging.merge.merge`. words_known: as of `compose`. Adapters of weight 0 are as if they were not there;
-    with none left it is the base. Raises AdapterError for a method that there is not, and for what cannot be merged.
+    with none left it is the base. Raises AdapterError for a method that there is not, for blocks that the pipeline does
+    not have, and for what cannot be merged.
     """
     earlier = current(pipe)
     if earlier is not None:
@@ -53,13 +54,14 @@ def by_method(
             f"this pipeline carries a mix already ({earlier.describe() or 'empty'}); undo() it before merging."
         )
     check_adapters(adapters)
+    modules = Modules(parts_of(pipe))
+    modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
     some = [adapter for adapter in adapters if not is_idle(adapter.weight)]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, Mix(pipe) as mix:
         both = zip(*read_sources(some, partial=partial, words=True), strict=True)
         # Weights of parts that no file changes leave nothing to merge, as weights of 0 do.
         if counted := [(source, parent) for source, parent in both if source.counts]:
             sources, parents = zip(*counted, strict=True)
-            modules = Modules(parts_of(pipe))
             weight_of = functools.partial(_weight_of, modules)
             merged = merge(sources, method=method, settings=settings, budget=budget, seed=seed, base=weight_of)
             words = merge_embeddings({source.name: source.words for source in sources})
