@@ -60,6 +60,9 @@ def test_a_pipeline_with_a_mix_and_an_unknown_method_are_refused_and_nothing_is_
     before = weights_sha(sd1)
     with pytest.raises(AdapterError, match="known are linear"), by_method(sd1, *pair, method="tie"):
         pass
+    idle = Adapter(pair[0].path, 0.0)
+    with pytest.raises(AdapterError, match="known are linear"), by_method(sd1, idle, method="tie"):
+        pass  # as at any other weight, and not only once the adapter counts
     assert current(sd1) is None
     assert weights_sha(sd1) == before
     with compose(sd1, pair[0]) as mix:

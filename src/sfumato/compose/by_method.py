@@ -24,7 +24,7 @@ from sfumato.files.write_kohya import write_lora
 from sfumato.merging.factors import KEEP_ALL, Budget
 from sfumato.merging.lineage import merged_metadata
 from sfumato.merging.merge import merge
-from sfumato.merging.methods import Settings
+from sfumato.merging.methods import Settings, check_method
 from sfumato.merging.sources import read_sources
 from sfumato.precision import tensors
 from sfumato.weighting.adapter import Adapter, check_adapters, is_idle
@@ -54,6 +54,7 @@ def by_method(
             f"this pipeline carries a mix already ({earlier.describe() or 'empty'}); undo() it before merging."
         )
     check_adapters(adapters)
+    check_method(method)
     modules = Modules(parts_of(pipe))
     modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
     some = [adapter for adapter in adapters if not is_idle(adapter.weight)]

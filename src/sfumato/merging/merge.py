@@ -20,7 +20,7 @@ from sfumato.files.embedding_file import Vectors
 from sfumato.files.kohya import Target
 from sfumato.merging.arithmetic import linear
 from sfumato.merging.factors import KEEP_ALL, Budget, Factors, factorise, from_module, to_module, truncate
-from sfumato.merging.methods import DENSE, LOW_RANK, METHODS, Dense, LowRank, Settings
+from sfumato.merging.methods import DENSE, LOW_RANK, Dense, LowRank, Settings, check_method
 from sfumato.weighting.adapter import Weight, weight_at
 
 WeightOf = Callable[[Target], Tensor]
@@ -106,8 +106,7 @@ def merge(
     """
     for source in sources:
         refuse_model(source.name, source.changes)
-    if method not in METHODS:
-        raise AdapterError(f"there is no method {method!r}; known are {', '.join(METHODS)}.")
+    check_method(method)
     modules: dict[Target, LoraModule] = {}
     kept: dict[Target, float] = {}
     energy: dict[Target, float] = {}

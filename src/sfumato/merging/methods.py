@@ -67,6 +67,12 @@ METHODS = (*LOW_RANK, *DENSE)
 INSIDE = ("linear", *DENSE)
 
 
+def check_method(method: str) -> None:
+    """Raises AdapterError for what is no name of `METHODS`."""
+    if method not in METHODS:
+        raise AdapterError(f"there is no method {method!r}; known are {', '.join(METHODS)}.")
+
+
 def _inner(settings: Settings, draws: torch.Generator) -> Dense:
     if settings.inside == "linear":
         return arithmetic.linear
