@@ -30,7 +30,7 @@ from sfumato.files.changes.replacement import lora_command
 from sfumato.merging.whole_model import read_mixable
 from sfumato.numerals import pluralize
 from sfumato.precision import tensors
-from sfumato.weighting.adapter import Adapter
+from sfumato.weighting.adapter import Adapter, check_adapters
 
 Index = Callable[[int], Sequence[int]]
 """From the number of rows in a call to the picture of each row."""
@@ -142,7 +142,7 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
     """
     if not adapters:
         raise AdapterError("a composite wants at least one adapter.")
-    _check_lists([[adapter] for adapter in adapters])
+    check_adapters(adapters)
     unet, count = unwrapped_parts(pipe)["unet"], len(adapters)
 
     def index(rows: int) -> Sequence[int]:
