@@ -9,7 +9,7 @@ from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.by_method import by_method
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.steps import Ramp, Switch, over_steps
+from sfumato.compose.steps import Ramp, Switch, over_asked_steps, over_steps
 from sfumato.errors import AdapterError, FileError
 from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
@@ -35,6 +35,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a mix that was undone": (lambda pipe, a, mix: mix.undo() or mix, "undone"),
     "steps of a pipeline": (lambda pipe, a, mix: over_steps(pipe), "over_steps wants the mix that compose gave"),
     "steps of what was undone": (lambda pipe, a, mix: mix.undo() or over_steps(mix, a=Ramp((0, 1))), "undone"),
+    "asked steps of a pipeline": (lambda pipe, a, mix: over_asked_steps(pipe), "over_asked_steps wants the mix that"),
+    "asked steps of what was undone": (lambda pipe, a, mix: mix.undo() or over_asked_steps(mix), "undone"),
     "a ramp without a label": (lambda pipe, a, mix: over_steps(mix, Ramp((0, 1))), "wanted ways by label, such as"),
     "a switch of one text": (lambda pipe, a, mix: Switch("a"), "its labels as ('line', 'otter'), got 'a'"),
     "a ramp of two numbers": (lambda pipe, a, mix: Ramp(0, 1), "a ramp is points (progress, weight)"),

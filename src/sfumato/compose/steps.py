@@ -124,7 +124,11 @@ def over_steps(mix: Mix, switch: Switch | None = None, /, **weights: Progress) -
 
 @contextmanager
 def over_asked_steps(mix: Mix) -> Iterator[None]:
-    """Within the block adapters whose files ask for some steps have their weights at these alone."""
+    """Within the block adapters whose files ask for some steps have their weights at these alone.
+
+    Raises AdapterError for what is no mix, or was undone; else as `over_steps`.
+    """
+    check_mix(mix, "over_asked_steps")
     ways = {label: Ramp.within(*span, unet_weight(mix.weights[label])) for label, span in mix.spans.items()}
     with following(mix, ways) if ways else nullcontext():
         yield
