@@ -52,6 +52,17 @@ def test_the_whole_picture_as_region_is_the_plain_mix(family, request, write):
     assert weights_sha(pipe) == before
 
 
+@pytest.mark.parametrize("syntax", ["a11111", None])
+def test_a_syntax_that_there_is_not_is_refused_as_draw_refuses_it(sd1, syntax):
+    """It would be read as plain, brackets and all."""
+    sd1.encode_text = None  # as a Base has it
+    with (
+        pytest.raises(ConfigError, match=f"the prompt syntax {syntax!r}: wanted one of plain, a1111, compel"),
+        regions(sd1, Region(WHOLE, prompt="a (crab:1.3)"), syntax=syntax),
+    ):
+        pass
+
+
 def test_two_halves_with_one_adapter_are_the_plain_mix(sd1, write):
     a = write("a", sd1, *U_NET)
     with compose(sd1, Adapter(a)):

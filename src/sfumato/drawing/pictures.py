@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from operator import index
-from typing import Any, get_args
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +19,7 @@ from sfumato.drawing.tagged import TaggedPrompts
 from sfumato.errors import ConfigError
 from sfumato.limits import checked_guidance, checked_seed
 from sfumato.prompts.negative import negative_for
-from sfumato.prompts.syntax import Syntax
+from sfumato.prompts.syntax import Syntax, check_syntax
 from sfumato.prompts.tags import refuse_tags
 
 __all__ = [
@@ -143,8 +143,7 @@ def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start:
         raise ConfigError(f"guidance {guidance!r:.40}: wanted a number; 3 to 9 is usual.")
     if not isinstance(negative, str):
         raise ConfigError(f"a negative prompt that is a {type(negative).__name__}; wanted one text for all images.")
-    if syntax not in get_args(Syntax):
-        raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
+    check_syntax(syntax)
     if sampler is not None and not isinstance(sampler, str):
         kind = getattr(sampler, "__name__", type(sampler).__name__)
         raise ConfigError(f"a sampler that is a {kind}; wanted a name such as ddim. Your own goes into pipe.scheduler.")

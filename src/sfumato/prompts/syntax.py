@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Set
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sfumato.errors import ConfigError
 from sfumato.prompts.prompt_editing import stages
@@ -64,6 +64,12 @@ def escaped(text: str) -> str:
 def unescaped(text: str, syntax: Syntax) -> str:
     """The text without the backslashes by which A1111's syntax marks characters; as it is in another syntax."""
     return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) if syntax == "a1111" else text
+
+
+def check_syntax(syntax: Any) -> None:
+    """Raises ConfigError for what is no `Syntax`, and would be read as one of them."""
+    if syntax not in get_args(Syntax):
+        raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
 
 
 def checked_syntax(prompt: str, syntax: Syntax) -> str:

@@ -27,7 +27,7 @@ from sfumato.compose.regions.region import Box, Region
 from sfumato.compose.regions.texts import RegionPrompts
 from sfumato.errors import AdapterError
 from sfumato.files.metadata import over_steps_of
-from sfumato.prompts.syntax import Syntax
+from sfumato.prompts.syntax import Syntax, check_syntax
 from sfumato.prompts.tags import refuse_tags
 
 __all__ = ["Box", "Region", "regions"]
@@ -53,7 +53,7 @@ def regions(
     overlap, changes on pixels add up and attentions share. What diffusers' `load_lora_weights` loaded counts
     everywhere. Raises AdapterError for adapters without a low-rank form, for one that changes the text encoders in a
     region without a prompt or beside what diffusers loaded, for a compiled U-Net, for a pipeline with an IP-Adapter,
-    and for prompts in one that guides by a picture, too.
+    and for prompts in one that guides by a picture, too; ConfigError for a syntax or a prompt that is none.
     """
     _check(pipe, parts, syntax)
     unet = unwrapped_parts(pipe)["unet"]
@@ -95,6 +95,7 @@ def _check(pipe: Any, parts: Sequence[Region], syntax: Syntax) -> None:
         raise AdapterError("there is no region; give at least one.")
     if wrong := [part for part in parts if not isinstance(part, Region)]:
         raise AdapterError(f"a region is given as Region(where, Adapter(file)), got {wrong[0]!r:.60}.")
+    check_syntax(syntax)
     if syntax != "plain" and not hasattr(pipe, "encode_text"):
         raise AdapterError(f"the prompt syntax {syntax} wants a Base of sfumato.load_base, not a pipeline.")
     for part in parts:
