@@ -27,10 +27,11 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from sfumato import schedulers
 from sfumato.bases import load_base
+from sfumato.data.images import open_image
 from sfumato.drawing.decoding import decoded_at_once, image_of
 from sfumato.drawing.pictures import Start, check_steps, draw, drawn_at_once
 from sfumato.drawing.start import near_side, size_like
-from sfumato.errors import BaseModelError, ConfigError
+from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
 
@@ -456,3 +457,26 @@ def test_an_encode_of_the_users_own_stays(begins, pocket_folder):
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P"])
 def test_a_picture_to_begin_from_is_of_three_channels(mode):
     assert Start(Image.new(mode, (16, 16))).sized(8, 24).picture.mode == "RGB"
+
+
+def test_a_picture_to_begin_from_is_read_as_its_file_is(tmp_path):
+    """Pillow itself clips 16 bits to white, and shows what is hidden beneath transparent pixels."""
+    grey, hidden, turned = (tmp_path / name for name in ("grey.png", "hidden.png", "turned.png"))
+    Image.fromarray(np.full((16, 16), 0x8080, np.uint16)).save(grey)
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(hidden)
+    upright = Image.new("RGB", (16, 16), "blue")
+    upright.paste((255, 255, 255), (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    upright.rotate(180).save(turned, exif=exif)
+    wanted = {
+        grey: Image.new("RGB", (16, 16), (128,) * 3),
+        hidden: Image.new("RGB", (16, 16), "white"),
+        turned: upright,
+    }
+    for path, picture in wanted.items():
+        with Image.open(path) as opened:
+            assert np.array_equal(Start(opened).sized(16, 16).picture, picture)
+        assert np.array_equal(Start(open_image(path)).sized(16, 16).picture, picture)
+    with pytest.raises(DataError, match="an image: floating-point pixels, whose white is unknown"):
+        Start(Image.new("F", (16, 16))).sized(16, 16)

@@ -81,11 +81,20 @@ def open_picture(path: Path, *, any_ratio: bool = False) -> Picture:
     """
     with _decoding(path):
         image, alpha, notes = _layers(path, any_ratio)
-        if alpha is None:
-            return Picture(image, None, notes)
-        image.putalpha(alpha)
-        white = Image.new("RGBA", image.size, "white")
-        return Picture(Image.alpha_composite(white, image).convert("RGB"), alpha, notes)
+        return Picture(_on_white(image, alpha), alpha, notes)
+
+
+def as_image(image: Image.Image) -> Image.Image:
+    """A picture that is open already as `open_image` has it. Raises DataError for pixels whose white is unknown."""
+    return _on_white(*_colours_and_alpha(image, Path("an image"), []))
+
+
+def _on_white(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    if alpha is None:
+        return image
+    image.putalpha(alpha)
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def open_mask(path: Path, *, any_ratio: bool = False) -> Image.Image:

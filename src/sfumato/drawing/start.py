@@ -8,7 +8,7 @@ from numbers import Real
 
 from PIL import Image
 
-from sfumato.data.images import as_mask
+from sfumato.data.images import as_image, as_mask
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 
@@ -18,7 +18,8 @@ class Start:
     """An image to start from instead of noise (img2img; SDEdit, Meng et al. 2022).
 
     strength: in (0, 1], the share of the steps that is used; 1 keeps nothing of the image. mask: white is redrawn,
-    black keeps the image's exact pixels. Both are resized to the size of the result.
+    black keeps the image's exact pixels. Both are read as files are, upright and in 8 bits, the image in sRGB on white,
+    and resized to the size of the result. Raises ConfigError, or DataError for pixels whose white is unknown.
     """
 
     picture: Image.Image
@@ -37,7 +38,7 @@ class Start:
 
     def sized(self, width: int, height: int) -> Start:
         """The same at this size."""
-        picture = self.picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        picture = as_image(self.picture).resize((width, height), Image.Resampling.LANCZOS)
         # Lanczos rings: black beside a white edge would be grey.
         mask = None if self.mask is None else as_mask(self.mask).resize((width, height), Image.Resampling.BILINEAR)
         return Start(picture, self.strength, mask)
