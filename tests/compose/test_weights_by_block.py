@@ -1,5 +1,6 @@
 """Weights by block: which module is in which block, in three spellings, and what the mix makes of it."""
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -88,6 +89,11 @@ def test_the_longest_name_counts_and_the_rest_has_its_own_factor():
     assert weight_at(blocks, "unet", "up_blocks.11.resnets.0.conv1") == 0.0
     assert weight_at(blocks, "unet", "mid_block.resnets.0.conv1") == 0.5
     assert weight_at(blocks, "text_encoder", "encoder.layers.0.mlp.fc1") == 0.2
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(2)])
+def test_factors_are_any_real_numbers_as_weights_are(number):
+    assert Blocks(number, {"up": number}, number) == Blocks(float(number), {"up": float(number)}, float(number))
 
 
 def test_a_list_of_seventeen_numbers_is_sd_15s():

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
@@ -74,7 +75,7 @@ class Blocks:
             )
         pairs = tuple(sorted(listed))
         for name, factor in (*pairs, ("the rest", rest)):
-            if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+            if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
                 raise AdapterError(f"blocks: the factor of {name} is {factor!r:.40}; wanted a number, usually 0 to 1.")
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "factors", tuple((name, float(factor)) for name, factor in pairs))
