@@ -500,6 +500,22 @@ ROWS = torch.ones(2, 64)
 @pytest.mark.parametrize(
     "vectors",
     [
+        {"<x>": {"text_encoder": ROWS[:, :48]}},
+        {"<x>": {"text_encoder_2": ROWS}},
+        {"<x>": {"text_encoder": ROWS}, "<y>": {"text_encoder": ROWS[:, :48]}},
+    ],
+)
+def test_vectors_that_an_encoder_does_not_take_come_into_no_use_without_a_file_either(vectors, base):
+    """They would come into use, and fail at the first prompt with the word."""
+    vocabulary = len(base.tokenizers[0])
+    with pytest.raises(AdapterError, match=r"^new words: <.> has vectors of width \d+, and .* takes 64"):
+        embedding.Words(base, vectors)
+    assert len(base.tokenizers[0]) == vocabulary
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
         {},
         None,
         {"<x>": {}},

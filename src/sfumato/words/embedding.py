@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.words.in_use import Vectors, Words, check_vectors
-from sfumato.words.known import PARTS, sites_of
+from sfumato.words.in_use import Vectors, Words, check_vectors, check_widths
+from sfumato.words.known import sites_of
 from sfumato.words.placeholders import spelling
 from sfumato.words.start import Start, new_words
 
@@ -155,15 +155,7 @@ def read(path: str | PathLike[str], token: str | None = None) -> dict[str, dict[
 def fitting(source: Any, vectors: Vectors, name: str) -> dict[str, dict[str, Tensor]]:
     """The vectors by the parts that `source` has. Raises AdapterError if they do not all have the width of its
     encoders."""
-    widths = {part: site.table.embedding_dim for part, site in zip(PARTS, sites_of(source), strict=False)}
-    for token, parts in vectors.items():
-        found = {part: rows.shape[1] for part, rows in parts.items()}
-        if found != widths:
-            theirs, ours = (" and ".join(map(str, each.values())) for each in (found, widths))
-            raise AdapterError(
-                f"{name}: {token} has vectors of width {theirs}, and this base's text encoder takes {ours}. "
-                "Use an embedding that was trained for this family."
-            )
+    check_widths(sites_of(source), vectors, name)
     return {token: dict(parts) for token, parts in vectors.items()}
 
 

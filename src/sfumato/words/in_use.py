@@ -47,6 +47,19 @@ def check_vectors(vectors: Any, name: str = "new words") -> None:
                 raise AdapterError(f"{name}: the vectors of {token!r:.40} for the {part} are {_short(rows)}; {wanted}.")
 
 
+def check_widths(sites: Sequence[EncoderSite], vectors: Vectors, name: str = "new words") -> None:
+    """Raises AdapterError, which begins with `name`, for vectors that are not of the width of each of the encoders."""
+    widths = {part: site.table.embedding_dim for part, site in zip(PARTS, sites, strict=False)}
+    for token, parts in vectors.items():
+        found = {part: rows.shape[1] for part, rows in parts.items()}
+        if found != widths:
+            theirs, ours = (" and ".join(map(str, each.values())) for each in (found, widths))
+            raise AdapterError(
+                f"{name}: {token} has vectors of width {theirs}, and this base's text encoder takes {ours}. "
+                "Use an embedding that was trained for this family."
+            )
+
+
 def _short(rows: Any) -> str:
     return f"of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
 
@@ -62,6 +75,7 @@ class Words(nn.Module):
         super().__init__()
         check_vectors(vectors)
         self._sites = sites_of(source)
+        check_widths(self._sites, vectors)
         self._handles: list[RemovableHandle] = []
         self.tokens = {token: len(next(iter(parts.values()))) for token, parts in vectors.items()}
         self.first = [0] * len(self._sites)
