@@ -9,16 +9,18 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.testing import assert_close
 
+from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.guided import adapter_guidance
 from sfumato.compose.originals import Originals, original_of
 from sfumato.compose.per_picture import composite, per_picture
 from sfumato.compose.regions import Region, regions
 from sfumato.compose.steps import over_steps
+from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError
 from sfumato.files.save import write_tensors
 from tests.compose.conftest import fresh, weights_sha
-from tests.tiny import tiny_pipeline, write_single_file
+from tests.tiny import CPU, tiny_pipeline, write_single_file
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -400,6 +402,16 @@ def test_an_empty_shell_is_refused(sd1, write):
     sd1.unet.to("meta")
     with pytest.raises(AdapterError, match="not in memory"):
         compose(sd1, Adapter(file))
+
+
+@pytest.mark.parametrize("way", ["baked", "live"])
+def test_a_base_whose_unet_was_not_needed_yet_reads_it_for_the_mix(pocket_folder, write, way):
+    whole, unread = (load_base(str(pocket_folder), precision=CPU, unet=unet) for unet in (True, False))
+    adapter = Adapter(write("a", whole, *ATTENTION, family="pocket"), 0.8)
+    with compose(whole, adapter, way=way), compose(unread, adapter, way=way):
+        assert not any(weight.is_meta for weight in unread.unet.parameters())
+        assert draw(unread, "red square", 0, steps=1) == draw(whole, "red square", 0, steps=1)
+    assert weights_sha(unread) == weights_sha(load_base(str(pocket_folder), precision=CPU))
 
 
 # peft's traces

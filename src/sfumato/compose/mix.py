@@ -145,6 +145,8 @@ class Mix:
         self._lock = change_lock(pipe)
         self._way: Way = way
         self._parts = parts_of(pipe)
+        if hasattr(pipe, "lazy_weights"):  # of a Base, whose weights may not have been needed before
+            pipe.lazy_weights.load("unet", "text")
         self._modules = Modules(self._parts)
         self._family = self._modules.family
         self._originals = Originals(self._parts, tuple(getattr(pipe, "files", ()) or ()))
