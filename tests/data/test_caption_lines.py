@@ -54,6 +54,34 @@ def test_each_line_is_a_caption(folder):
     assert found.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("more", "notes"),
+    [
+        ("", ["caption_lines changes nothing: no caption has several lines"]),
+        ('[[source]]\npath = "drawings"\n', []),  # whose caption has them
+        ('[[source]]\npath = "drawings"\ncaption_lines = false\n', [
+            "caption_lines changes nothing: no caption has several lines",
+        ]),
+        ('[[source]]\npath = "drawings"\nclass = true\n', [
+            "caption_lines changes nothing: no caption has several lines",
+            TOLD.replace("--caption-lines", "caption_lines = true in the source of their class"),
+        ]),
+    ],
+)  # fmt: skip
+def test_of_several_sources_that_is_told_which_holds_of_them(folder, tmp_path, more, notes, capsys):
+    """No option is for a class, and a source that says false wants what it gets."""
+    houses = tmp_path / "houses"
+    houses.mkdir()
+    noise_picture(seed=3).save(houses / "house.png")
+    (houses / "house.txt").write_text("a house")
+    (tmp_path / "all.toml").write_text('[[source]]\npath = "houses"\n' + more)
+    assert [note for note in read(tmp_path / "all.toml").notes if "line" in note] == notes
+    check([str(tmp_path / "all.toml"), "--caption-lines", "--base", "pocket"])
+    said = capsys.readouterr().out
+    assert all(note in said for note in notes)
+    assert said.count("no caption has several lines") == sum("no caption" in note for note in notes)
+
+
 def test_each_goes_through_the_template(folder):
     (folder / "b.txt").write_text("[trigger] house\nzwx house\n")
     found = read(folder, caption_template="{caption}, {trigger} style", trigger="zwx")

@@ -116,13 +116,13 @@ def examples_of(
     trigger: str | None,
     mask: MaskSource,
     skip_bad: bool,
-    by_line: bool = False,
+    by_line: bool | None = None,
     words: str | None = "",
 ) -> ExampleSet:
     """The examples of one listed folder, headers checked. Raises as `read_folder` does.
 
-    by_line: each line of a caption is one of its own. words: that captions have to hold, to advise them where there are
-    none; None where --caption gives none.
+    by_line: each line of a caption is one of its own; unset, they are not, and that is told. words: that captions have
+    to hold, to advise them where there are none; None where --caption gives none, nor --caption-lines their lines.
     """
     if template is not None:
         check_template(template, trigger)
@@ -137,7 +137,7 @@ def examples_of(
             raise DataError(found.caption.error)
     ignored = [*listing.ignored, *(_ignored(listing, picture, reason) for picture, reason in bad.items())]
     examples = [
-        example_of(found, template=template, trigger=trigger, mask=mask, by_line=by_line)
+        example_of(found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line))
         for found in listing.pictures
         if found.path not in bad
     ]
@@ -150,7 +150,9 @@ def examples_of(
         *(f"left out: {reason}" for reason in bad.values()),
         *listing.notes,
         *grouped(_caption_notes(listing, bad)),
-        *lines_notes([found for found in listing.pictures if found.path not in bad], template, by_line),
+        *lines_notes(
+            [found for found in listing.pictures if found.path not in bad], template, by_line, of_class=words is None
+        ),
         *_mask_notes(path, examples, mask),
         *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
         *([f"{unused} to add it"] if unused else []),
@@ -343,15 +345,33 @@ def captions_of_numbers(names: Sequence[str], template: str, trigger: str | None
     )
 
 
-def lines_notes(pictures: Sequence[ListedPicture], template: str | None, by_line: bool) -> Iterator[str]:
-    """What to say of captions of several lines, or that there are none."""
+NO_LINES = "caption_lines changes nothing: no caption has several lines"
+
+
+def lines_notes(
+    pictures: Sequence[ListedPicture], template: str | None, by_line: bool | None, *, of_class: bool
+) -> Iterator[str]:
+    """What to say of captions of several lines where by_line is unset, or that there are none of those it is for.
+
+    of_class: whether --caption-lines is not for these pictures.
+    """
     read = template is None or "{caption}" in template
     several = [found.caption.origin for found in pictures if read and "\n" in found.caption.text]
     if by_line and not several:
-        yield "caption_lines changes nothing: no caption has several lines"
-    elif several and not by_line:
+        yield NO_LINES
+    elif several and by_line is None:
         counted = pluralize(len(several), "caption of several lines is", "captions of several lines are")
-        yield f"{counted} read as one, such as {several[0]}; with --caption-lines each line is a caption of its own"
+        how = "caption_lines = true in the source of their class" if of_class else "--caption-lines"
+        yield f"{counted} read as one, such as {several[0]}; with {how} each line is a caption of its own"
+
+
+def joint_notes(sources: Iterable[tuple[bool | None, Iterable[str]]]) -> list[str]:
+    """The notes of several sources, each once. sources: whether each takes captions by line, and its notes. That there
+    are no lines is said where none of those sources has any."""
+    each = [(by_line, list(notes)) for by_line, notes in sources]
+    has_lines = any(by_line and NO_LINES not in notes for by_line, notes in each)
+    joined = dict.fromkeys(note for _, notes in each for note in notes)
+    return [note for note in joined if note != NO_LINES or not has_lines]
 
 
 def _caption_notes(listing: Listing, bad: dict[Path, str]) -> Iterator[str]:

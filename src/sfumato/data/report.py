@@ -23,6 +23,7 @@ from sfumato.data.folder import (
     example_of,
     labelled,
     labels_of,
+    joint_notes,
     lines_notes,
     nameless,
     no_masks,
@@ -190,7 +191,7 @@ def check(
 
 def _example(found: ListedPicture, source: Source, defaults: Options) -> Example:
     example = example_of(
-        found, template=source.template, trigger=source.trigger, mask=source.mask, by_line=source.by_line
+        found, template=source.template, trigger=source.trigger, mask=source.mask, by_line=bool(source.by_line)
     )
     return replace(example, options=source.options.over(defaults), group=source.group)
 
@@ -207,12 +208,16 @@ def _count_buckets(
 
 
 def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Finding]:
-    for source, listing in zip(sources, listings, strict=True):
+    named = list(zip(sources, listings, strict=True))
+    for source, listing in named:
         yield from (Finding("listing", note) for note in listing.notes)
-        several = lines_notes(listing.pictures, source.template, source.by_line)
-        yield from (Finding("caption lines", note) for note in several)
         if not listing.pictures:
             yield Finding("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True)
+    of_lines = (
+        (s.by_line, lines_notes(listing.pictures, s.template, s.by_line, of_class=s.group == "class"))
+        for s, listing in named
+    )
+    yield from (Finding("caption lines", note) for note in joint_notes(of_lines))
 
 
 def _held_out(report: Report) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from sfumato import shell
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
-from sfumato.data.folder import Example, ExampleSet, Group, examples_of
+from sfumato.data.folder import Example, ExampleSet, Group, examples_of, joint_notes
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import MaskSource, Options
 from sfumato.errors import ConfigError, DataError, nearest
@@ -54,8 +54,8 @@ _NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, flo
 @dataclass(frozen=True)
 class Source:
     """One folder of a data set. template: what captions are put into. words: the caption of pictures without one.
-    by_line: each line of a caption is one of its own. read: the real paths of all sources' folders, so that none of
-    them is called ignored."""
+    by_line: each line of a caption is one of its own; unset, they are not, and that is told. read: the real paths of
+    all sources' folders, so that none of them is called ignored."""
 
     path: Path
     repeats: int = 1
@@ -64,7 +64,7 @@ class Source:
     trigger: str | None = None
     words: str = ""
     suffixes: tuple[str, ...] = CAPTION_SUFFIXES
-    by_line: bool = False
+    by_line: bool | None = None
     mask: MaskSource = "none"
     options: Options = field(default_factory=Options)
     read: frozenset[str] = frozenset()
@@ -115,7 +115,7 @@ def read_folder(
     return ExampleSet(
         tuple(example for part in parts for example in part.examples),
         tuple(Ignored(f"{s.path.name}/{entry.name}", entry.reason) for s, part in named for entry in part.ignored),
-        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        tuple(joint_notes((source.by_line, part.notes) for source, part in named)),
         skip_bad,
     )
 
@@ -150,7 +150,7 @@ def sources_of(
     if path.suffix.lower() != ".toml" or path.is_dir():
         if caption_template is not None:
             check_template(caption_template, trigger)
-        return [Source(path, template=caption_template, trigger=trigger, by_line=caption_lines, mask=mask)]
+        return [Source(path, template=caption_template, trigger=trigger, by_line=caption_lines or None, mask=mask)]
     given = {
         "caption": caption_template,
         "trigger": trigger,
@@ -229,7 +229,7 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
         trigger=trigger,
         words=values.get("words", ""),
         suffixes=CAPTION_SUFFIXES if suffix is None else (suffix.lower(),),
-        by_line=values.get("caption_lines", False),
+        by_line=values.get("caption_lines"),
         mask=values.get("mask", "none"),
         options=options,
     )

@@ -118,7 +118,8 @@ def read_subject(
             of_class=of_class,
         )
     listing = Source(path, words=words).list()
-    return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad, by_line=caption_lines)
+    by_line = caption_lines or None
+    return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad, by_line=by_line)
 
 
 def with_caption(folder: ExampleSet, caption: str) -> ExampleSet:
