@@ -350,6 +350,8 @@ def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
     [
         ({"prompts": ["a", "b"], "seeds": [1, 2, 3]}, "2 prompts and 3 seeds"),
         ({"prompts": "a", "seeds": 1, "width": 60}, "width 60"),
+        # And 0 steps, so that a draw without this check would not begin to fill the memory.
+        ({"prompts": "a", "seeds": 1, "width": 80_000_000, "steps": 0}, "80000000x64 pixels: wanted at most"),
         ({"prompts": "a", "seeds": 1, "height": 0}, "height 0"),
         ({"prompts": "a", "seeds": 1, "steps": 0}, "0 steps"),
         ({"prompts": "a", "seeds": 1, "batch": -1}, "batch -1"),

@@ -17,7 +17,7 @@ from sfumato.drawing.call import Call
 from sfumato.drawing.start import Start, check_strength, near_side
 from sfumato.drawing.tagged import TaggedPrompts
 from sfumato.errors import ConfigError
-from sfumato.limits import checked_guidance, checked_seed
+from sfumato.limits import checked_area, checked_guidance, checked_seed
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax, check_syntax
 from sfumato.prompts.tags import refuse_tags
@@ -208,6 +208,7 @@ def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
     for name, side in (("width", width), ("height", height)):
         if side <= 0 or side % 8:  # what diffusers' pipelines ask for, whatever the VAE's factor
             raise ConfigError(f"{name} {side}: wanted a multiple of 8 pixels, such as {near_side(side)}.")
+    checked_area(width, height)
     return width, height
 
 
