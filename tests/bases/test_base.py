@@ -343,6 +343,13 @@ def test_everything_is_frozen(tiny):
     assert not any(module.training for module in modules)
 
 
+@pytest.mark.parametrize("prompts", ["a cat", []])
+def test_a_text_in_place_of_texts_is_refused(sd1, prompts):
+    """Its letters would be encoded, each as a prompt."""
+    with pytest.raises(ConfigError, match=r"wanted a list of one or more, such as \['a crab'\]"):
+        load_base(sd1.folder, precision=CPU).encode_text(prompts)
+
+
 def test_text_carries_gradients_only_where_asked(sd1):
     bias = sd1.base.text_encoders[0].final_layer_norm.bias.requires_grad_(True)
     try:

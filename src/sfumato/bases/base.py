@@ -20,7 +20,7 @@ from sfumato.bases.family import Defaults, Family
 from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.bases.text import TextEmbedding, chunk_rows, written_out
 from sfumato.diffusion import PredictionType
-from sfumato.errors import BaseModelError
+from sfumato.errors import BaseModelError, ConfigError
 from sfumato.limits import more_tokens
 from sfumato.numerals import shortened
 from sfumato.precision import Precision
@@ -134,12 +134,15 @@ class Base:
         side, and the second encoder's projected pooled embedding. A prompt of more than `chunk_size` tokens is encoded
         in chunks of that size, each with its own start and end token, one after another, as in web interfaces; the
         pooled embedding is the first chunk's. Warns about a prompt longer than `token_limit`, whose end is cut off.
-        grad: whether gradients flow into the trained parts of the text encoders.
+        grad: whether gradients flow into the trained parts of the text encoders. Raises ConfigError for one text in
+        place of a list, and for none.
         """
         return TextEmbedding.cat(self.encode_apart(prompts, grad=grad))
 
     def encode_apart(self, prompts: Sequence[str], *, grad: bool = False) -> list[TextEmbedding]:
         """As `encode_text`, but each prompt's embedding by itself, with only the tokens of its own chunks."""
+        if isinstance(prompts, str) or not len(prompts):  # each letter of a text is a text
+            raise ConfigError(f"the prompts {prompts!r:.40}: wanted a list of one or more, such as ['a crab'].")
         ids = [[self._ids(tokenizer, prompt) for prompt in prompts] for tokenizer in self.tokenizers]
         lengths = [max(map(len, each)) for each in zip(*ids, strict=True)]
         for prompt, length in zip(prompts, lengths, strict=True):
