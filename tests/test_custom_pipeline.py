@@ -187,3 +187,5 @@ def test_adapters_of_a_call_have_weights(pipe):
 def test_an_adapter_that_is_not_there_is_said(pipe):
     with pytest.raises(ConfigError, match="<lora:otter>"):
         pipe("a crab <lora:otter:1>", num_inference_steps=1)
+    with pytest.raises(ConfigError, match=r"<lora:x+>: no file is called that"):
+        pipe(f"a crab <lora:{'x' * 300}:1>", num_inference_steps=1)

@@ -89,6 +89,13 @@ def test_a_mix_is_saved_under_the_ending_that_is_read_again(sd1, write, name, tm
         assert set(tmp_path.iterdir()) == before
 
 
+def test_too_long_a_name_is_one_line(sd1):
+    """pathlib raises an OSError there, as it does in a folder that may not be entered."""
+    for use in (compose, lambda *given: by_method(*given, method="ties").__enter__()):
+        with pytest.raises(FileError, match=r"the file cannot be read .*too long"):
+            use(sd1, Adapter("x" * 5000))
+
+
 def test_projections_that_were_fused_since_are_refused_until_they_are_unfused(sd1, write):
     """They are copies of the weights: new numbers would not reach the pictures."""
     mix = compose(sd1, Adapter(write("a", sd1, "to_q")))

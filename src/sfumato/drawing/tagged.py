@@ -6,6 +6,7 @@ Diffusion's and SDXL's, in the form that `DiffusionPipeline.from_pretrained(...,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -74,7 +75,7 @@ class TaggedPrompts:
 
     def _adapters(self, wanted: Mapping[str, Weight]) -> list[Adapter]:
         def place(name: str) -> Path:
-            there = Path(name).is_file() or is_adapter_folder(Path(name)) or is_whole_model(name)
+            there = os.path.isfile(name) or is_adapter_folder(Path(name)) or is_whole_model(name)
             return Path(name) if there else find_adapter(name, Path(self.lora_folder))
 
         return [Adapter(place(name), weight, name) for name, weight in wanted.items()]

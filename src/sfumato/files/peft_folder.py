@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def adapter_sources(path: Path) -> list[WeightFile]:
 
     Raises FileError for a folder that is neither, or a config that says what the tensors do not hold.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False, where pathlib raises: too long a name, in a folder that may not be entered
         header = read_header(path)
         return [WeightFile(header, None, header_settings(header))]
     return [_source(folder, folder.name if folder != path else None) for folder in folders_in(path)]
@@ -62,7 +63,7 @@ def adapter_folders_below(path: Path) -> list[Path]:
 
 def is_adapter_folder(path: Path) -> bool:
     """Whether peft's config is in the folder, or in one of a part within it."""
-    return any((folder / CONFIG).is_file() for folder in (path, *(path / part for part in PARTS)))
+    return any(os.path.isfile(folder / CONFIG) for folder in (path, *(path / part for part in PARTS)))
 
 
 def _source(folder: Path, part: str | None) -> WeightFile:

@@ -36,10 +36,10 @@ def is_whole_model(path: str | os.PathLike[str]) -> bool:
     What a file holds is remembered for as long as it stays as it is, since every picture asks.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # False, where pathlib raises: too long a name, in a folder that may not be entered
         return (path / "model_index.json").is_file()
     try:
-        return path.is_file() and _is_checkpoint(path.absolute(), stamp(path.stat()))
+        return os.path.isfile(path) and _is_checkpoint(path.absolute(), stamp(path.stat()))
     except FileError:
         return False
 
