@@ -9,8 +9,7 @@ it. The arithmetic is diffusers' UNet2DConditionModel's; its rounding is another
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from threading import Lock, get_ident
@@ -159,32 +158,53 @@ def _forward(unet: Any, plain: Callable[..., Any], /, *args: Any, **options: Any
     return flat.forward(plain, *args, **options)
 
 
-class _Kept:
-    """What is made of tensors, kept by them and by what they are: adapter guidance has two weights in turns."""
+class _Made:
+    """What is made of some weights, and of what comes with each call; made anew where one is another than before.
 
-    _MOST = 4
-    """Of each kind; a pipeline may hear its text in a new tensor at each step."""
+    Adapter guidance has two weights in turns, so that several are kept.
+    """
 
-    def __init__(self) -> None:
-        self._made: defaultdict[Hashable, dict[Hashable, tuple[Tensor, tuple[Tensor, ...]]]] = defaultdict(dict)
+    MOST = 4
+    """A pipeline may hear its text in a new tensor at each step."""
 
-    def of(self, kind: Hashable, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """make(*tensors), made once for the same ones."""
-        known = self._made[kind]
-        key = tuple((tensor.data_ptr(), tensor._version, tensor.shape) for tensor in tensors)
-        if (found := known.get(key)) is None:
-            while len(known) >= self._MOST:
-                del known[next(iter(known))]
+    def __init__(self, make: Callable[..., Tensor], *weights: Tensor) -> None:
+        self._make, self._weights = make, weights
+        self.known: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        tensors = (*given, *self._weights)
+        key = tuple([(tensor.data_ptr(), tensor._version, tensor.shape) for tensor in tensors])
+        if (found := self.known.get(key)) is None:
+            while len(self.known) >= self.MOST:
+                del self.known[next(iter(self.known))]
             # Holding the tensors' memory keeps its address from being another's.
-            found = known[key] = make(*tensors), tuple(tensor.detach() for tensor in tensors)
+            found = self.known[key] = self._make(*tensors), [tensor.detach() for tensor in tensors]
         return found[0]
 
 
+Layer = Callable[[Tensor], Tensor]
+
+
 class _Flat:
-    """The forward pass of one U-Net for one thread, whatever happens to its weights from call to call."""
+    """The forward pass of one U-Net for one thread, whatever happens to its weights from call to call.
+
+    Images are (rows, channels, height, width) with their channels last in memory, tokens (rows, tokens, width).
+    """
 
     def __init__(self, unet: Any) -> None:
-        self._unet, self._parts, self._kept = unet, _parts(unet), _Kept()
+        self._unet, self._parts = unet, _parts(unet)
+        self._first, self._last = _conv(unet.conv_in), _conv(unet.conv_out)
+        self._last_norm = _norm_then_silu(unet.conv_norm_out)
+        self._down = [
+            (_layers(block), [_conv(each.conv) for each in block.downsamplers or ()]) for block in unet.down_blocks
+        ]
+        self._up = [(_layers(block), [_conv(each.conv) for each in block.upsamplers or ()]) for block in unet.up_blocks]
+        middle = unet.mid_block
+        self._middle = _resnet(middle.resnets[0])
+        self._after = [
+            (_transformer(attention), _resnet(resnet))
+            for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True)
+        ]
 
     def forward(
         self,
@@ -214,89 +234,145 @@ class _Flat:
         return (drawn,)
 
     def __call__(self, sample: Tensor, timestep: Any, text: Tensor, added: Any) -> Tensor:
-        unet = self._unet
-        time = unet.time_embedding(unet.get_time_embed(sample, timestep))
-        more = unet.get_aug_embed(emb=time, encoder_hidden_states=text, added_cond_kwargs=added)
-        time = F.silu(time if more is None else time + more)
-        x = self._conv(unet.conv_in, sample.contiguous(memory_format=torch.channels_last))
+        time = F.silu(self._time(sample, timestep, text, added))
+        x = self._first(sample.contiguous(memory_format=torch.channels_last))
         skips = [x]
-        for block in unet.down_blocks:
-            for resnet, attention in _layers(block):
-                x = self._layer(resnet, attention, x, time, text)
+        for layers, downs in self._down:
+            for layer in layers:
+                x = layer(x, time, text)
                 skips.append(x)
-            for down in block.downsamplers or ():
-                x = self._conv(down.conv, x)
+            for down in downs:
+                x = down(x)
                 skips.append(x)
-        middle = unet.mid_block
-        x = self._resnet(middle.resnets[0], x, time)
-        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
-            x = self._resnet(resnet, self._transformer(attention, x, text), time)
-        for block in unet.up_blocks:
-            for resnet, attention in _layers(block):
-                x = self._layer(resnet, attention, torch.cat([x, skips.pop()], 1), time, text)
-            for up in block.upsamplers or ():
-                x = self._conv(up.conv, F.interpolate(x, skips[-1].shape[2:], mode="nearest"))
-        return self._conv(unet.conv_out, _norm_then_silu(unet.conv_norm_out, x)).contiguous()
+        x = self._middle(x, time)
+        for transformer, resnet in self._after:
+            x = resnet(transformer(x, text), time)
+        for layers, ups in self._up:
+            for layer in layers:
+                x = layer(torch.cat([x, skips.pop()], 1), time, text)
+            for up in ups:
+                x = up(F.interpolate(x, skips[-1].shape[2:], mode="nearest"))
+        return self._last(self._last_norm(x)).contiguous()
 
-    def _conv(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        stride: Any = conv.stride
-        padding: Any = conv.padding
-        return F.conv2d(x, self._kept.of(conv, _channels_last, conv.weight), conv.bias, stride, padding)
+    def _time(self, sample: Tensor, timestep: Any, text: Tensor, added: Any) -> Tensor:
+        unet = self._unet
+        time: Tensor = unet.time_embedding(unet.get_time_embed(sample, timestep))
+        more = unet.get_aug_embed(emb=time, encoder_hidden_states=text, added_cond_kwargs=added)
+        return time if more is None else time + more
 
-    def _layer(self, resnet: Any, attention: Any, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        x = self._resnet(resnet, x, time)
-        return x if attention is None else self._transformer(attention, x, text)
 
-    def _resnet(self, block: Any, x: Tensor, time: Tensor) -> Tensor:
-        inner = self._conv(block.conv1, _norm_then_silu(block.norm1, x))
-        inner += _linear(block.time_emb_proj, time)[:, :, None, None]
-        inner = self._conv(block.conv2, _norm_then_silu(block.norm2, inner))
-        inner += x if block.conv_shortcut is None else _pointwise(block.conv_shortcut, x)
+def _layers(block: Any) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """A block's resnets, each with the transformer after it where the block has attention."""
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    return [_layer(*pair) for pair in zip(block.resnets, attentions, strict=True)]
+
+
+def _layer(block: Any, attention: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    resnet, transformer = _resnet(block), None if attention is None else _transformer(attention)
+
+    def layer(x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        x = resnet(x, time)
+        return x if transformer is None else transformer(x, text)
+
+    return layer
+
+
+def _resnet(block: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    first_norm, second_norm = _norm_then_silu(block.norm1), _norm_then_silu(block.norm2)
+    first, second, of_time = _conv(block.conv1), _conv(block.conv2), _linear(block.time_emb_proj)
+    shortcut = None if block.conv_shortcut is None else _conv(block.conv_shortcut)
+
+    def resnet(x: Tensor, time: Tensor) -> Tensor:
+        inner = first(first_norm(x))
+        inner += of_time(time)[:, :, None, None]
+        inner = second(second_norm(inner))
+        inner += x if shortcut is None else shortcut(x)
         return inner
 
-    def _transformer(self, model: Any, x: Tensor, text: Tensor) -> Tensor:
+    return resnet
+
+
+def _transformer(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    norm, enter, leave = _group_norm(model.norm), _linear(model.proj_in), _linear(model.proj_out)
+    blocks = [_block(block) for block in model.transformer_blocks]
+
+    def transformer(x: Tensor, text: Tensor) -> Tensor:
         rows, _, height, width = x.shape
-        tokens = _linear(model.proj_in, _norm(model.norm, x).permute(0, 2, 3, 1).flatten(1, 2))
-        for block in model.transformer_blocks:
-            own, other, feed = block.attn1, block.attn2, block.ff.net
-            all_three = self._kept.of(own, _stacked, own.to_q.weight, own.to_k.weight, own.to_v.weight)
-            asked = products.linear(_layer_norm(block.norm1, tokens), all_three)
-            tokens = tokens + _attended(own, *_by_heads(asked, 3, own.heads))
-            asked = _linear(other.to_q, _layer_norm(block.norm2, tokens))
-            heard = self._kept.of(other, partial(_heard, other.heads), text, other.to_k.weight, other.to_v.weight)
-            tokens += _attended(other, *_by_heads(asked, 1, other.heads), *heard)
-            kept, gate = _linear(feed[0].proj, _layer_norm(block.norm3, tokens)).chunk(2, -1)
-            tokens += _linear(feed[2], F.gelu(gate).mul_(kept))
-        drawn = _linear(model.proj_out, tokens).view(rows, height, width, -1).permute(0, 3, 1, 2)
+        tokens = enter(norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+        for block in blocks:
+            tokens = block(tokens, text)
+        drawn = leave(tokens).view(rows, height, width, -1).permute(0, 3, 1, 2)
         drawn += x
         return drawn
 
-
-def _layers(block: Any) -> Iterator[tuple[Any, Any]]:
-    """A block's resnets, each with the transformer after it, None in blocks without attention."""
-    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-    return zip(block.resnets, attentions, strict=True)
+    return transformer
 
 
-def _linear(layer: Any, x: Tensor) -> Tensor:
+def _block(block: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Attention to the image itself, attention to the text, and a gated linear unit."""
+    own, other = block.attn1, block.attn2
+    own_norm, other_norm, last_norm = (_layer_norm(norm) for norm in (block.norm1, block.norm2, block.norm3))
+    own_out, other_out, asking = _linear(own.to_out[0]), _linear(other.to_out[0]), _linear(other.to_q)
+    gated, back = _linear(block.ff.net[0].proj), _linear(block.ff.net[2])
+    projections = _Made(_stacked, own.to_q.weight, own.to_k.weight, own.to_v.weight)
+    heard = _Made(partial(_heard, other.heads), other.to_k.weight, other.to_v.weight)
+    product = products.linear
+
+    def attend(x: Tensor, text: Tensor) -> Tensor:
+        queries, keys, values = _by_heads(product(own_norm(x), projections()), 3, own.heads)
+        x = x + own_out(_attended(queries, keys, values))
+        (queries,) = _by_heads(asking(other_norm(x)), 1, other.heads)
+        keys, values = heard(text)
+        x += other_out(_attended(queries, keys, values))
+        kept, gate = gated(last_norm(x)).chunk(2, -1)
+        x += back(F.gelu(gate).mul_(kept))
+        return x
+
+    return attend
+
+
+def _conv(conv: nn.Conv2d) -> Layer:
+    if conv.kernel_size == (1, 1):
+        pointwise = _linear(conv)
+        return lambda x: pointwise(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    weights, bias, (out, inner, height, width) = _Made(_channels_last, conv.weight), conv.bias, conv.weight.shape
+    stride: Any = conv.stride
+    padding: Any = conv.padding
+
+    def convolve(x: Tensor) -> Tensor:
+        pixels = x.numel() // (inner * stride[0] * stride[1])
+        if pixels > out:
+            return F.conv2d(x, weights(), bias, stride, padding)
+        # For few pixels oneDNN's packing of the weight takes longer than the product.
+        around = (0, 0, padding[1], padding[1], padding[0], padding[0])
+        patches = F.pad(x.permute(0, 2, 3, 1), around).unfold(1, height, stride[0]).unfold(2, width, stride[1])
+        columns = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        return products.linear(columns, weights().permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+
+    return convolve
+
+
+def _linear(layer: Any) -> Layer:
     """A linear layer, or a convolution of one pixel as one, of (..., in)."""
-    return products.linear(x, layer.weight.flatten(1), layer.bias)
+    weight, bias, product = layer.weight, layer.bias, products.linear
+    if weight.ndim == 2:
+        return lambda x: product(x, weight, bias)
+    return lambda x: product(x, weight.flatten(1), bias)
 
 
-def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return _linear(conv, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+def _group_norm(norm: nn.GroupNorm) -> Layer:
+    groups, weight, bias, eps = norm.num_groups, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.group_norm(x, groups, weight, bias, eps)
 
 
-def _norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+def _norm_then_silu(norm: nn.GroupNorm) -> Layer:
+    normal = _group_norm(norm)
+    return lambda x: F.silu(normal(x), inplace=True)
 
 
-def _norm_then_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return F.silu(_norm(norm, x), inplace=True)
-
-
-def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+def _layer_norm(norm: nn.LayerNorm) -> Layer:
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
 def _channels_last(weight: Tensor) -> Tensor:
@@ -318,6 +394,6 @@ def _by_heads(x: Tensor, count: int, heads: int) -> Tensor:
     return x.view(rows, tokens, count, heads, -1).permute(2, 0, 3, 1, 4)
 
 
-def _attended(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    drawn = F.scaled_dot_product_attention(queries, keys, values)
-    return _linear(attention.to_out[0], drawn.transpose(1, 2).flatten(2))
+def _attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """By heads, as (rows, tokens, width)."""
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
