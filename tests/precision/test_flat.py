@@ -171,6 +171,12 @@ def in_chunks(unet: Any) -> None:
     unet.down_blocks[0].attentions[0].transformer_blocks[0].set_chunk_feed_forward(2, 1)
 
 
+def a_layer_of_the_same_name(unet: Any) -> torch.nn.Module:
+    layer = unet.mid_block.resnets[0].conv1
+    layer.__class__ = type("Conv2d", (type(layer),), {"forward": lambda self, x: 0 * x})
+    return layer
+
+
 def hooked(unet: Any) -> None:
     unet.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.register_forward_hook(
         lambda _module, _given, output: 9 * output
@@ -185,6 +191,8 @@ def hooked(unet: Any) -> None:
         hooked,
         lambda unet: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
         lambda unet: unet.fuse_qkv_projections(),
+        lambda unet: unet.mid_block.resnets[0].compile(),
+        lambda unet: setattr(unet.mid_block.resnets[0], "conv1", a_layer_of_the_same_name(unet)),
         lambda unet: unet.set_attention_slice("max"),
         lambda unet: setattr(unet.mid_block.resnets[0].conv1, "forward", lambda x: 0 * x),
         lambda unet: unet.register_to_config(resnet_time_scale_shift="scale_shift"),
@@ -193,7 +201,7 @@ def hooked(unet: Any) -> None:
         lambda unet: unet.to(torch.bfloat16),
     ],
     ids=[
-        *("peft", "chunks", "hook", "freeu", "fused", "sliced"),
+        *("peft", "chunks", "hook", "freeu", "fused", "compiled", "namesake", "sliced"),
         *("forward", "scale-shift", "text", "training", "bf16"),
     ],
 )

@@ -144,6 +144,8 @@ def _is_itself(module: nn.Module) -> bool:
     computed = [own[name] for name in ("forward", "_conv_forward") if name in own]
     return (
         type(module).__name__ in _KINDS
+        and type(module).__module__.startswith(("torch.nn.", "diffusers."))  # peft's have the same names
+        and own.get("_compiled_call_impl") is None
         and all(getattr(each, "func", each).__module__ in _OURS for each in computed)
         and type(own.get("processor")).__name__ in ("NoneType", "AttnProcessor2_0")
         and own.get("_chunk_size") is None  # feed-forward in chunks
