@@ -33,6 +33,11 @@ def test_alpha_bar_is_the_schedulers(tiny):
     assert tiny.base.alpha_bar.shape == (1000,)
 
 
+def test_a_base_is_one_line_in_a_notebook(tiny):
+    base = tiny.base
+    assert repr(base) == f"<Base {base.name}: {base.family.name}, {base.prediction_type}, fp32 on cpu>"
+
+
 def test_prediction_types_are_those_of_the_published_schedulers(sd1, sd2, sdxl):
     kinds = [made.base.prediction_type for made in (sd1, sd2, sdxl)]
     assert kinds == ["epsilon", "v_prediction", "epsilon"]

@@ -23,7 +23,7 @@ from sfumato.diffusion import PredictionType
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.limits import more_tokens
 from sfumato.numerals import shortened
-from sfumato.precision import Precision
+from sfumato.precision import NAMES, Precision
 from sfumato.schedulers import scheduler
 
 Pairs = Tensor | Sequence[Sequence[int]]
@@ -39,7 +39,7 @@ def latent_scale(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     return as_tensor[0], as_tensor[1]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Base:
     """A base model, frozen. Made by `sfumato.load_base`.
 
@@ -64,8 +64,13 @@ class Base:
     clip_skip: int | None = None
     max_tokens: int | None = None
     zeros_for_empty_prompt: bool = False
-    files: tuple[Path, ...] = field(default=(), repr=False)
-    lazy_weights: LazyWeights = field(default_factory=lambda: LazyWeights({}, lambda *_: None), repr=False)
+    files: tuple[Path, ...] = ()
+    lazy_weights: LazyWeights = field(default_factory=lambda: LazyWeights({}, lambda *_: None))
+
+    def __repr__(self) -> str:
+        """One line: a model's own repr has a line for each of its layers."""
+        kind, dtype = self.prediction_type, NAMES.get(self.precision.compute, self.precision.compute)
+        return f"<Base {self.name}: {self.family.name}, {kind}, {dtype} on {self.precision.device}>"
 
     @property
     def prediction_type(self) -> PredictionType:
