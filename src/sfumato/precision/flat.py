@@ -1,4 +1,4 @@
-"""A small U-Net's pictures on a CPU in two thirds of the time: its blocks computed one after another, in one file.
+"""A picture of a small U-Net on a CPU in two thirds of the time: its blocks computed one after another, in one file.
 
 At 64 px a U-Net of diffusers spends a third of a step between its operations: in calls of modules, in turning images
 into tokens and back, in keys and values of a text that stays the same. Here images lie with their channels last, where
