@@ -140,6 +140,24 @@ def test_an_adapter_that_comes_beside_a_layer_within_the_block_is_seen(unet, cou
     assert len(counted) == 1
 
 
+def test_a_hook_of_all_modules_is_seen(unet, counted):
+    given = asked(unet)
+    hooks: Any = torch.nn.modules.module
+    with torch.no_grad(), flat.drawn_flat(unet):
+        handle = hooks.register_module_forward_hook(lambda module, _, out: 2 * out if is_linear(module) else None)
+        try:
+            found = unet(**given)[0]
+            assert not flat.is_usual(unet)
+        finally:
+            handle.remove()
+        assert not torch.allclose(found, unet(**given)[0], atol=1e-3)
+    assert len(counted) == 1
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
 def test_texts_that_come_in_new_tensors_do_not_pile_up():
     doubled = flat._Made(lambda text, weight: text * weight, torch.tensor(2.0))
     texts = [torch.full((3,), float(number)) for number in range(9)]

@@ -103,7 +103,11 @@ def _parts(unet: Any) -> list[nn.Module]:
 
 
 def _is_hooked(modules: Iterable[nn.Module]) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    """Also by a hook of all modules there are."""
+    every: Any = nn.modules.module
+    return bool(every._global_forward_hooks or every._global_forward_pre_hooks) or any(
+        module._forward_hooks or module._forward_pre_hooks for module in modules
+    )
 
 
 def _is_usual_config(config: Mapping[str, Any]) -> bool:
