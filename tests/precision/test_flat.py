@@ -201,9 +201,29 @@ def hooked(unet: Any) -> None:
     )
 
 
+def with_a_bias(unet: Any) -> None:
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attention.to_k.bias = torch.nn.Parameter(torch.ones(attention.to_k.out_features))
+
+
+def a_processor_of_the_same_name(unet: Any) -> None:
+    unet.set_attn_processor(type("AttnProcessor2_0", (), {"__call__": lambda self, attn, x, **_: 0 * x})())
+
+
+def dropping(unet: Any) -> None:
+    dropout = unet.mid_block.resnets[0].dropout
+    dropout.p, dropout.training = 0.5, True
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        with_a_bias,
+        a_processor_of_the_same_name,
+        dropping,
+        lambda unet: setattr(unet.conv_in, "padding_mode", "circular"),
+        lambda unet: setattr(unet.mid_block.resnets[0], "output_scale_factor", 2.0),
+        lambda unet: setattr(unet.mid_block.attentions[0].transformer_blocks[0].attn1, "residual_connection", True),
         with_peft,
         in_chunks,
         hooked,
@@ -219,6 +239,7 @@ def hooked(unet: Any) -> None:
         lambda unet: unet.to(torch.bfloat16),
     ],
     ids=[
+        *("bias", "processor", "dropout", "circular", "scaled", "residual"),
         *("peft", "chunks", "hook", "freeu", "fused", "compiled", "namesake", "sliced"),
         *("forward", "scale-shift", "text", "training", "bf16"),
     ],
@@ -230,6 +251,15 @@ def test_what_is_not_the_usual_is_computed_as_it_was(unet, change):
     before = vars(unet).get("forward")
     with flat.drawn_flat(unet):
         assert vars(unet).get("forward") is before
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "BasicTransformerBlock", "AttnProcessor2_0", "Conv2d"])
+def test_classes_in_which_somebody_put_a_method_are_not_the_usual(unet, name, monkeypatch):
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    kinds = {type(each).__name__: type(each) for each in (unet, block, block.attn1.processor, unet.conv_in)}
+    method = {"AttnProcessor2_0": "__call__", "Conv2d": "_conv_forward"}.get(name, "forward")
+    monkeypatch.setattr(kinds[name], method, lambda *_, **__: None)
+    assert not flat.is_usual(unet)
 
 
 def test_autocast_and_large_unets_are_not_the_usual(unet, monkeypatch):

@@ -43,6 +43,12 @@ _KINDS = {
     *("Conv2d", "Linear", "GroupNorm", "LayerNorm", "SiLU", "Dropout", "ModuleList"),
 }
 """Classes of the modules that are computed here; one of another is somebody's adapter, or another architecture."""
+_SETTINGS = {
+    **{"padding_mode": "zeros", "dilation": (1, 1), "groups": 1},  # circular: for pictures that continue at their edges
+    **{"output_scale_factor": 1, "rescale_output_factor": 1, "residual_connection": False},
+    "_chunk_size": None,  # of the feed-forward
+}
+"""Attributes of modules that somebody may set on a loaded one, with the values that are computed here."""
 _OURS = {
     *(f"sfumato.precision.{name}" for name in ("flat", "layer_norms", "lean", "products")),
     "sfumato.compose.uncopied",
@@ -146,15 +152,26 @@ def _is_itself(module: nn.Module) -> bool:
     """Whether the module computes what its class does, or what this package's quicker layers do in its place."""
     own: Any = vars(module)
     computed = [own[name] for name in ("forward", "_conv_forward") if name in own]
+    processor = own.get("processor")
     return (
         type(module).__name__ in _KINDS
-        and type(module).__module__.startswith(("torch.nn.", "diffusers."))  # peft's have the same names
+        and _is_published(type(module), "forward", "_conv_forward")  # peft's have the same names
         and own.get("_compiled_call_impl") is None
         and all(getattr(each, "func", each).__module__ in _OURS for each in computed)
-        and type(own.get("processor")).__name__ in ("NoneType", "AttnProcessor2_0")
-        and own.get("_chunk_size") is None  # feed-forward in chunks
+        and type(processor).__name__ in ("NoneType", "AttnProcessor2_0")
+        and (processor is None or _is_published(type(processor), "__call__"))
+        and all(own.get(name, usual) == usual for name, usual in _SETTINGS.items())
+        and not isinstance(own.get("padding"), str)
+        and all(getattr(own["_modules"].get(name), "bias", None) is None for name in ("to_q", "to_k", "to_v"))
+        and not (own.get("p") and module.training)  # a dropout by itself
         and not any(own.get(name) for name in ("s1", "s2", "b1", "b2"))  # FreeU
     )
+
+
+def _is_published(kind: type, *methods: str) -> bool:
+    """Whether the class and these methods of it, where it has them, are torch's or diffusers', put there by nobody."""
+    parts = (kind, *(getattr(kind, name) for name in methods if hasattr(kind, name)))
+    return all(each.__module__.startswith(("torch.nn.", "diffusers.")) for each in parts)
 
 
 def _forward(unet: Any, plain: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
