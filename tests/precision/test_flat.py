@@ -140,6 +140,44 @@ def test_an_adapter_that_comes_beside_a_layer_within_the_block_is_seen(unet, cou
     assert len(counted) == 1
 
 
+def without_own_attention(unet: Any) -> None:
+    first, *_ = unet.attn_processors.values()
+    kind = type("Identity", (), {"__call__": lambda self, attn, x, **_: x})
+    unet.set_attn_processor({name: kind() if "attn1" in name else first for name in unet.attn_processors})
+
+
+def with_another_weight(unet: Any) -> None:
+    layer = unet.mid_block.resnets[0].conv1
+    layer.weight = torch.nn.Parameter(-9 * layer.weight)
+
+
+def with_another_layer(unet: Any) -> None:
+    layer = unet.mid_block.resnets[0].conv1
+    unet.mid_block.resnets[0].conv1 = torch.nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without_own_attention,
+        with_another_weight,
+        with_another_layer,
+        lambda unet: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
+        lambda unet: setattr(unet.mid_block, "forward", lambda x, *_, **__: 0 * x),
+    ],
+    ids=["processor", "weight", "layer", "freeu", "forward"],
+)
+def test_what_is_changed_within_the_block_is_computed_as_it_was(unet, change, counted):
+    given = asked(unet)
+    with torch.no_grad():
+        with flat.drawn_flat(unet):
+            unet(**given)
+            change(unet)
+            found = unet(**given)[0]
+        assert len(counted) == 1
+        assert torch.equal(found, unet(**given)[0])
+
+
 def test_a_hook_of_all_modules_is_seen(unet, counted):
     given = asked(unet)
     hooks: Any = torch.nn.modules.module

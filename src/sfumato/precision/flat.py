@@ -216,6 +216,8 @@ class _Flat:
 
     def __init__(self, unet: Any) -> None:
         self._unet, self._parts = unet, _parts(unet)
+        held = [own for part in self._parts for own in (vars(part), part._parameters, part._modules)]
+        self._held: list[tuple[Any, Any]] = [(own, dict(own)) for own in (unet._modules, *held)]
         self._first, self._last = _conv(unet.conv_in), _conv(unet.conv_out)
         self._last_norm = _norm_then_silu(unet.conv_norm_out)
         self._down = [
@@ -247,6 +249,7 @@ class _Flat:
             or encoder_hidden_states.is_inference()
             or any(each is not None for each in (*args, *(options[name] for name in further)))
             or _is_hooked(self._parts)  # since: an adapter beside a layer whose weight was 0 until this step
+            or self._is_changed()
         ):
             return plain(sample, timestep, encoder_hidden_states, *args, **options)
         drawn = self(sample, timestep, encoder_hidden_states, options.get("added_cond_kwargs"))
@@ -255,6 +258,14 @@ class _Flat:
 
             return UNet2DConditionOutput(sample=drawn)
         return (drawn,)
+
+    def _is_changed(self) -> bool:
+        """Whether any module has since got another attribute, weight or part: pipelines of perturbed attention set
+        their processors within their call."""
+        try:
+            return not all(now == before for now, before in self._held)
+        except (RuntimeError, ValueError):  # of tensors or arrays that are no longer the same and have no one answer
+            return True
 
     def __call__(self, sample: Tensor, timestep: Any, text: Tensor, added: Any) -> Tensor:
         time = F.silu(self._time(sample, timestep, text, added))
