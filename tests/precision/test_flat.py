@@ -196,6 +196,13 @@ def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear)
 
 
+def test_two_views_of_a_text_are_two_texts():
+    doubled = flat._Made(lambda text, weight: text * weight, torch.tensor(2.0))
+    texts = torch.arange(6.0).view(2, 3)
+    assert torch.equal(doubled(texts), 2 * texts)
+    assert torch.equal(doubled(texts[:1].expand(2, 3)), 2 * texts[:1].expand(2, 3))
+
+
 def test_texts_that_come_in_new_tensors_do_not_pile_up():
     doubled = flat._Made(lambda text, weight: text * weight, torch.tensor(2.0))
     texts = [torch.full((3,), float(number)) for number in range(9)]

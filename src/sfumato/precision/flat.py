@@ -196,7 +196,7 @@ class _Made:
 
     def __call__(self, *given: Tensor) -> Tensor:
         tensors = (*given, *self._weights)
-        key = tuple([(tensor.data_ptr(), tensor._version, tensor.shape) for tensor in tensors])
+        key = tuple([(tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors])
         if (found := self.known.get(key)) is None:
             while len(self.known) >= self.MOST:
                 del self.known[next(iter(self.known))]
