@@ -333,6 +333,8 @@ def test_calls_of_another_kind_are_diffusers(unet, counted):
                     for name, value in given.items()}  # fmt: skip
             assert unet(**half)[0].dtype == torch.float64
             unet.to(torch.float32)
+            with torch.autocast("cpu", torch.bfloat16):
+                unet(**given)
     given["sample"].requires_grad_()
     with flat.drawn_flat(unet):
         unet(**given)[0].sum().backward()

@@ -247,6 +247,7 @@ class _Flat:
             sample.dtype != torch.float32
             or encoder_hidden_states.dtype != torch.float32
             or encoder_hidden_states.is_inference()
+            or torch.is_autocast_enabled("cpu")  # since
             or any(each is not None for each in (*args, *(options[name] for name in further)))
             or _is_hooked(self._parts)  # since: an adapter beside a layer whose weight was 0 until this step
             or self._is_changed()
