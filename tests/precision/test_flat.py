@@ -267,6 +267,7 @@ def dropping(unet: Any) -> None:
         a_processor_of_the_same_name,
         dropping,
         lambda unet: setattr(unet.conv_in, "padding_mode", "circular"),
+        lambda unet: setattr(unet.conv_in, "padding", "same"),
         lambda unet: setattr(unet.mid_block.resnets[0], "output_scale_factor", 2.0),
         lambda unet: setattr(unet.mid_block.attentions[0].transformer_blocks[0].attn1, "residual_connection", True),
         with_peft,
@@ -284,7 +285,7 @@ def dropping(unet: Any) -> None:
         lambda unet: unet.to(torch.bfloat16),
     ],
     ids=[
-        *("bias", "processor", "dropout", "circular", "scaled", "residual"),
+        *("bias", "processor", "dropout", "circular", "padding", "scaled", "residual"),
         *("peft", "chunks", "hook", "freeu", "fused", "compiled", "namesake", "sliced"),
         *("forward", "scale-shift", "text", "training", "bf16"),
     ],
