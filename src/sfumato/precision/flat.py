@@ -151,13 +151,13 @@ def _is_small_and_plain(weights: Iterable[Tensor]) -> bool:
 def _is_itself(module: nn.Module) -> bool:
     """Whether the module computes what its class does, or what this package's quicker layers do in its place."""
     own: Any = vars(module)
-    computed = [own[name] for name in ("forward", "_conv_forward") if name in own]
+    instead = [own[name] for name in ("forward", "_conv_forward") if name in own]
     processor = own.get("processor")
     return (
         type(module).__name__ in _KINDS
         and _is_published(type(module), "forward", "_conv_forward")  # peft's have the same names
         and own.get("_compiled_call_impl") is None
-        and all(getattr(each, "func", each).__module__ in _OURS for each in computed)
+        and all(getattr(each, "func", each).__module__ in _OURS for each in instead)
         and type(processor).__name__ in ("NoneType", "AttnProcessor2_0")
         and (processor is None or _is_published(type(processor), "__call__"))
         and all(own.get(name, usual) == usual for name, usual in _SETTINGS.items())
