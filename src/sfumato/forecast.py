@@ -1,8 +1,8 @@
 """What training and drawing take of a device's memory, told from a base's shapes before any weight is read.
 
-A step is done with tensors that have shapes and no memory (torch's FakeTensorMode), layer by layer as the trainers do
-it, and at each operation is counted what is alive: what the backward pass waits for, what lies between two layers, and
-gradients. What is not seen by torch comes on top: the libraries, a GPU's context, the scratch space of its kernels.
+A step is done with tensors that have shapes and no memory (imagined.py), layer by layer as the trainers do it, and at
+each operation is counted what is alive: what the backward pass waits for, what lies between two layers, and gradients.
+What is not seen by torch comes on top: the libraries, a GPU's context, the scratch space of its kernels.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.adapters import Kind, attach, target_layers
@@ -29,6 +27,7 @@ from sfumato.data.latents import encoded_at_once
 from sfumato.drawing.decoding import decoded_at_once
 from sfumato.drawing.pictures import drawn_at_once
 from sfumato.errors import BaseModelError, ConfigError
+from sfumato.imagined import Imagining, storage_of
 from sfumato.precision import decide, products
 from sfumato.precision.lean import save_activation_memory
 from sfumato.training.optimizers import state_bytes
@@ -292,7 +291,7 @@ def _imagined(module: nn.Module | None, dtype: torch.dtype = torch.float32) -> I
     for owner in module.modules() if module is not None else ():
         for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             kept.append((owner, name, value))
-    with _mode():
+    with Imagining():
         for owner, name, value in kept:
             new = torch.zeros(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
             is_weight = isinstance(value, nn.Parameter)
@@ -302,12 +301,6 @@ def _imagined(module: nn.Module | None, dtype: torch.dtype = torch.float32) -> I
         finally:
             for owner, name, value in kept:
                 setattr(owner, name, value)
-
-
-@cache
-def _mode() -> FakeTensorMode:
-    """One for all: tensors of two do not mix."""
-    return FakeTensorMode()
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -322,13 +315,13 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak, self.peak_with_gradients = 0, 0
         self._now, self._gradients = 0, 0
         tensors = [t for k in known for t in ([k] if isinstance(k, Tensor) else [*k.parameters(), *k.buffers()])]
-        self._sizes: dict[int, int] = dict.fromkeys((tensor.untyped_storage()._cdata for tensor in tensors), 0)
+        self._sizes: dict[int, int] = dict.fromkeys((storage_of(tensor)._cdata for tensor in tensors), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
+                self._count(storage_of(value))
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -345,7 +338,7 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_gradient(self, tensor: Tensor) -> None:
         """Count this one among the gradients, which stay until a step's end."""
-        key = tensor.untyped_storage()._cdata
+        key = storage_of(tensor)._cdata
         # Size 0 from now on: `_now` is without it already, so that it loses nothing more when the tensor goes.
         size, self._sizes[key] = self._sizes[key], 0
         self._now -= size

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from sfumato.imagined import Imagined
 from sfumato.precision import products
 from sfumato.precision.products import Geometry
 
@@ -49,8 +49,8 @@ def is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
     else:
         usual = type(host) is nn.Linear
     frozen = not host.weight.requires_grad and not (host.bias is not None and host.bias.requires_grad)
-    # Of other classes are quantised weights, which call themselves fp32; a forecast computes with fakes.
-    kinds = (nn.Parameter, Tensor, FakeTensor)
+    # Of other classes are quantised weights, which call themselves fp32; a forecast computes with imagined ones.
+    kinds = (nn.Parameter, Tensor, Imagined)
     return usual and frozen and x.dtype == host.weight.dtype == torch.float32 and type(host.weight) in kinds
 
 
