@@ -19,6 +19,7 @@ from sfumato.compose.steps import over_steps
 from sfumato.drawing.pictures import draw
 from sfumato.errors import AdapterError
 from sfumato.files.save import write_tensors
+from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import fresh, weights_sha
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 
@@ -218,6 +219,21 @@ def test_a_compiled_unet_follows_baked_weights(originals, write, how):
     assert_close(predict(pipe.unet), predict(plain.unet), atol=1e-5, rtol=1e-4)
     mix.undo()
     assert torch.equal(predict(pipe.unet), base)
+
+
+def test_a_block_that_was_wrapped_to_be_compiled_is_mixed_as_any_other(originals, write):
+    pipe, plain = fresh(originals["sd1"]), fresh(originals["sd1"])
+    adapter = Adapter(write("a", plain, *ATTENTION), Blocks(0.8, {"down.0.attentions": 0.5}))
+    blocks = pipe.unet.down_blocks
+    block, blocks[0] = blocks[0], torch.compile(blocks[0], backend="eager")
+    mix = compose(pipe, adapter)
+    compose(plain, adapter)
+    blocks[0] = block
+    assert weights_sha(pipe) == weights_sha(plain)
+    blocks[0] = torch.compile(block, backend="eager")
+    mix.undo()
+    blocks[0] = block
+    assert weights_sha(pipe) == weights_sha(fresh(originals["sd1"]))
 
 
 @pytest.mark.slow

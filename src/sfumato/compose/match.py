@@ -27,6 +27,8 @@ from sfumato.weighting.blocks import Blocks
 
 Way = Literal["auto", "baked", "live"]
 _TEXT_LEVEL = "text_model."
+_COMPILED = "_orig_mod"
+"""What `torch.compile` calls the module that it wraps, perhaps one block of a part."""
 
 
 def parts_of(pipe: Any) -> dict[str, nn.Module]:
@@ -120,7 +122,11 @@ class Modules:
         by_block = {label: weight for label, weight in weights.items() if isinstance(weight, Blocks)}
         if not by_block:
             return
-        known = [(part, path) for part, module in self._parts.items() for path, _ in module.named_modules()]
+        known = [
+            (part, path.replace(f"{_COMPILED}.", ""))
+            for part, module in self._parts.items()
+            for path, _ in module.named_modules()
+        ]
         for label, weight in by_block.items():
             if unknown := weight.unnamed(known):
                 raise AdapterError(
@@ -149,12 +155,12 @@ def without_peft(module: nn.Module) -> nn.Module:
 
 
 def _walk(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, None if there is none."""
+    """The module at a path, None if there is none; blocks that are compiled each by itself are gone through."""
     for name in path.split("."):
         child = module._modules.get(name)
         if child is None:
             return None
-        module = child
+        module = child._modules.get(_COMPILED) or child
     return module
 
 
