@@ -1,9 +1,11 @@
 """What is given in place of adapters, places, weights and numbers is one line that says what was wanted."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.by_method import by_method
@@ -105,3 +107,19 @@ def test_projections_that_were_fused_since_are_refused_until_they_are_unfused(sd
             change()
     sd1.unet.unfuse_qkv_projections()
     mix.undo()
+
+
+def test_layers_that_were_replaced_since_are_refused_until_they_are_back(sd1, write):
+    """As quantising replaces them: the first ones would be weighed and restored, and the pictures stay the mix's."""
+    before = weights_sha(sd1)
+    mix = compose(sd1, Adapter(write("a", sd1, "ff.net.2", "conv1")))
+    network = sd1.unet.mid_block.attentions[0].transformer_blocks[0].ff.net
+    layer, network[2] = network[2], copy.deepcopy(network[2])
+    for change in (lambda: mix.set(a=0.5), mix.undo):
+        with pytest.raises(AdapterError, match=r"the unet has another mid_block\S+ff\.net\.2 than .* load the base"):
+            change()
+    assert mix.weights == {"a": 1.0}
+    network[2] = nn.Sequential(layer)  # within another it still computes
+    mix.undo()
+    network[2] = layer
+    assert weights_sha(sd1) == before

@@ -34,7 +34,7 @@ from sfumato.compose.match import (
     unwrapped_parts,
 )
 from sfumato.compose.originals import Originals, Place
-from sfumato.compose.refusals import refuse_new_paths_in_compiled, refuse_offloaded, refuse_taken
+from sfumato.compose.refusals import refuse_new_paths_in_compiled, refuse_offloaded, refuse_replaced, refuse_taken
 from sfumato.compose.sites import Site, SiteChange, apply_changes, new_site
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
@@ -419,6 +419,7 @@ class Mix:
             return
         self._modules.check_unfused()
         refuse_offloaded(self._parts, self._sites.values())
+        refuse_replaced(self._parts, (site for site in self._sites.values() if site.applied))
         for site in self._sites.values():
             site.restore()
         for part in self._parts.values():
@@ -476,6 +477,7 @@ class Mix:
         for label in weights.keys() & self._files.keys() if changes else ():
             self._files[label].check_unwritten()
         refuse_offloaded(self._parts, (change.site for change in changes))
+        refuse_replaced(self._parts, (change.site for change in changes))
         refuse_new_paths_in_compiled(self._pipe, (site for site, applied in live if site.rebuilds(applied)))
         apply_changes(changes, self._originals)
         idle = [site for site, applied in live if not applied]

@@ -38,6 +38,18 @@ def refuse_offloaded(parts: Mapping[str, nn.Module], sites: Iterable[Site]) -> N
             )
 
 
+def refuse_replaced(parts: Mapping[str, nn.Module], sites: Iterable[Site]) -> None:
+    """Refuse weights of layers that their part does not hold any more, where neither a mix nor undoing it shows."""
+    baked = [site for site in sites if isinstance(site, Baked)]
+    held = {id(module) for name in {site.part for site in baked} for module in parts[name].modules()}
+    for site in baked:
+        if id(site.module) not in held:
+            raise AdapterError(
+                f"the {site.part} has another {site.path} than the one that this mix is in, perhaps quantised since. "
+                "Put the layer back, or load the base again and compose after that."
+            )
+
+
 def refuse_taken(labels: Iterable[str], adapters: Sequence[Adapter]) -> None:
     """Refuse new adapters whose labels are taken, by these or by one another."""
     taken = list(labels)
