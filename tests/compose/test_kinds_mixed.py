@@ -148,6 +148,21 @@ def test_biases_and_norms_change_too(sd1, tmp_path, way):
     assert weights_sha(sd1) == before
 
 
+def test_words_that_were_loaded_into_a_mixed_embedding_stay_beside_the_mix(sd1, tmp_path):
+    """transformers gives the same embedding more rows, as diffusers' load_textual_inversion asks for."""
+    encoder = sd1.text_encoder
+    was = encoder.get_input_embeddings().weight.detach().clone()
+    name, delta = "lora_te_text_model_embeddings_token_embedding.diff", torch.ones_like(was)
+    mix = compose(sd1, Adapter(write_tensors(tmp_path / "table.safetensors", {name: delta}), 0.5))
+    encoder.resize_token_embeddings(len(was) + 1, mean_resizing=False)
+    now = encoder.get_input_embeddings().weight
+    word = now[-1].clone()
+    for change, wanted in ((lambda: mix.set(table=0.25), was + 0.25), (mix.undo, was)):
+        change()
+        assert torch.equal(now[:-1], wanted)
+        assert torch.equal(now[-1], word)
+
+
 def test_a_layer_that_is_widened_to_compute_takes_what_depends_on_its_weight(originals, kinds):
     """diffusers' layerwise casting: weights in float8, sums in fp32."""
     pipe = fresh(originals["sd1"])

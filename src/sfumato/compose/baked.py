@@ -89,12 +89,15 @@ class Baked:
 
     @property
     def weight(self) -> Tensor:
-        """The tensor as it is now; moving the module may have replaced it."""
+        """The tensor as it is now; moving the module may have replaced it. Without rows that it got since, as an
+        embedding gets them for new words."""
         weight = tensors.stored(self.module, self.name)
         if weight is None or weight.device.type == "meta":
             raise AdapterError(
                 f"{self.title} is not in memory (offloaded to disk, or an empty shell). Compose before it is offloaded."
             )
+        if self.original is not None and len(self.original) < len(weight):
+            return weight.detach()[: len(self.original)]
         return weight
 
     def check_untouched(self) -> None:
