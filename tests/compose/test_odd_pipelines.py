@@ -93,3 +93,17 @@ def test_a_pipeline_with_further_rows_is_refused(sd1, write):
         pytest.raises(AdapterError, match=r"SAGPipeline calls the U-Net with"),
     ):
         pipe()
+
+
+@pytest.mark.parametrize("way", ["live", "by picture"])
+def test_what_another_hook_answers_in_a_layers_place_is_not_written_to(way, sd1, write):
+    """As studies of a model put kept outputs in the place of a layer's own."""
+    adapter = Adapter(write("a", sd1, "attn1.to_q"))
+    layer = sd1.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    kept = torch.zeros(1, 4, layer.out_features)
+    block = (lambda: compose(sd1, adapter, way="live")) if way == "live" else (lambda: per_picture(sd1, [[adapter]]))
+    with layer.register_forward_hook(lambda *_: kept), torch.no_grad(), block():
+        first, second = (layer(torch.ones(1, 4, layer.in_features)).clone() for _ in range(2))
+    assert first.any()
+    assert torch.equal(first, second)
+    assert not kept.any()

@@ -263,7 +263,7 @@ class _Path:
         narrow = torch.mm(x.flatten(0, -2), self._down.t())
         if output.dtype != narrow.dtype:  # a layer that answers in another dtype than it is asked in
             return output + linear(narrow, up).view(output.shape).to(output.dtype)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_the_layers_own(self._module):
             return torch.addmm(output.flatten(0, -2), narrow, up.t()).view(output.shape)
         output.view(-1, output.shape[-1]).addmm_(narrow, up.t())
         return output
@@ -276,6 +276,12 @@ class _Path:
             return output
         narrow = conv2d(x, self._down, None, layer.stride, layer.padding, layer.dilation)
         return output + conv2d(narrow, up[..., None, None]).to(output.dtype)
+
+
+def is_the_layers_own(module: nn.Module) -> bool:
+    """Whether what a hook gets as the layer's output is that for sure, new memory, to be added to in place: another
+    hook may have put a tensor there that it keeps."""
+    return len(module._forward_hooks) == 1
 
 
 class SavesNone:

@@ -21,6 +21,7 @@ from torch.nn.functional import conv2d
 
 from sfumato import draw_call, unet_calls
 from sfumato.compose.caller import calling_pipeline, rows_per_picture, unet_lock
+from sfumato.compose.live import is_the_layers_own
 from sfumato.compose.match import Modules, refuse_compiled, say_unknown_words, unwrapped_parts, weighted_matches
 from sfumato.compose.uncopied import Uncopied
 from sfumato.errors import AdapterError
@@ -297,7 +298,8 @@ class _Gathered:
             return output + _convolved(module, x, down, up).to(output.dtype)
         tokens = x.reshape(len(x), -1, x.shape[-1])
         narrow = torch.bmm(tokens, down.transpose(1, 2))
-        if torch.is_grad_enabled() or output.dtype != narrow.dtype or not output.is_contiguous():
+        is_new = output.is_contiguous() and is_the_layers_own(module)
+        if torch.is_grad_enabled() or output.dtype != narrow.dtype or not is_new:
             return output + torch.bmm(narrow, up.transpose(1, 2)).view(output.shape).to(output.dtype)
         output.view(len(x), -1, output.shape[-1]).baddbmm_(narrow, up.transpose(1, 2))
         return output
