@@ -172,6 +172,14 @@ def test_the_scale_is_kept_and_the_direction_too(base, factor):
         assert_close(torch.cosine_similarity(before, after), torch.ones(3).double())
 
 
+def test_the_scale_of_words_that_do_not_learn_is_left_alone(base):
+    with embedding.new_words(base, ["<x>"], vectors=2) as words, torch.no_grad():
+        words.rows[0].mul_(torch.tensor([[100.0], [0.001]]))
+        before = words.rows[0].clone()
+        words.requires_grad_(False).keep_scale()
+        assert torch.equal(words.rows[0], before)
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_the_count(base):
     with embedding.new_words(base, ["<x>"], vectors=16) as words:
         words.check(["<x> " * 4, "cat " * 100])

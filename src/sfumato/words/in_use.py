@@ -215,9 +215,12 @@ class Words(nn.Module):
     def keep_scale(self) -> None:
         """Bring vectors that are longer or shorter than nearly all of the table's back to where its 5 % or 95 % lie.
 
-        A vector far outside drowns the rest of the prompt.
+        A vector far outside drowns the rest of the prompt. Rows that do not learn, by `requires_grad`, stay: a running
+        mean that is to be saved may be shorter.
         """
         for rows, (low, high) in zip(self.rows, self._lengths, strict=True):
+            if not rows.requires_grad:
+                continue
             largest = rows.abs().amax(dim=1, keepdim=True)
             rows.div_(torch.where(largest > 1e15, largest, 1.0))  # whose squares would be infinite
             norm = rows.norm(dim=1, keepdim=True)
