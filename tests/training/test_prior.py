@@ -242,6 +242,24 @@ def test_when_draws_repeat_does_not_depend_on_who_computes_which_part(places, co
     assert not torch.equal(kept.draw(MicroBatch(1, 4, places[-1], count)).noise, first.noise)
 
 
+def test_processes_whose_pictures_have_other_shapes_repeat_their_draws_together(base, tmp_path, monkeypatch):
+    for name, size in (("a", (64, 64)), ("b", (112, 48))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    mixed = data.prepare(data.read_folder(tmp_path, caption_template="sks square"), base, resolution=64, together=1)
+    shapes = [mixed.batch(0, 0, 2, place, 1).latents for place in (0, 1)]
+    assert shapes[0].nbytes != shapes[1].nbytes
+    monkeypatch.setattr(prior, "KEPT_BYTES", 4 * max(latents.nbytes for latents in shapes) - 1)
+    said = [
+        BasePrediction(base, mixed, ["cat"], 0, order=0).precompute_targets(
+            range(3), MicroBatches(2, (place,), 1), shown=False
+        )
+        for place in (0, 1)
+    ]
+    repeats = [line.partition(",")[2].partition(":")[0] for line in said]
+    assert repeats[0] == repeats[1]
+    assert "repeat after" in repeats[0]
+
+
 def test_the_drift_limit_takes_the_larger_drift_and_remembers_the_log():
     alone = SimpleNamespace(largest=lambda number: number)
     limit = DriftLimit(0.3)

@@ -145,7 +145,7 @@ class BasePrediction:
 
         The targets are kept in the dtype they are computed in.
         """
-        one = dataclasses.replace(batches.of(0)[0], count=1)
+        one = MicroBatch(0, batches.global_batch, 0, 1)  # the same in all processes: those of other shapes take others
         sample_bytes = self._without_target(one).batch.latents.numel() * self._dtype.itemsize
         table = _TargetTable(max(1, KEPT_BYTES // (sample_bytes * batches.global_batch)))
         entries = sorted({table.entry_of(step) for step in steps})
