@@ -500,6 +500,7 @@ def test_what_is_said_of_words_is_said_of_a_loras_too(pivotal, capsys):
     ("options", "said"),
     [
         (["--words-first", "4"], "--words-first 4"),
+        (["--words-first", "2", "--cycles", "2"], "--cycles 2: in 2 steps the learning rate can fall 1 time at most"),
         (["--words-first", "2", "--optimizer", "prodigy"], "--words-first with --optimizer prodigy"),
         (["--caption", "{caption}"], "hold no placeholder"),
         (["--word-vectors", "17"], "--word-vectors is 17"),

@@ -370,6 +370,8 @@ def resolve(
                 f"--warmup {config.warmup} is longer than a turn beside --words-first: they have {turns[0]} and "
                 f"{turns[1]} steps; make it shorter."
             )
+        if config.words_first:
+            config_defaults.check_cycles(config, min(turns))
     return dataclasses.replace(config, **values), filled
 
 

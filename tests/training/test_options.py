@@ -95,6 +95,17 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         resolve(replace(CONFIG, steps=10, warmup=20), BASE, pictures_of(16), 1)
 
 
+def test_more_falls_of_the_rate_than_the_steps_hold_are_refused():
+    """Of as many cycles as steps each would stay at its peak."""
+    for warmup, most in ((0, 5), (3, 3)):
+        given = replace(CONFIG, steps=10, warmup=warmup)
+        assert resolve(replace(given, cycles=most), BASE, pictures_of(16), 1)[0].cycles == most
+        with pytest.raises(ConfigError, match=f"--cycles {most + 1}: in 10 steps.* can fall {most} times at most"):
+            resolve(replace(given, cycles=most + 1), BASE, pictures_of(16), 1)
+    assert resolve(replace(CONFIG, steps=1), BASE, pictures_of(16), 1)[0].cycles == 1
+    assert resolve(replace(CONFIG, steps=2, cycles=50, resume=True), BASE, pictures_of(16), 1)[0].cycles == 50
+
+
 def test_a_weighting_of_timesteps_replaces_the_familys():
     assert resolve(CONFIG, BASE, pictures_of(16), 1)[0].min_snr == 5.0
     config, _ = resolve(replace(CONFIG, debiased=True), BASE, pictures_of(16), 1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sfumato import shell
 from sfumato.config import fill
 from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
 from sfumato.training.options import TrainerOptions
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def resolve(
         raise ConfigError(
             f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
         )
+    check_cycles(config, config.steps)
     quarter = max(1, -(-config.steps // 4))
     # Not with a limit, which is looked at as often as is measured: holding out pictures would end it at another step.
     is_free = getattr(config, "drift_limit", None) is None
@@ -71,6 +73,20 @@ def resolve(
     if getattr(config, "save_precision", "") is None:
         values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
     return dataclasses.replace(config, **values), filled
+
+
+def check_cycles(config: TrainerOptions, steps: int) -> None:
+    """Raise ConfigError where the rate cannot fall so often within so many steps: a fall of one step stays at its peak.
+
+    Not where a run goes on, which may have begun with an earlier version.
+    """
+    most = max(1, (steps - config.warmup) // 2)
+    if config.cycles > most and not config.resume:
+        after = f" after --warmup {config.warmup}" if config.warmup else ""
+        raise ConfigError(
+            f"--cycles {config.cycles}: in {steps} steps{after} the learning rate can fall {pluralize(most, 'time')} "
+            "at most, each over two steps or more; give fewer cycles, or more steps."
+        )
 
 
 def _kind_rate(config: TrainerOptions) -> float:
