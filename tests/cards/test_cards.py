@@ -306,6 +306,15 @@ def test_every_picture_of_the_card_is_there(card):
     assert all((card.parent / name).is_file() for name in linked)
 
 
+def test_pictures_of_one_time_alone_have_no_before(tmp_path):
+    row = [Image.new("RGB", (8, 8), "red")]
+    for write in (write_card, write_model_card):
+        text = write(tmp_path, tmp_path / "line.safetensors", ABOUT, ["a crab"], [row]).read_text(encoding="utf-8")
+        assert "images/image_0.png" in text
+        assert "before" not in text.lower()
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["image_0.png"]
+
+
 def test_the_base_is_shown_before_and_what_was_learned_after_and_in_the_gallery(tmp_path):
     widths = (8, 16, 8)
     rows = [[Image.new("RGB", (width, 8), colour) for width in widths] for colour in ("red", "lime", "blue")]

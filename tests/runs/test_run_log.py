@@ -288,6 +288,19 @@ def test_each_prompt_has_the_run_s_seed_every_time(samples):
     ]
 
 
+def test_pictures_of_other_prompts_are_neither_on_the_sheet_nor_before(samples, monkeypatch):
+    """Of a run that goes on by --force with others, whose column they would be in."""
+    samples().draw(0)
+    others, labels = samples(), []
+    others.prompts = ["a", "c"]
+    assert others.ends == []
+    others.draw(5)
+    monkeypatch.setattr(sheets, "contact_sheet", lambda rows, **said: labels.append(said["row_labels"]) or rows[0][0])
+    others.draw(9)
+    assert labels == [["step 5", "step 9"]]
+    assert [[picture.getpixel((0, 0)) for picture in row] for row in others.ends] == [[(3, 0, 0), (3, 1, 0)]]
+
+
 def test_what_lies_on_the_sheet_already_is_held_at_its_size_there(samples, monkeypatch):
     """Of many rows of large pictures a training would else hold every pixel."""
     sheet, held = samples(), []

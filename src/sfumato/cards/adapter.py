@@ -30,8 +30,8 @@ def write_card(
 ) -> Path:
     """Write README.md and its pictures into `folder`; returns the card's path.
 
-    rows: sample pictures, one row a point in time, one picture a prompt; the first row is the base, the last the
-    finished adapter, and the card shows both.
+    rows: sample pictures, one row a point in time, one picture a prompt; of several the first is the base, the last
+    the finished adapter, and the card shows both.
     """
     strength = about.adapter_guidance
     guided = f", under the adapter guidance {strength:g} that its file asks for" if strength else ""
@@ -52,7 +52,7 @@ def write_card(
         adapted = (*adapted, "conv_rank", "conv_alpha")
     shown = (*adapted, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
     before_after = ""
-    if rows:
+    if len(rows) > 1:
         for name, row in (("before", rows[0]), ("after", rows[-1])):
             with atomic_path(folder / "images" / f"{name}.png") as temporary:
                 _strip(row).save(temporary)
@@ -110,10 +110,10 @@ def opening(
 
 
 def before_after_sheet(folder: Path, prompts: Sequence[str], rows: Sequence[Sequence[Image]]) -> str:
-    """The line that shows the first row above the last, whose sheet is written into `folder`; empty without rows."""
+    """The line that shows the first row above the last, whose sheet is written into `folder`; empty without both."""
     from sfumato.drawing.sheet import contact_sheet
 
-    if not rows:
+    if len(rows) < 2:
         return ""
     sheet = contact_sheet([rows[0], rows[-1]], row_labels=["before", "after"], column_labels=list(prompts))
     with atomic_path(folder / "images" / "before_after.png") as temporary:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, read_drawn
@@ -22,6 +23,8 @@ Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
 MOST_ROWS = 40
 """Of a sheet, which is drawn anew each time: with more it would take longer each time, and no program would show it."""
+_PROMPT = "sfumato.prompt"
+"""The text in a picture's file that is its prompt: a run that goes on by --force may have others."""
 
 
 class Samples:
@@ -55,8 +58,8 @@ class Samples:
 
     @property
     def ends(self) -> list[list[Image.Image]]:
-        """The pictures of the first and of the last time, a column a prompt; of one alone, those."""
-        first = next(self._rows(self._steps), None)
+        """The pictures from before the first step and of the last time, a column a prompt; of one alone, those."""
+        first = next(self._rows([0]), None)
         last = next(self._rows(reversed(self._steps)), None)
         return [row for _, row in dict([end for end in (first, last) if end]).items()]
 
@@ -67,8 +70,10 @@ class Samples:
         with self._within(), evaluating(self._modules):
             pictures = self._draw(self.prompts, [self._seed] * len(self.prompts))
         for number, picture in enumerate(pictures):
+            told = PngInfo()
+            told.add_itxt(_PROMPT, self.prompts[number])
             with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
-                picture.save(temporary)
+                picture.save(temporary, pnginfo=told)
         side, steps = max(max(picture.size) for picture in pictures), thinned(self._steps, MOST_ROWS)
         count = len(steps) * len(pictures)
         rows = [(each, [as_on_a_sheet(picture, side, count) for picture in row]) for each, row in self._rows(steps)]
@@ -82,11 +87,12 @@ class Samples:
         return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
 
     def _rows(self, steps: Iterable[int]) -> Iterator[tuple[int, list[Image.Image]]]:
-        """(step, pictures) of the rows that are whole; a killed process may have left half of one, a disk a broken
-        picture."""
+        """(step, pictures) of the rows that are whole and of these prompts; a killed process may have left half of one,
+        a disk a broken picture."""
         for step in steps:
             row = [picture for path in self._paths(step) if (picture := read_drawn(path)) is not None]
-            if len(row) == len(self.prompts):
+            told = [picture.info.get(_PROMPT, prompt) for picture, prompt in zip(row, self.prompts, strict=False)]
+            if told == self.prompts:
                 yield step, row
 
     def _paths(self, step: int) -> list[Path]:
