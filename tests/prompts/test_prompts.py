@@ -211,6 +211,14 @@ def test_what_break_parts_is_encoded_by_itself(name, request):
         assert_close(whole.pooled, parts[0].pooled)
 
 
+@pytest.mark.parametrize(("prompt", "same"), [("red BREAK", "red"), ("(red) BREAK ", "(red)"), ("BREAK", "")])
+def test_nothing_is_behind_a_break_that_ends_the_prompt(pocket, prompt, same):
+    """As in `tokenize_line` of A1111's modules/sd_hijack_clip.py."""
+    pytest.importorskip("compel")
+    ours, alone = (encode(pocket, [text], "", "a1111")[0].hidden for text in (prompt, same))
+    assert_close(ours, alone)
+
+
 def test_one_syntax_weighs_as_the_other(pocket):
     pytest.importorskip("compel")
     (ours, _), (theirs, _) = (

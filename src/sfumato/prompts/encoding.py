@@ -80,6 +80,8 @@ def _of_pieces(compel: Any, pieces: list[tuple[str, float]]) -> tuple[Any, Any]:
             chunks.append([])
         else:
             chunks[-1].append(piece)
+    if len(chunks) > 1 and not chunks[-1]:  # where BREAK ends the prompt, A1111 begins nothing behind it
+        chunks.pop()
     prompts = Conjunction([FlattenedPrompt(chunk or [("", 1.0)]) for chunk in chunks])
     hidden, _ = compel.build_conditioning_tensor_for_conjunction(prompts)
     if not compel.requires_pooled:
