@@ -27,7 +27,8 @@ Part = str | Callable[[int, int], Sequence["Part"]]
 _CLOSING = {"[": "]", "(": ")"}
 """What closes each bracket."""
 _TOKENS = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
-_WHEN = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+)\s*")
+_WHEN = re.compile(r"\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?\s*", re.IGNORECASE)
+"""A number as A1111's grammar has it: `[a:b:-1]` says b from the first step on."""
 
 
 def stages(prompt: str, steps: int) -> list[tuple[int, str]]:
@@ -119,7 +120,7 @@ class _Bracket:
 
 def _end(when: str, steps: int) -> int:
     """The last step before a change: a share of the steps, or a count where there is no point."""
-    return int(min(float(when) * (steps if "." in when else 1), steps))
+    return int(max(0, min(float(when) * (steps if "." in when else 1), steps)))  # int() takes no infinity
 
 
 @dataclass(frozen=True)
