@@ -50,8 +50,12 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
             pieces[-1][0] += token.removeprefix("\\")
     if opened:
         raise _unbalanced(prompt, "does not close", opened[-1][0])
-    parted = [(part, weight) for text, weight in pieces for part in _BREAK.split(text)]
-    return [(text, weight) for text, weight in parted if text.strip()]
+    joined: list[tuple[str, float]] = []  # of one weight, which A1111 reads as one text: of (cat)(fish) "catfish"
+    for part, weight in ((part, weight) for text, weight in pieces for part in _BREAK.split(text) if part):
+        if joined and joined[-1][1] == weight and "BREAK" not in (part, joined[-1][0]):
+            part = joined.pop()[0] + part
+        joined.append((part, weight))
+    return [(text, weight) for text, weight in joined if text.strip()]
 
 
 def escaped(text: str) -> str:
