@@ -419,6 +419,27 @@ def test_the_nearest_text_of_a_graph_is_the_prompt():
     assert read_graph(json.dumps({name: {"inputs": each} for name, each in nodes.items()})).prompt == "near"
 
 
+@pytest.mark.parametrize(
+    ("further", "negative"),
+    [
+        ({"2": {"positive": ["3", 0], "negative": ["4", 0], "control_net": ["5", 0], "strength": 1.0}}, "blurry"),
+        (
+            {"2": {"positive": ["6", 0], "negative": ["6", 1]}, "6": {"negative": ["4", 0], "positive": ["3", 0]}},
+            "blurry",
+        ),
+        ({"2": {"positive": ["3", 0], "negative": ["7", 0]}, "7": {"conditioning": ["3", 0]}}, ""),
+    ],
+)
+def test_a_node_of_comfyui_that_passes_on_both_texts_mixes_neither_with_the_other(further, negative):
+    """ControlNetApplyAdvanced and InpaintModelConditioning; and ConditioningZeroOut, which says nothing."""
+    sampler = {"sampler_name": "euler", "positive": ["2", 0], "negative": ["2", 1]}
+    nodes = {"1": sampler, "3": {"text": "a crab"}, "4": {"text": "blurry"}, **further}
+    kinds = {"7": "ConditioningZeroOut"}
+    graph = {name: {"class_type": kinds.get(name, ""), "inputs": each} for name, each in nodes.items()}
+    found = read_graph(json.dumps(graph))
+    assert (found.prompt, found.negative) == ("a crab", negative)
+
+
 FROM_INVOKE = {
     "app_version": "6.3.0",
     "generation_mode": "txt2img",

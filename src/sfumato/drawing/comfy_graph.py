@@ -32,7 +32,7 @@ def read_graph(text: str) -> Parameters | None:
     first = next((each for each in samplers if each.get("denoise", 1) == 1), samplers[0])
     first = {name: _value(graph, name, value) if name in _TAKEN else value for name, value in first.items()}
     prompt, negative = (
-        _first(graph, first.get(side), ("text", "text_g", "string")) for side in ("positive", "negative")
+        _first(graph, first.get(side), ("text", "text_g", "string"), side) for side in ("positive", "negative")
     )
     if not isinstance(prompt, str):
         return None
@@ -89,20 +89,29 @@ def _value(graph: Graph, name: str, value: Any) -> Any:
     return _first(graph, value, (name, "value", "seed", "number")) if isinstance(value, list) else value
 
 
-def _first(graph: Graph, link: Any, names: tuple[str, ...]) -> Any:
-    """The value of the first of these inputs that is no link, from the node at the link on upwards."""
-    values = (each[name] for each in _upstream(graph, link) for name in names if name in each)
+def _first(graph: Graph, link: Any, names: tuple[str, ...], side: str = "") -> Any:
+    """The value of the first of these inputs that is no link, from the node at the link on upwards. side: as of
+    `_upstream`."""
+    values = (each[name] for each in _upstream(graph, link, side) for name in names if name in each)
     return next((value for value in values if not isinstance(value, list)), None)
 
 
-def _upstream(graph: Graph, link: Any) -> Iterator[Mapping[str, Any]]:
-    """The inputs of the node at the link, then those of the nodes that feed it, the nearest first."""
+def _upstream(graph: Graph, link: Any, side: str = "") -> Iterator[Mapping[str, Any]]:
+    """The inputs of the node at the link, then those of the nodes that feed it, the nearest first.
+
+    side: the input, "positive" or "negative", that is followed alone where a node passes on both texts, as those for
+    ControlNets and inpainting models do. Nothing is followed through a node that makes zeros of a text.
+    """
     waiting, seen = deque([link]), set()
     while waiting:
         link = waiting.popleft()
         if not isinstance(link, list) or not link or str(link[0]) in seen:
             continue
         seen.add(str(link[0]))
-        inputs = _inputs(graph.get(str(link[0])))
+        node = graph.get(str(link[0]))
+        inputs = _inputs(node)
         yield inputs
-        waiting += inputs.values()
+        if isinstance(inputs.get(side), list):
+            waiting.append(inputs[side])
+        elif not (side and isinstance(node, dict) and node.get("class_type") == "ConditioningZeroOut"):
+            waiting += inputs.values()
