@@ -408,6 +408,14 @@ def test_brackets_of_comfyui_are_escaped_for_a1111_once():
     assert found.prompt == r"\[a\] \[b\] and c"
 
 
+def test_a_new_word_of_comfyui_in_a_folder_is_its_file():
+    sampler = {"sampler_name": "euler", "positive": ["2", 0], "steps": 4}
+    text = r"a (embedding:sd15/easy.pt:1.2) \(embedding:a\b\hard\)"
+    found = read_graph(json.dumps({"1": {"inputs": sampler}, "2": {"inputs": {"text": text}}}))
+    assert found.prompt == r"a (easy:1.2) \(hard\)"
+    assert found.settings["TI hashes"] == "easy:, hard:"
+
+
 def test_a_setting_in_quotes_that_are_no_json_is_kept_as_it_is():
     assert parse_parameters('a\nSteps: 20, Sampler: Euler, Seed: 1, Note: "a\\x"').settings["Note"] == '"a\\x"'
 

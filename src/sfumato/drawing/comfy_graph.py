@@ -17,6 +17,8 @@ _SAMPLERS = {"dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a", "uni_pc": "UniPC"}
 """ComfyUI's names that differ by more than their spelling."""
 _TAKEN = ("steps", "sampler_name", "scheduler", "cfg", "seed", "noise_seed", "denoise")
 """A sampler's inputs that are settings, which other nodes may give."""
+_EMBEDDING = re.compile(r"\bembedding:((?:[\w.-]+[\\/])*[\w.-]+)")
+"""A new word by its file, which may be in folders."""
 _SCHEDULES = {"karras": "Karras", "normal": "Uniform"}
 
 
@@ -38,7 +40,7 @@ def read_graph(text: str) -> Parameters | None:
         return None
     loras = [each for each in _upstream(graph, first.get("model")) if "lora_name" in each]
     tags = [_tag(each) for each in reversed(loras)]
-    words = re.findall(r"\bembedding:([\w.-]+)", f"{prompt} {negative}")
+    words = _EMBEDDING.findall(f"{prompt} {negative}")
     width, height = (_first(graph, first.get("latent_image"), (side,)) for side in ("width", "height"))
     model = _first(graph, first.get("model"), ("ckpt_name",))
     skipped = _first(graph, first.get("positive"), ("stop_at_clip_layer",))
@@ -63,7 +65,7 @@ def read_graph(text: str) -> Parameters | None:
 
 def _text(text: str) -> str:
     """A text as A1111 reads it, in which square brackets, AND and BREAK mean something."""
-    text = re.sub(r"\bembedding:([\w.-]+)", lambda word: _stem(word[1]), text)
+    text = _EMBEDDING.sub(lambda word: _stem(word[1]), text)
     text = re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", text)
     return re.sub(r"\b(?:AND|BREAK)\b", lambda word: word[0].lower(), text)
 
