@@ -408,6 +408,26 @@ def test_brackets_of_comfyui_are_escaped_for_a1111_once():
     assert found.prompt == r"\[a\] \[b\] and c"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("((a)), (b:1.2) (c:d)", "((a)), (b:1.2) (c:d)"),
+        ("((crab:1.2))", "(crab:1.2)"),
+        ("(a (b:1.3), c:1.2)", "(a :1.2)(b:1.3)(, c:1.2)"),
+        ("a crab :) (b:1.2)", r"a crab :\) \(b:1.2\)"),
+        ("(a", r"\(a"),
+        (r"(\(a\): 1e-1)", r"(\(a\):0.1)"),
+        ("(a:inf)", "(a:inf)"),
+        ("(" * 2000 + ")" * 2000, "(" * 2000 + ")" * 2000),
+    ],
+)
+def test_weights_of_comfyui_are_told_as_a1111_reads_the_same(text, told):
+    """An inner bracket's number takes the place of the outer one's, and brackets may stand alone: `token_weights` of
+    its comfy/sd1_clip.py."""
+    sampler = {"sampler_name": "euler", "positive": ["2", 0]}
+    assert read_graph(json.dumps({"1": {"inputs": sampler}, "2": {"inputs": {"text": text}}})).prompt == told
+
+
 def test_a_new_word_of_comfyui_in_a_folder_is_its_file():
     sampler = {"sampler_name": "euler", "positive": ["2", 0], "steps": 4}
     text = r"a (embedding:sd15/easy.pt:1.2) \(embedding:a\b\hard\)"
