@@ -200,8 +200,8 @@ class _ReadPrompt(NamedTuple):
 def _read_prompt(config: Config, text: str, *, is_sheet: bool) -> _ReadPrompt:
     words, flags = split_flags(text)
     found, own = split_tags(words), checked_flags(flags, sheet=is_sheet)
-    for each in (found.prompt, own.get("negative", "")):
-        checked_syntax(each, config.prompt_syntax)
+    checked_syntax(found.prompt, config.prompt_syntax)
+    checked_syntax(own.get("negative", ""), config.prompt_syntax, is_negative=True)
     overrides = {name: value for name, value in own.items() if name != "seed"}
     return _ReadPrompt(found, overrides, _seeds(config, own))
 
@@ -215,7 +215,7 @@ def _check_settings(config: Config) -> None:
         if (value := getattr(config, name)) is not None:
             CHECKS[name](value)
     without_tags(config.negative or "", "--negative")
-    checked_syntax(config.negative or "", config.prompt_syntax)
+    checked_syntax(config.negative or "", config.prompt_syntax, is_negative=True)
 
 
 def _seeds(config: Config, own: Mapping[str, Any]) -> list[int]:

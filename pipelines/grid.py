@@ -99,9 +99,9 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     x, y = (parse_axis(axis, labels, config.prompt_syntax) for axis in (config.x, config.y))
     _check_axes(config, x, y, adapters)
     _check_method(config, x, y, adapters)
-    for where, texts in _prompts(config, x, y):
+    for where, texts, is_negative in _prompts(config, x, y):
         for text in texts:
-            checked_syntax(without_tags(text, where), config.prompt_syntax)
+            checked_syntax(without_tags(text, where), config.prompt_syntax, is_negative=is_negative)
     # By side, too: one file on both counts twice.
     sides = (("x", x), ("y", y))
     places = dict.fromkeys((side, spec) for side, axis in sides if axis.kind == "adapter" for spec in axis.values)
@@ -158,13 +158,13 @@ def _check_axes(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -
         raise ConfigError("adapter guidance: there is no adapter that it could count for; give --lora FILE:0.8.")
 
 
-def _prompts(config: Config, x: Axis, y: Axis) -> Iterator[tuple[str, Sequence[str]]]:
-    """Each place where prompts stand, and the prompts there."""
-    yield "--prompt", [config.prompt] if config.prompt is not None else []
-    yield "--negative", [config.negative or ""]
+def _prompts(config: Config, x: Axis, y: Axis) -> Iterator[tuple[str, Sequence[str], bool]]:
+    """Each place where prompts stand, the prompts there, and whether they are negative ones."""
+    yield "--prompt", [config.prompt] if config.prompt is not None else [], False
+    yield "--negative", [config.negative or ""], True
     for name, axis in (("--x", x), ("--y", y)):
         if axis.kind in ("prompt", "negative"):
-            yield name, axis.values
+            yield name, axis.values, axis.kind == "negative"
 
 
 def _check_method(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -> None:

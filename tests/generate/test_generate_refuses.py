@@ -34,6 +34,10 @@ WRONG = {
         ["a", "--lora", "line.safetensors", "--region", "line=left:(a", "--prompt-syntax", "a1111"],
         "bracket",
     ),
+    "a weight of the whole prompt": (
+        ["a crab:1.2 --n fog:1.2", "--negative", "fog:1.2", "--prompt-syntax", "a1111"],
+        "prompt 'a crab:1.2' ends in ':1.2'",
+    ),
     "both marks in one bracket": (["[a:b|c:0.5]", "--prompt-syntax", "a1111"], "':' and '|' do not go together"),
     "a block that is none": (["a", "--lora", "line.safetensors", "--blocks", "line=upp:0"], "blocks upp: no module"),
     "blocks of one adapter twice": (

@@ -6,9 +6,9 @@ from torch.testing import assert_close
 
 from sfumato.bases import load_base
 from sfumato.errors import ConfigError
-from sfumato.prompts.encoding import encode
+from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.prompt_editing import stages
-from sfumato.prompts.syntax import checked_syntax, emphasised, escaped
+from sfumato.prompts.syntax import check_whole, checked_syntax, emphasised, escaped
 from sfumato.prompts.tags import split_flags, split_tags
 from sfumato.weighting.blocks import Blocks
 from tests.tiny import CPU, tiny_pocket_folder
@@ -113,10 +113,17 @@ def test_emphasis_of_a1111_is_texts_and_weights(prompt, pieces):
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
 
 
-@pytest.mark.parametrize("text", [r"a (crab:1.2) \o/ [red|blue:0.5] \(", "a [v] BREAK and AND", "(", "a: b | c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(r"a (crab:1.2) \o/ [red|blue:0.5] \(", "a [v] BREAK and AND", "(", "a: b | c"),
+        *("in 16:9", "a : -.5 ", "a:2."),
+    ],
+)
 def test_an_escaped_text_says_itself_in_a1111s_syntax(text):
     """AND and BREAK are words in small letters, as the text encoder reads them."""
     read = text.replace("AND", "and").replace("BREAK", "break")
+    check_whole(escaped(text))
     assert emphasised(escaped(text)) == [(read, 1)]
     assert stages(escaped(text), 20) == [(20, escaped(text))]
 
@@ -137,6 +144,22 @@ def test_several_prompts_in_one_are_refused():
     assert emphasised("sand and SANDY land") == [("sand and SANDY land", 1.0)]
     with pytest.raises(ConfigError, match="AND adds up the predictions of several prompts in A1111"):
         emphasised("a crab :1.2 AND fog :0.5")
+
+
+@pytest.mark.parametrize("prompt", ["a crab, fog:1.2", "a crab :.5 ", "in [fog::5] 16:9", "a : -2."])
+def test_a_weight_of_the_whole_prompt_is_refused_and_is_text_in_a_negative_one(pocket, prompt):
+    """By `re_weight` of A1111's modules/prompt_parser.py, which reads it where there is no AND, too."""
+    pytest.importorskip("compel")
+    assert checked_syntax(prompt, "a1111", is_negative=True) == prompt
+    for read in (lambda: checked_syntax(prompt, "a1111"), lambda: encode_stages(pocket, [prompt], "", 10)):
+        with pytest.raises(ConfigError, match=r"by which A1111 weighs the whole prompt.* backslash before the number"):
+            read()
+    assert encode_stages(pocket, ["a crab"], prompt, 10)
+
+
+@pytest.mark.parametrize("prompt", ["(a crab:1.2)", "a crab:1.2,", "a crab 1.2", "a crab:1.2.3", "a:b", r"16:\9"])
+def test_other_numbers_at_the_end_of_a_prompt_are_no_weights_of_it(prompt):
+    assert check_whole(prompt) is None
 
 
 @pytest.mark.parametrize("weight", ["1.2.3", "9" * 400])

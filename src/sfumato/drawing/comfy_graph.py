@@ -15,7 +15,7 @@ from sfumato.drawing.pnginfo import Parameters, Value, plain_name
 from sfumato.errors import ConfigError
 from sfumato.json_text import object_of
 from sfumato.numerals import exact
-from sfumato.prompts.syntax import emphasised
+from sfumato.prompts.syntax import emphasised, unweighted
 
 Graph = Mapping[str, Any]
 _SAMPLERS = {"dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a", "uni_pc": "UniPC"}
@@ -73,7 +73,7 @@ def _text(text: str) -> str:
     both read the same in them."""
     text = _EMBEDDING.sub(lambda word: _stem(word[1]), text)
     text = re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", text)
-    text = re.sub(r"\b(?:AND|BREAK)\b", lambda word: word[0].lower(), text)
+    text = unweighted(re.sub(r"\b(?:AND|BREAK)\b", lambda word: word[0].lower(), text))
     with suppress(ConfigError, RecursionError):
         said = "".join(starmap(_emphasis, _weighted(text.replace(r"\(", "\0").replace(r"\)", "\1"), 1.0)))
         return text if _read(text) == _read(said) else said

@@ -11,7 +11,7 @@ from sfumato.bases.base import Base
 from sfumato.bases.text import TextEmbedding
 from sfumato.errors import ConfigError, SfumatoError
 from sfumato.prompts.prompt_editing import Stage, stages
-from sfumato.prompts.syntax import Syntax, compel_package, emphasised, not_compels, reason_of
+from sfumato.prompts.syntax import Syntax, check_whole, compel_package, emphasised, not_compels, reason_of
 
 
 def encode(base: Base, prompts: Sequence[str], negative: str, syntax: Syntax) -> tuple[TextEmbedding, TextEmbedding]:
@@ -37,6 +37,8 @@ def encode_stages(base: Base, prompts: Sequence[str], negative: str, steps: int)
 
     One stage where no words change, as of `encode`; raises what that raises.
     """
+    for prompt in prompts:
+        check_whole(prompt)
     by_text = [stages(text, steps) for text in (*prompts, negative)]
     lasts = sorted({last for parts in by_text for last, _ in parts})
     said = [[next(text for end, text in parts if last <= end) for parts in by_text] for last in lasts]

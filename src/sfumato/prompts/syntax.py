@@ -59,10 +59,15 @@ def emphasised(prompt: str) -> list[tuple[str, float]]:
 
 
 def escaped(text: str) -> str:
-    """The text as A1111's syntax writes it: with a backslash before each bracket and backslash; AND and BREAK in small
-    letters, in which text encoders read them anyway."""
+    """The text as A1111's syntax writes it: with a backslash before each bracket and backslash, and before a number
+    that would weigh the whole prompt; AND and BREAK in small letters, in which text encoders read them anyway."""
     plain = re.sub(r"[\\()\[\]]", r"\\\g<0>", text)
-    return re.sub(r"\b(?:AND|BREAK)\b", lambda word: word[0].lower(), plain)
+    return re.sub(r"\b(?:AND|BREAK)\b", lambda word: word[0].lower(), unweighted(plain))
+
+
+def unweighted(text: str) -> str:
+    """The text with a backslash before a number at its end that would weigh all of it."""
+    return _WHOLE_WEIGHT.sub(r"\1\\\2", text)
 
 
 def unescaped(text: str, syntax: Syntax) -> str:
@@ -76,12 +81,25 @@ def check_syntax(syntax: Any) -> None:
         raise ConfigError(f"the prompt syntax {syntax!r}: wanted one of {', '.join(get_args(Syntax))}.")
 
 
-def checked_syntax(prompt: str, syntax: Syntax) -> str:
+def check_whole(prompt: str) -> None:
+    """Raises ConfigError for a prompt that ends in what A1111 takes for the weight of all of it; not for negative ones,
+    which have none."""
+    if found := _WHOLE_WEIGHT.search(prompt):
+        raise ConfigError(
+            f"the prompt {prompt[:60]!r} ends in {found[0].strip()[:20]!r}, by which A1111 weighs the whole prompt, as "
+            "around AND; that is not read here. Write (words:1.3) for a weight, or a backslash before the number for "
+            "the characters."
+        )
+
+
+def checked_syntax(prompt: str, syntax: Syntax, *, is_negative: bool = False) -> str:
     """The prompt. Raises ConfigError for one that cannot be read in its syntax, and where compel, which reads it, is
     not installed.
 
     What is said after a count of more than 50 steps is read when drawing.
     """
+    if syntax == "a1111" and not is_negative:
+        check_whole(prompt)
     for _, text in stages(prompt, 50) if syntax == "a1111" else ():
         emphasised(text)
     if syntax != "plain":
@@ -117,6 +135,7 @@ def reason_of(error: Exception) -> str:
 
 
 _AND = re.compile(r"\bAND\b")
+_WHOLE_WEIGHT = re.compile(r"(:\s*)([-+]?(?:\d+\.?|\d*\.\d+)\s*)\Z")
 _BREAK = re.compile(r"(?:(?<!\s)\s+)?\b(BREAK)\b\s*")  # (?<!\s): a run of blanks is looked at once
 _EMPHASIS = re.compile(r"\\.|:\s*[+-]?[.\d]+\s*[)\]]|[()\[\]]|[^\\()\[\]:]+|[:\\]", re.DOTALL)
 
