@@ -437,6 +437,14 @@ def test_a_new_word_of_comfyui_in_a_folder_is_its_file():
     assert found.settings["TI hashes"] == "easy:, hard:"
 
 
+def test_a_negative_prompt_that_was_pasted_with_its_name_is_read_without_it():
+    """As A1111's parse_generation_parameters reads each line."""
+    found = parse_parameters(
+        "a crab\nNegative prompt: grey\nfog\nNegative prompt: blurry\nSteps: 4, Seed: 7, Size: 8x8"
+    )
+    assert (found.prompt, found.negative) == ("a crab", "grey\nfog\nblurry")
+
+
 def test_a_setting_in_quotes_that_are_no_json_is_kept_as_it_is():
     assert parse_parameters('a\nSteps: 20, Sampler: Euler, Seed: 1, Note: "a\\x"').settings["Note"] == '"a\\x"'
 

@@ -85,12 +85,9 @@ def parse_parameters(text: str) -> Parameters:
     negative: list[str] = []
     for line in lines:
         stripped = line.strip()
-        if not negative and stripped.startswith(_NEGATIVE.strip()):
-            negative.append(stripped.removeprefix(_NEGATIVE.strip()).strip())
-        elif negative:
-            negative.append(stripped)
-        else:
-            prompt.append(stripped)
+        text = stripped.removeprefix(_NEGATIVE.strip())  # of each line that begins so, as A1111 has it
+        to = negative if negative or text != stripped else prompt
+        to.append(text.strip())
     settings = {name: _unquoted(value) for name, value in pairs}
     return Parameters("\n".join(prompt), "\n".join(negative), settings)
 
