@@ -456,6 +456,15 @@ def test_the_nearest_text_of_a_graph_is_the_prompt():
     assert read_graph(json.dumps({name: {"inputs": each} for name, each in nodes.items()})).prompt == "near"
 
 
+def test_a_text_of_comfyui_may_come_from_a_node_of_its_own():
+    """PrimitiveStringMultiline, beside PrimitiveFloat."""
+    sampler = {"sampler_name": "euler", "positive": ["2", 0], "negative": ["6", 0]}
+    nodes = {"1": sampler, "2": {"conditioning": ["3", 0], "strength": ["4", 0]}, "3": {"text": ["5", 0]}}
+    nodes |= {"4": {"value": 0.8}, "5": {"value": "a crab"}, "6": {"text": ["7", 0]}, "7": {"value": ""}}
+    found = read_graph(json.dumps({name: {"inputs": each} for name, each in nodes.items()}))
+    assert (found.prompt, found.negative) == ("a crab", "")
+
+
 @pytest.mark.parametrize(
     ("further", "negative"),
     [

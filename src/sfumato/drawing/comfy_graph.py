@@ -38,9 +38,7 @@ def read_graph(text: str) -> Parameters | None:
         return None
     first = next((each for each in samplers if each.get("denoise", 1) == 1), samplers[0])
     first = {name: _value(graph, name, value) if name in _TAKEN else value for name, value in first.items()}
-    prompt, negative = (
-        _first(graph, first.get(side), ("text", "text_g", "string"), side) for side in ("positive", "negative")
-    )
+    prompt, negative = (_said(graph, first.get(side), side) for side in ("positive", "negative"))
     if not isinstance(prompt, str):
         return None
     loras = [each for each in _upstream(graph, first.get("model")) if "lora_name" in each]
@@ -151,10 +149,17 @@ def _value(graph: Graph, name: str, value: Any) -> Any:
     return _first(graph, value, (name, "value", "seed", "number")) if isinstance(value, list) else value
 
 
-def _first(graph: Graph, link: Any, names: tuple[str, ...], side: str = "") -> Any:
-    """The value of the first of these inputs that is no link, from the node at the link on upwards. side: as of
-    `_upstream`."""
-    values = (each[name] for each in _upstream(graph, link, side) for name in names if name in each)
+def _said(graph: Graph, link: Any, side: str) -> Any:
+    """The text nearest to the link. side: as of `_upstream`."""
+    names = ("text", "text_g", "string", "value")  # the last of PrimitiveString, and of other nodes a number
+    inputs = ((name, each[name]) for each in _upstream(graph, link, side) for name in names if name in each)
+    found = (value for name, value in inputs if name != "value" or isinstance(value, str))
+    return next((value for value in found if not isinstance(value, list)), None)
+
+
+def _first(graph: Graph, link: Any, names: tuple[str, ...]) -> Any:
+    """The value of the first of these inputs that is no link, from the node at the link on upwards."""
+    values = (each[name] for each in _upstream(graph, link) for name in names if name in each)
     return next((value for value in values if not isinstance(value, list)), None)
 
 
