@@ -456,6 +456,16 @@ def test_the_nearest_text_of_a_graph_is_the_prompt():
     assert read_graph(json.dumps({name: {"inputs": each} for name, each in nodes.items()})).prompt == "near"
 
 
+def test_a_controlnet_of_comfyui_has_no_option_and_is_told(tmp_path):
+    sampler = {"sampler_name": "euler", "positive": ["2", 0], "negative": ["4", 0], "scheduler": "normal"}
+    apply = {"conditioning": ["3", 0], "control_net": ["5", 0], "strength": 0.8}
+    nodes = {"1": sampler, "2": apply, "3": {"text": "a crab"}, "4": {"text": ""}}
+    nodes["5"] = {"control_net_name": "sd15/canny.safetensors"}
+    graph = {name: {"inputs": each} for name, each in nodes.items()}
+    found = redraw(picture_of_invoke(graph, tmp_path / "a.png", "prompt"))
+    assert found.left_out == (("ControlNet", "canny"),)
+
+
 def test_a_text_of_comfyui_may_come_from_a_node_of_its_own():
     """PrimitiveStringMultiline, beside PrimitiveFloat."""
     sampler = {"sampler_name": "euler", "positive": ["2", 0], "negative": ["6", 0]}

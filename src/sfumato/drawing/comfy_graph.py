@@ -47,6 +47,7 @@ def read_graph(text: str) -> Parameters | None:
     width, height = (_first(graph, first.get("latent_image"), (side,)) for side in ("width", "height"))
     model = _first(graph, first.get("model"), ("ckpt_name",))
     skipped = _first(graph, first.get("positive"), ("stop_at_clip_layer",))
+    control = _first(graph, first.get("positive"), ("control_net_name",))
     name = str(first["sampler_name"])
     settings: dict[str, Value | None] = {
         "Steps": first.get("steps"),
@@ -59,6 +60,7 @@ def read_graph(text: str) -> Parameters | None:
         "Clip skip": -skipped if isinstance(skipped, int) and skipped < -1 else None,
         "Denoising strength": first["denoise"] if first.get("denoise", 1) != 1 else None,
         "TI hashes": ", ".join(f"{_stem(word)}:" for word in dict.fromkeys(words)) or None,
+        "ControlNet": _stem(control) if control else None,
         "Further samplers": len(samplers) - 1 or None,
         "RNG": "CPU",
     }
