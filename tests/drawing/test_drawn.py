@@ -32,7 +32,7 @@ def base():
     )
 
 
-@pytest.mark.parametrize("text", ["(a:" + "1" * LONG, "[a:" + "1" * LONG, "{" + "|" * LONG])
+@pytest.mark.parametrize("text", ["(a:" + "1" * LONG, "[a:" + "1" * LONG, "[" + "|" * LONG, "{" + "|" * LONG])
 def test_a_long_prompt_without_marks_is_read_once(text):
     assert unread_marks([text], "plain") == []
 
@@ -43,6 +43,7 @@ def test_a_long_prompt_without_marks_is_read_once(text):
         ("a (crab:1.2) b", "(crab:1.2)"),
         ("(a:b: .5 )", "(a:b: .5 )"),
         ("[a:0.4]", "[a:0.4]"),
+        ("an [owl|crab|] b", "[owl|crab|]"),
         ("((a))", "((a))"),
         ("a \\( b", "\\("),
         ("a BREAK b", "BREAK"),

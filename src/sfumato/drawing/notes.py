@@ -102,8 +102,12 @@ def misread_words(known: Iterable[str], prompts: Sequence[str], syntax: Syntax) 
 
 # Numbers and {red|blue} fit in one way alone: fitting in several, a long prompt would take minutes.
 _NUMBER = r":\s*(?:\d+(?:\.\d+)?|\.\d+)\s*"
-_MARKS = re.compile(rf"\([^()]*[^()\d]{_NUMBER}\)|\[[^\[\]]*{_NUMBER}\]|\(\([^()]*\)\)|\\[()\[\]]|\bBREAK\b", re.DOTALL)
-"""What A1111 and ComfyUI do not take for words: weights, times, brackets by which they are marked, BREAK."""
+_MARKS = re.compile(
+    rf"\([^()]*[^()\d]{_NUMBER}\)|\[[^\[\]]*{_NUMBER}\]|\[[^\[\]|]*\|[^\[\]]*\]"
+    r"|\(\([^()]*\)\)|\\[()\[\]]|\bBREAK\b",
+    re.DOTALL,
+)
+"""What A1111 and ComfyUI do not take for words: weights, times, turns, brackets by which they are marked, BREAK."""
 _WILDCARDS = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+?__")
 """Of A1111's dynamic prompts, InvokeAI's and ComfyUI's: {red|blue}, __animals__."""
 
