@@ -290,6 +290,7 @@ def test_an_adapter_that_was_learned_otherwise_is_told_of(run, modules, command)
     assert "learned" not in said.replace("as-learned", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["generate", "a"], ["grid", "--x", "seed=1", "--y", "prompt=a"]])
 def test_a_word_that_was_learned_beside_an_adapter_and_is_not_loaded_is_told_of(run, modules, command):
     about = {"sfumato.config": '{"train_words": ["<cat>"]}'}

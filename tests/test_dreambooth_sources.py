@@ -65,6 +65,7 @@ def test_an_epoch_is_of_the_subjects_pictures(train, both):
     assert len((run / "log.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder", "dataset.toml"])
 def test_further_prompts_are_drawn_beside_given_pictures(source, train, pictures, both, capsys):
     given = ["--class-images", pictures] if source == "folder" else []
@@ -104,6 +105,7 @@ def test_the_class_is_drawn_at_the_size_that_is_learned(train):
         assert picture.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_a_file_says_how_many_steps_made_it(train):
     quiet = ("--sample-every", "0", "--measure-every", "1", "--checkpoint-every", "0")
     options = ("--method", "lora", "--rank", "1", "--prior", "none", "--steps", "9", "--learning-rate", "1e-2")
@@ -165,6 +167,7 @@ def test_without_a_prior_the_class_wants_no_captions(both, tmp_path):
     assert {example.group for example in found} == {"instance"}
 
 
+@pytest.mark.slow
 def test_what_has_no_effect_is_not_filled_in(train, tmp_path):
     """So the config of a run, which runs it again, holds nothing that is refused."""
     train("--prior", "none", "--steps", "1", "--save", "difference")

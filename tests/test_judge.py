@@ -90,6 +90,7 @@ def test_what_was_drawn_is_not_drawn_again(monkeypatch, tmp_path):
     assert asked == [None, None, 2.0]
 
 
+@pytest.mark.slow
 def test_what_other_code_made_is_refused_until_it_is_said_to_be_the_same(monkeypatch, tmp_path):
     workshop = Workshop(tmp_path, "pocket", None)
     monkeypatch.setattr(style_runs, "code_hash", lambda: "other")

@@ -64,6 +64,7 @@ def of_textual_inversion(end):
     return FRONT + end, ("--placeholder", "<x>", "--stands-for", "sks square", "--learning-rate", "1e-2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_trainer", [of_lora, of_dreambooth, of_textual_inversion])
 def test_what_stands_past_75_tokens_is_learned_where_it_is_asked_for(of_trainer, train, pictures, tmp_path, capsys):
     trainer = of_trainer.__name__.removeprefix("of_")

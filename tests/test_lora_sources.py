@@ -50,6 +50,7 @@ def rows(path):
     return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("further", [pytest.param((), marks=pytest.mark.slow), ("--train-text-encoder",)])
 def test_pictures_of_a_class_come_beside_each_batch_as_in_dreambooth(further, train, source):
     """At the weight of the prior, drawn on their own, and no part of an epoch."""
@@ -96,6 +97,7 @@ def test_a_word_that_a_source_drops_from_every_caption_is_refused(program, lines
     assert ("drops <x> from every caption" in capsys.readouterr().err) is is_dropped
 
 
+@pytest.mark.slow
 def test_with_weight_0_a_class_is_measured_and_not_learned(train, source):
     both = source('words = "sks square"') + source('words = "square"', "class = true")
     alone = train("alone", source('words = "sks square"'), "--steps", "3", "--precision", "fp32")

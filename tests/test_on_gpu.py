@@ -441,6 +441,7 @@ def test_memory_that_torch_keeps_on_a_gpu_is_room_for_originals(monkeypatch):
             assert originals._copies([weight])[0].device.type == where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_in_half_precision_a_base_draws_what_its_plain_pipeline_draws(tmp_path, precision):
     tiny_pipeline("sd1", shallow=True).save_pretrained(tmp_path)
@@ -471,6 +472,7 @@ def test_one_process_needs_no_gpus_that_reach_each_other(monkeypatch):
     assert "NCCL_P2P_DISABLE" not in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_offloaded_parts_are_on_the_gpu_one_at_a_time(family, tmp_path):
     tiny_pipeline(family, shallow=True).save_pretrained(tmp_path)
@@ -540,6 +542,7 @@ def test_an_offloaded_mix_under_guidance_holds_no_second_weights_on_the_gpu(inpu
     assert 0 < beside[0] < vae + 0.3 * unet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["model offload", "sequential offload"])
 def test_pipelines_that_diffusers_offloads_draw_as_others(place):
     wanted = draw(pipeline("sd1"), "a crab", [1, 2], steps=1, width=64, height=64)
@@ -551,6 +554,7 @@ def test_pipelines_that_diffusers_offloads_draw_as_others(place):
         assert np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["CUDA out of memory", "GET was unable to find an engine to execute this computation"])
 def test_what_a_gpu_cannot_decode_at_once_is_decoded_in_tiles(monkeypatch, said):
     tiled = pipeline("sd1")

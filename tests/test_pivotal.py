@@ -91,6 +91,7 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
     assert words_beside(word) == {}
 
 
+@pytest.mark.slow
 def test_a_lora_learns_beside_the_words_that_are_saved(pocket_folder, pictures, tmp_path):
     """With a running mean, which is what the words' file holds, and exactly so where the run was cut between."""
     words = ["train", "lora", "--images", str(pictures), "--base", str(pocket_folder), "--caption", "<x> {caption}"]
@@ -143,6 +144,7 @@ def test_words_and_crossed_samples_go_on_with_what_they_began_from(pocket_folder
     assert "first.safetensors: there is no such file; name the adapter to begin with" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_card_that_lacks_the_words_is_written_by_going_on(pocket_folder, pictures, tmp_path, monkeypatch, capsys):
     """The adapter's own end is not the run's: the words come after it."""
     folder = tmp_path / "run"

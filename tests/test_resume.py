@@ -108,6 +108,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_nothing_is_lost(inputs, 
     assert card.is_file()
 
 
+@pytest.mark.slow
 def test_one_weight_pixel_caption_or_merge_that_changed_is_refused(tmp_path, capsys):
     """And said; what is put back goes on."""
     inputs = make_inputs(tmp_path)

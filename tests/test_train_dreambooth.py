@@ -202,12 +202,14 @@ def test_each_method_has_its_own_defaults_in_each_family(method, family, wanted,
     assert (config.learning_rate, config.steps, config.batch, config.class_count) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, train, shapes):
     path = train("run", "--prior", "base", "--method", method, "--images", shapes, "--steps", "6")
     assert len(rows(path)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "prior", "further"),
     [
@@ -268,6 +270,7 @@ def test_what_led_to_a_loss_is_gone_before_the_next_is_computed(train, monkeypat
     assert len(alive) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [pytest.param("0", marks=pytest.mark.slow), "0.05"])
 def test_fused_weights_are_those_of_the_plain_run(train, clip):
     plain, fused = train("plain", "--clip", clip), train("fused", "--clip", clip, "--fused")
@@ -355,6 +358,7 @@ def test_a_folder_in_half_precision_draws_with_the_lines_of_its_card(train, monk
     assert picture.std() > 0
 
 
+@pytest.mark.slow
 def test_base_and_difference_are_the_trained_weights(train, pocket_folder):
     options = ("--prior", "none", "--steps", "2", "--train-text-encoder")
     whole, change = train("whole", *options), train("change", *options, "--save", "difference")
@@ -401,6 +405,7 @@ def test_every_family_learns_text_encoders_and_all(family, method, train, family
     assert file.family == family
 
 
+@pytest.mark.slow
 def test_drift_of_class_and_unrelated_prompts_is_logged_from_nothing_on(train):
     path = train("run", "--prior", "none", "--steps", "4", "--measure-every", "2")
     measured = [row for row in rows(path) if "drift" in row]
@@ -472,6 +477,7 @@ def test_the_run_tells_how_the_identifier_is_cut_and_warns_of_a_word(train, caps
     assert "ordinary" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plotted")
 def test_a_lora_describes_itself_and_no_file_tells_a_path(train, tmp_path, pictures):
     path = train("run", "--method", "lora", "--steps", "1", "--sample-every", "1", "--measure-every", "1",
@@ -530,6 +536,7 @@ def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path, monkeypat
     assert (tmp_path / "run/run.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_extracted_lora_is_the_change_and_says_what_it_keeps(train, pocket_folder, capsys):
     """At full rank the layers' very change; at rank 1 less, and both report it."""
     options = ("--prior", "none", "--steps", "2")

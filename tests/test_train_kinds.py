@@ -134,6 +134,7 @@ def test_equal_to_a_plain_loop(layers, kind, rank, train, pocket_folder, picture
         assert (delta - true).norm() <= 1e-3 * true.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("--algo", "loha", "--ema", "0.5"), ("--algo", "lokr", "--factor", "4", "--dropout", "0.3")]
 )
@@ -147,6 +148,7 @@ def test_a_run_goes_on_to_the_bit(options, train, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "flags", "args"),
     [
@@ -191,6 +193,7 @@ def test_the_file_says_what_it_is_and_is_what_our_commands_read(
     assert "load_lora_weights" not in card
 
 
+@pytest.mark.slow
 def test_starting_from_an_adapter_goes_on_where_it_stopped(train, capsys):
     kind = ("--algo", "lokr", "--targets", SOME)
     first = train("first", *kind, "--measure-every", "4", flags=["--dora"])
@@ -204,6 +207,7 @@ def test_starting_from_an_adapter_goes_on_where_it_stopped(train, capsys):
     assert "is DoRA of LoKr, this run trains LoKr. Give the --algo and --dora" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algo", "flags"), [("lokr", ["--dora"]), ("loha", [])])
 def test_dreambooth_and_text_encoders_learn_them_too(algo, flags, train):
     options = ("--algo", algo, "--targets", SOME, "--steps", "2", "--class-count", "2")
@@ -213,6 +217,7 @@ def test_dreambooth_and_text_encoders_learn_them_too(algo, flags, train):
     assert {part for part, _ in changes} == {"unet", "text_encoder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["lora", "dreambooth"])
 def test_updates_stay_within_the_largest_norm(program, train):
     more = ("--class-count", "2") if program == "dreambooth" else ()

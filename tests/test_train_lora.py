@@ -141,6 +141,7 @@ def test_the_same_command_twice_gives_equal_tensors_and_equal_files(train, monke
     assert first == second
 
 
+@pytest.mark.slow
 def test_crossed_samples_are_the_same_on_every_run_and_do_something(train, pictures, tmp_path):
     images = tmp_path / "two"  # each is drawn over
     images.mkdir()
@@ -155,6 +156,7 @@ def test_crossed_samples_are_the_same_on_every_run_and_do_something(train, pictu
     assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_every_run_and_does_something(train):
     first = train("a", "--steps", "2", "--dropout", "0.5")
     torch.manual_seed(123)
@@ -164,6 +166,7 @@ def test_dropout_is_the_same_on_every_run_and_does_something(train):
     assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "further", [(), pytest.param(("--train-text-encoder", "--sample-every", "4"), marks=pytest.mark.slow)]
 )
@@ -186,6 +189,7 @@ def test_another_seed_gives_another_adapter(train):
     assert rows(one)[0]["loss"] != rows(other)[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "further",
     [
@@ -285,6 +289,7 @@ def test_a_folder_of_sdxl_trains_with_cached_text(train, family_folder):
     assert read_lora(adapter).family == "sdxl"
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_runs_again(train, tmp_path):
     first = train("run", "--seed", "5", "--steps", "2")
     assert cli.main(["train", "lora", str(tmp_path / "run/config.toml"), "--output", str(tmp_path / "again")]) == 0
@@ -315,6 +320,7 @@ def test_a_copy_of_the_program_runs(run, pocket_folder, pictures, tmp_path, monk
     assert (tmp_path / "run/run.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -382,6 +388,7 @@ def test_what_it_starts_from_was_learned_on_such_a_base(family, said, train, tmp
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
     first = train("first", "--measure-every", "4")
     second = train("second", "--init-from", str(first), "--measure-every", "4")
@@ -426,6 +433,7 @@ def test_an_adapter_with_a_tucker_core_is_started_from_without_it(train, tmp_pat
         assert_close(found[target].delta(), module.delta(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_drift_starts_at_nothing_and_grows(train):
     drifts = [row["drift"] for row in rows(train("run", "--measure-every", "2")) if "drift" in row]
     assert drifts[0] == 0
@@ -433,12 +441,14 @@ def test_drift_starts_at_nothing_and_grows(train):
     assert drifts[-1] > 0
 
 
+@pytest.mark.slow
 def test_measuring_and_drawing_do_not_change_the_training(train):
     quiet, watched = train("quiet"), train("watched", "--measure-every", "1", "--sample-every", "2")
     for key, tensor in read_tensors(quiet).items():
         assert torch.equal(tensor, read_tensors(watched)[key])
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_weights_is_what_is_saved(train):
     """m <- d m + (1 - d) w from m = the start, so the saved `up` lies between start and end; d is 1/10 at first."""
     plain, mean = read_tensors(train("plain")), read_tensors(train("mean", "--ema", "0.5"))
@@ -621,6 +631,7 @@ def test_unset_convolutions_have_the_rank_and_the_scale_of_the_other_layers(tmp_
         assert (config.conv_rank, config.conv_alpha) == wanted
 
 
+@pytest.mark.slow
 def test_convolutions_learn_within_their_own_rank(train, capsys):
     """With that of the others what is learned is the same to the bit. The file says it as sd-scripts does."""
     everything = ("--targets", r"mid_block.*(to_q|conv1|conv_shortcut|proj_in)$")

@@ -216,6 +216,7 @@ def test_every_family_learns(family, train, family_folder):
         assert list(words.tokens) == ["<x>"]
 
 
+@pytest.mark.slow
 def test_words_on_the_way_are_those_of_runs_that_end_there(train):
     steady = ("--schedule", "constant")
     path = train("run", *steady, "--save-every", "2")
@@ -286,6 +287,7 @@ def test_samples_show_the_word_where_it_was_not_learned_however_many_captions_th
     assert prompts == ["<x> in fog", "a <x>, red", "a drawing of a <x>", "<x> on a table"]
 
 
+@pytest.mark.slow
 def test_measuring_and_drawing_do_not_change_the_training(train):
     quiet, watched = train("quiet"), train("watched", "--measure-every", "1", "--sample-every", "2")
     assert torch.equal(read_tensors(quiet)["<x>"], read_tensors(watched)["<x>"])
@@ -318,6 +320,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures):
     assert path.stat().st_size < 50_000
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_runs_again(train, tmp_path):
     first = train("run", "--seed", "5")
     words = [str(tmp_path / "run/config.toml"), "--output", str(tmp_path / "again")]
@@ -385,6 +388,7 @@ def pivotal(pocket_folder, pictures, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_in_turn_the_words_are_those_of_textual_inversion(pivotal, train):
     """Words first for 2 of 4 steps: the vectors of 2 steps of Textual Inversion, to the bit, and then a LoRA."""
     adapter, word = pivotal("run", "--words-first", "2")
@@ -416,6 +420,7 @@ def test_a_bundle_goes_on_with_its_words(pivotal, capsys):
     )
 
 
+@pytest.mark.slow
 def test_together_both_learn_from_the_first_step(pivotal, train):
     adapter, word = pivotal("run")
     alone = train("alone", "--caption", "a {caption}, {trigger}", "--seed", "3")
@@ -427,6 +432,7 @@ def test_together_both_learn_from_the_first_step(pivotal, train):
     assert "load_textual_inversion" in (adapter.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [(), ("--words-first", "3")])
 def test_pivotal_tuning_stopped_and_resumed_is_not_stopped(turns, pivotal):
     options = [*turns, "--checkpoint-every", "2"]

@@ -47,6 +47,7 @@ def test_chunks_have_75_tokens_each_and_ends_of_their_own(sd1):
     assert inside == tokenizer(THREE, add_special_tokens=False).input_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [SHORT, TWO, THREE])
 def test_embeddings_equal_compels(tiny, prompt):
     """Where compel is told to part a prompt after 75 tokens, whatever stands there."""

@@ -37,6 +37,7 @@ def load(path, **options):
     return load_base(path, precision=CPU, **options)
 
 
+@pytest.mark.slow
 def test_file_and_folder_predict_and_decode_the_same(tiny):
     base = load(tiny.file, prediction_type=tiny.base.prediction_type)
     assert base.family is tiny.base.family
@@ -253,6 +254,7 @@ def test_old_names_of_the_text_encoder_are_read(sd1, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_vae_is_replaced_from_a_file_or_a_folder(sd1, tmp_path):
     other = tiny_pipeline("sd1", seed=1)
     write_single_file(other, tmp_path / "whole.safetensors")

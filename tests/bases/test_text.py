@@ -106,6 +106,7 @@ def test_embeddings_can_be_taken_apart_and_put_together(sdxl):
     assert len(again) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["1girl, k-on!, smile", "wow!!! a red car", "love live! school", "!"])
 def test_openclips_padding_is_a_letter_in_a_text(text, tmp_path):
     """As OpenCLIP reads it, with whose vocabulary CLIP's is one: both encoders of SDXL have the same tokens."""

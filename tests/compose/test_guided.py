@@ -21,6 +21,7 @@ from tests.tiny import CPU, tiny_pipeline
 ROWS = [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["baked", "live"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_the_first_half_is_the_bases_and_the_second_counts_strength_by_guidance(family, way, request, write):

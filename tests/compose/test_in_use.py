@@ -250,6 +250,7 @@ def test_a_mix_stays_and_goes_beside_a_lora_of_diffusers(pipe, write, way):
         assert_close(drawn(pipe), both, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_writes_no_weights_stands_beside_a_lora_of_diffusers(pipe, write):
     """Regions, adapters by picture and adapter guidance; in every kind of layer."""
     line, otter = write("line", pipe, *U_NET), write("otter", pipe, *U_NET, seed=2)

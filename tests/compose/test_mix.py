@@ -214,6 +214,7 @@ def test_on_a_gpu_with_tf32_the_mix_is_that_of_the_cpu_and_undo_is_exact(origina
     assert weights_sha(there) == before
 
 
+@pytest.mark.slow
 def test_sfumato_compose_can_be_called_whatever_was_imported():
     code = "from sfumato.compose import Mix; import sfumato; print(callable(sfumato.compose), callable(sfumato.Mix))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True True\n"

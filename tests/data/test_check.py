@@ -785,6 +785,7 @@ def test_a_folder_without_pictures_is_one_line(tmp_path):
         main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_console_without_letters_shows_their_numbers_and_nothing_loads_torch(pictures, tmp_path):
     """Both of one process, since starting one takes longest."""
     (pictures / "crab.txt").write_text("краб на пляже", encoding="utf-8")

@@ -42,6 +42,7 @@ def assert_same_updates(found, wanted):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["pocket", "sd1", "sd2", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_diffusers_applies_every_layer_with_its_own_scale(family, tiny, lora, tmp_path):
     parts = tiny(family)

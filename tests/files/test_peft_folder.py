@@ -206,6 +206,7 @@ def test_folders_of_peft_to_the_letter(two_modules, tmp_path):
     (place / "b.safetensors").rename(weights)
 
 
+@pytest.mark.slow
 def test_a_folder_of_parts_is_shown_as_the_file_that_it_makes(tiny, lora, tmp_path):
     """With its own hash, which is that in a picture's settings."""
     layers = tiny("sdxl").layers()

@@ -40,6 +40,7 @@ def test_text_encoders_have_the_level_that_older_tools_ask_for(tiny, lora, tmp_p
     assert {name.split(".")[1] for name in names} == {"text_model"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", pytest.param("sdxl", marks=pytest.mark.slow), "pocket"])
 def test_peft_reads_its_folder(family, tiny, lora, tmp_path):
     import copy

@@ -40,6 +40,7 @@ def test_two_adapters_and_a_seed_make_the_picture_that_the_library_makes(generat
     assert not np.array_equal(np.asarray(expected), np.asarray(draw(base, "a cat", 7, steps=2)[0]))
 
 
+@pytest.mark.slow
 def test_prompts_that_say_more_have_the_negative_prompt_that_a_file_asks_for(generate):
     asks = {"sfumato.negatives": '["a cat", "Sks"]'}
     save_file(load_file("otter.safetensors"), "asks.safetensors", read_header("otter.safetensors").metadata | asks)
@@ -203,6 +204,7 @@ def test_an_adapter_of_zeros_is_told(generate):
     assert "all of its changes" not in generate("red", "--lora", "line.safetensors", "-o", "line.png")[2]
 
 
+@pytest.mark.slow
 def test_a_new_word_is_known_for_the_call(generate, base):
     from sfumato.files.write_embedding import write_embedding
 

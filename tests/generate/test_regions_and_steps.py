@@ -14,6 +14,7 @@ from sfumato.files import read_header
 from tests.generate.shared import TWO, pixels
 
 
+@pytest.mark.slow
 def test_an_adapter_counts_in_the_steps_that_its_file_asks_for(generate):
     half = {"sfumato.over_steps": "0-0.4"}  # the first of two steps
     save_file(load_file("otter.safetensors"), "half.safetensors", read_header("otter.safetensors").metadata | half)
@@ -82,6 +83,7 @@ def test_weights_by_step_of_a_tag_count_in_its_prompt_alone(way, generate):
     assert not np.array_equal(tagged, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", [[], ["--region", "line=left"]], ids=["mixed", "regional"])
 def test_a_span_in_which_no_step_lies_is_told(region, generate):
     words = ["red", "red --s 50", *TWO, *region, "--overwrite", "-o", "out"]

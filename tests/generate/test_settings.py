@@ -99,6 +99,7 @@ def told_again(file):
     return pixels("again.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("--prediction-type", "epsilon"), ("--zero-terminal-snr",), ("--precision", "bf16")])
 def test_what_was_said_of_the_base_is_in_the_command_of_an_image(words, generate):
     assert generate("red", *words, "-o", "a.png")[0] == 0

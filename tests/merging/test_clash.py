@@ -111,6 +111,7 @@ def run(*words):
     return guarded(main, [str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_the_program_prints_a_table_and_draws_a_map(adapter_file, tmp_path, capsys):
     files = [adapter_file(name, seed=seed) for seed, name in enumerate("abc")]
     assert run(*files, "-o", tmp_path / "clash.png") == 0

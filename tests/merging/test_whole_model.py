@@ -92,6 +92,7 @@ def test_a_mix_is_the_weighted_sum_of_both_models(family, form, models):
     assert_same(state(base), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_a_model_counts_in_any_dtype(dtype, models, tmp_path):
     first, second, out = models("sd1", 0), tmp_path / "second.safetensors", tmp_path / "out.safetensors"
@@ -204,6 +205,7 @@ def test_an_exact_difference_holds_the_parts_that_differ_and_no_others(models, t
     assert not (tmp_path / "none.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(DENSE))
 def test_other_methods_merge_every_parameter_by_itself(method, models, tmp_path):
     first, second, third = (models("sd1", seed) for seed in range(3))

@@ -72,6 +72,7 @@ def test_a_unet_goes_on_from_a_base_with_its_vae_and_words(data, pocket_folder, 
     assert after.tokenizers[0].get_vocab() == before.tokenizers[0].get_vocab()
 
 
+@pytest.mark.slow
 def test_a_text_encoder_at_rest_stays_and_a_run_knows_it_again(data, pocket_folder, tmp_path):
     base = shutil.copytree(pocket_folder, tmp_path / "base")
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "warmup": 0}

@@ -160,6 +160,7 @@ def ours(base, prompt, *, steps, sampler="ddim", negative="", **settings):
     )[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler", ["ddim", "euler a", "dpm++ 2m", "unipc", "heun", pytest.param("dpm2", marks=pytest.mark.slow)]
 )

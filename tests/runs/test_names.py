@@ -113,6 +113,7 @@ def test_names_that_people_give_are_taken(name, root):
     assert a_run_writes_its_file_into_its_folder(name, root)
 
 
+@pytest.mark.slow
 @QUIET
 @given(prompts=st.lists(names, min_size=1, max_size=4))
 def test_no_prompt_names_a_file_elsewhere(prompts, root):

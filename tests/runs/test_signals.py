@@ -73,6 +73,7 @@ def test_a_signal_is_remembered_where_nobody_reads_that_it_was_heard(tmp_path, m
     assert (tmp_path / "weights").read_bytes() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are POSIX's")
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_the_first_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, tmp_path):

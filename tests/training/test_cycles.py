@@ -9,6 +9,7 @@ from sfumato import cli
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0", "--batch", "2", "--steps", "4")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("program", "options"),

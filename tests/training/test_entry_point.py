@@ -20,6 +20,7 @@ from tests.runs.said import start
 FEW = {"steps": 1, "batch": 1, "sample_every": 0, "measure_every": 0, "device": "cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("trainer", [lora, textual_inversion, dreambooth])
 def test_it_learns_where_the_caller_computes_no_gradients(trainer, off, pocket_folder, pictures, tmp_path):
@@ -113,6 +114,7 @@ def test_after_an_error_the_folder_is_free_while_the_error_is_kept(pocket_folder
     assert kept.value.__traceback__ is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, AdapterError])
 def test_a_folder_whose_results_are_not_written_can_be_gone_on_with(
     error, pocket_folder, pictures, tmp_path, monkeypatch

@@ -113,6 +113,7 @@ def test_validation_is_the_fit_of_pictures_held_out(base, examples):
     assert sum(noisy) == 32
 
 
+@pytest.mark.slow
 def test_only_pictures_that_are_measured_are_encoded(base, tmp_path, monkeypatch):
     """A run knows all of them again, and measures what it would if all were encoded."""
     for number in range(70):
