@@ -108,6 +108,11 @@ def kinds() -> dict[str, Kind]:  # one line each, so that they can be counted
             "png",
             np.repeat(np.tile(np.array([0, 85, 170, 255], np.uint8), (48, 16))[..., None], 3, axis=2),
         ),
+        "png two bits with a clear one": Kind(
+            png(64, 48, 2, 0, rows(np.full((48, 16), 0b00011011, np.uint8)), chunk(b"tRNS", struct.pack(">H", 2))),
+            "png",
+            np.repeat(np.tile(np.array([0, 85, 255, 255], np.uint8), (48, 16))[..., None], 3, axis=2),
+        ),
         "png with sRGB's profile": Kind(saved(plain, "PNG", icc_profile=srgb), "png", exact),
         "png with a broken profile": Kind(saved(plain, "PNG", icc_profile=b"no profile at all"), "png", exact),
         "png with a huge text": Kind(saved(plain, "PNG", pnginfo=text), "png", exact),

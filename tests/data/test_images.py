@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from made_up import noise_picture
+from odd_files import chunk, png, rows
 from PIL import Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
@@ -111,6 +112,21 @@ def test_a_mask_counts_where_it_is_white_and_not_transparent(tmp_path):
     for name in "ab":
         mask = open_mask(tmp_path / f"{name}.png")
         assert [mask.getpixel(place) for place in ((0, 0), (0, 7), (7, 7))] == [0, 255, 0]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_the_clear_grey_of_few_bits_is_the_one_that_its_file_names(tmp_path, depth):
+    """As programs that make PNG files small write them: each grey in turn, of which the lightest but one is clear."""
+    greys = np.arange(2**depth, dtype=np.uint8).repeat(8)
+    bits = (greys[:, None] >> np.arange(depth)[::-1]) & 1
+    clear = 2**depth - 2
+    row = np.packbits(bits.astype(np.uint8).ravel())
+    data = png(len(greys), 64, depth, 0, rows(np.tile(row, (64, 1))), chunk(b"tRNS", struct.pack(">H", clear)))
+    (tmp_path / "a.png").write_bytes(data)
+    picture = open_picture(tmp_path / "a.png", any_ratio=True)
+    assert np.array_equal(np.asarray(picture.alpha)[0], np.where(greys == clear, 0, 255))
+    shown = np.where(greys == clear, 255, greys * (255 // (2**depth - 1)))
+    assert np.array_equal(np.asarray(picture.image)[0, :, 0], shown)
 
 
 def test_an_opaque_picture_has_no_alpha(tmp_path):

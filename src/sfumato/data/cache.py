@@ -25,7 +25,7 @@ from sfumato.files.read import read_tensors
 from sfumato.files.save import raw_bytes, write_tensors
 from sfumato.files.space import require_space
 
-FORMAT = 3
+FORMAT = 4
 """To be raised whenever what is computed here changes: cropping, resampling, what is stored."""
 _CHECKSUM = "sfumato.crc32"
 

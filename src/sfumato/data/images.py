@@ -127,10 +127,12 @@ def _layers(path: Path, any_ratio: bool = False) -> tuple[Image.Image, Image.Ima
     """(the colours in RGB, alpha as in `Picture`, notes)."""
     with _open(path) as file:
         check_size(path, file.size, any_ratio=any_ratio)
-        if file.format == "PNG":
-            _check_png(path)
+        clear = _check_png(path) if file.format == "PNG" else None
         notes = [f"{path.name}: an animation; its first frame is taken"] if _animated(file) else []
-        return *_colours_and_alpha(_loaded(file, path), path, notes), tuple(notes)
+        image = _loaded(file, path)
+        if clear is not None:
+            image.info["transparency"] = clear
+        return *_colours_and_alpha(image, path, notes), tuple(notes)
 
 
 @contextmanager
@@ -357,11 +359,15 @@ def _through(image: Image.Image, profile: Any) -> Image.Image:
     return converted
 
 
-def _check_png(path: Path) -> None:
+def _check_png(path: Path) -> int | None:
     """Refuse a PNG whose pixels' checksums are wrong, or of whose 16-bit colours one is transparent, which Pillow shows
-    as other pixels."""
+    as other pixels.
+
+    Gives the transparent grey of one with 2 or 4 bits, None for others: Pillow makes its pixels 8 bits, but not that
+    grey, and takes another one for transparent.
+    """
     data = memoryview(path.read_bytes())
-    place = 8
+    place, clear = 8, None
     while place + 8 <= len(data):
         length, kind = int.from_bytes(data[place : place + 4], "big"), bytes(data[place + 4 : place + 8])
         body, end = data[place + 4 : place + 8 + length], place + 12 + length
@@ -375,6 +381,10 @@ def _check_png(path: Path) -> None:
                 f"{path.name}: one of its 16-bit colours is transparent, which is lost in 8 bits. Save it with an "
                 "alpha channel, or with 8 bits."
             )
+        if kind == b"tRNS" and bytes(data[24:26]) in (b"\x02\0", b"\x04\0"):  # bits, and grey
+            largest = 2 ** data[24] - 1
+            clear = (body[-1] & largest) * 255 // largest
         if kind == b"IEND":
-            return
+            break
         place = end
+    return clear
