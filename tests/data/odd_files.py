@@ -137,6 +137,13 @@ def kinds() -> dict[str, Kind]:  # one line each, so that they can be counted
         "tiff": Kind(saved(plain, "TIFF"), "tif", exact),
         "tiff compressed": Kind(saved(plain, "TIFF", compression="tiff_lzw"), "tiff", exact),
         "tiff grey of 16 bits": Kind(saved(Image.fromarray(GREY), "TIFF"), "tiff", seen16(GREY), 1),
+        "tiff grey of 16 bits whose 0 is white": Kind(
+            saved(Image.fromarray(GREY), "TIFF").replace(
+                struct.pack("<HHIHH", 262, 3, 1, 1, 0), struct.pack("<HHIHH", 262, 3, 1, 0, 0)
+            ),
+            "tiff",
+            None,
+        ),
         "tiff LAB": Kind(saved(lab(flat), "TIFF"), "tiff", seen(flat), 3),
         "tiff of floats": Kind(saved(Image.new("F", (8, 8), 0.5), "TIFF"), "tiff", None),
         "gif": Kind(saved(palette, "GIF"), "gif", seen(palette)),

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from sfumato.errors import DataError
 
@@ -284,6 +284,11 @@ def _reopened_without_text(path: Path) -> Image.Image:
 
 
 def _colours_and_alpha(file: Image.Image, path: Path, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
+    # Pillow turns these round only where they have 8 bits or fewer.
+    if file.mode.startswith("I") and getattr(file, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        raise DataError(
+            f"{path.name}: 16-bit grey whose 0 is white, which would be read as its negative. Save it as PNG."
+        )
     profile = file.info.get("icc_profile")
     image = _eight_bits(_upright(file, path, notes), path)
     if image.mode == "1":
