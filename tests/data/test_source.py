@@ -95,6 +95,12 @@ def test_words_and_other_endings_give_captions(two):
     assert read_folder(toml(two, text + 'caption_suffix = ".wd14"'))[0].caption == "from wd14"
 
 
+def test_an_ending_of_two_parts_is_read_in_capitals_too(two):
+    (two / "style" / "red-thing-0.Tags.txt").write_text("from Tags.txt")
+    text = '[[source]]\npath = "style"\nwords = "a drawing"\ncaption_suffix = ".Tags.txt"\n'
+    assert read_folder(toml(two, text))[0].caption == "from Tags.txt"
+
+
 def test_repeats_multiply_those_of_a_folder_s_name(tmp_path):
     (tmp_path / "10_dog").mkdir()
     noise_picture().save(tmp_path / "10_dog" / "a.png")

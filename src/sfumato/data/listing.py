@@ -233,7 +233,7 @@ class _Reader:
         companions = {_composed(f"{stem}{suffix}") for stem in beside for suffix in self.suffixes}
         masks = {found.mask for found in self.pictures}
         for entry in (each for each in entries if not each.name.startswith(".")):
-            if self._is_caption(entry) and _spelt(entry) not in companions:
+            if self._is_caption(entry) and self._lowered(entry) not in companions:
                 self._ignore(entry, "a caption without an image")
             elif not self._is_inside(entry):  # of which that is said already
                 continue
@@ -247,7 +247,8 @@ class _Reader:
     def _listed(self, path: Path) -> Path:
         """The picture that a line of metadata.jsonl means by this path."""
         # By the folder's own spelling: a Mac opens a file by another spelling, too, which then is no picture listed.
-        here, found = path.parent, self._companion(path.parent, path.name) or self._companion(path.parent, _spelt(path))
+        here = path.parent
+        found = self._companion(here, path.name) or self._companion(here, self._lowered(path))
         if found is None and path.is_file():  # in capitals elsewhere, where the system makes no difference
             found = next((each for each in self._entries(here) if each.is_file() and each.samefile(path)), None)
         return found or path
@@ -256,7 +257,8 @@ class _Reader:
         """The plain file of this name in the folder, whose suffix may be in capitals."""
         if folder not in self.spelt:  # once, since ten thousand pictures would be looked for ten thousand times
             there = self._entries(folder) if folder.is_dir() else []
-            self.spelt[folder] = {_spelt(entry): entry for entry in there} | {entry.name: entry for entry in there}
+            small = {self._lowered(entry): entry for entry in there}
+            self.spelt[folder] = small | {entry.name: entry for entry in there}
         path = self.spelt[folder].get(name) or self.spelt[folder].get(_composed(name))
         return path if path is not None and path.is_file() else None  # a pipe by that name would never end
 
@@ -291,6 +293,11 @@ class _Reader:
     def _is_caption(self, entry: Path) -> bool:
         """Whether it ends as captions do, be it in two parts, such as ".tags.txt"."""
         return entry.name.lower().endswith(self.suffixes)
+
+    def _lowered(self, entry: Path) -> str:
+        """Its name with the ending in small letters, all of it where captions end in two parts, composed."""
+        end = next((end for end in self.suffixes if entry.name[-len(end) :].lower() == end), entry.suffix.lower())
+        return _composed(entry.name[: len(entry.name) - len(end)] + end)
 
     def _is_inside(self, file: Path) -> bool:
         """Whether it is a plain file that no link leads out of the folder for."""
@@ -374,11 +381,6 @@ def grouped(notes: Iterable[str]) -> list[str]:
         name, _, text = note.partition(": ")
         found.setdefault(text.partition(": ")[0], []).append((name, text))
     return [f"{some([name for name, _ in alike])}: {alike[0][1]}" for alike in found.values()]
-
-
-def _spelt(entry: Path) -> str:
-    """Its name with the suffix in small letters, composed."""
-    return _composed(entry.stem + entry.suffix.lower())
 
 
 def _composed(name: str) -> str:
