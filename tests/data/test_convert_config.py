@@ -99,7 +99,7 @@ def test_ai_toolkit_s_data_sets_become_sources(home):
     (source,) = tomllib.loads(convert(home / "toolkit.yaml").text)["source"]
     assert source == {
         "path": "dogs",
-        "repeats": 2,
+        "repeats": 4,
         "caption": "{trigger}, {caption}",
         "trigger": "p3r5on",
         "shuffle_tags": True,
@@ -132,7 +132,15 @@ def test_ai_toolkit_walks_through_the_folders_below(home):
         noise_picture().save(home / name / "a.png")
     found = tomllib.loads(convert(home / "toolkit.yaml").text)["source"]
     assert [source["path"] for source in found] == ["dogs", "dogs/close", "dogs/far/away"]
-    assert {source["repeats"] for source in found} == {2}
+    assert {source["repeats"] for source in found} == {4}
+
+
+def test_ai_toolkit_s_data_sets_keep_their_shares(home):
+    """There a mirrored one holds each image twice, and num_repeats below 2 repeats nothing."""
+    own = "{folder_path: dogs, num_repeats: 0}, {folder_path: dogs, flip_x: true}, {folder_path: dogs}"
+    (home / "toolkit.yaml").write_text(f"config: {{process: [{{datasets: [{own}]}}]}}")
+    found = tomllib.loads(convert(home / "toolkit.yaml").text)["source"]
+    assert [source.get("repeats", 1) for source in found] == [1, 2, 1]
 
 
 @pytest.mark.parametrize(("more", "kept"), [("", 0), (", keep_tokens: 1", 1), (", token_dropout_rate: 0.5", 1)])

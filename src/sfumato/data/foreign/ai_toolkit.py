@@ -80,6 +80,8 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
             )
         if own.get("mask_path"):
             notes.append('mask_path: move the masks to masks/ in the image folder, then set mask = "files"')
+        # It lists an image that is to be mirrored twice, and repeats for more than one only.
+        repeats = max(1, number({"num_repeats": 1, **own}, "num_repeats")) * (2 if own.get("flip_x") else 1)
         # Which it puts before a caption after it has dropped or shuffled the tags.
         is_first = bool(word and (own.get("shuffle_tokens") or own.get("token_dropout_rate")))
         for place in with_pictures(path, folder):  # it walks through all that is below, but for what it made itself
@@ -91,7 +93,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
                 notes.append(f'{place}: captions in .json files are not read; list them as "text" in metadata.jsonl')
             yield non_default(
                 path=place,
-                repeats=own.get("num_repeats", 1),
+                repeats=repeats,
                 **{"class": is_class},
                 words=own.get("default_caption") or "",
                 caption="{trigger}, {caption}" if word else None,
