@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from hashlib import sha256
 from os.path import abspath
@@ -16,7 +16,7 @@ from sfumato.cli import run
 from sfumato.command_line.terminal import escape_control
 from sfumato.config import parse
 from sfumato.data.options import CropMode, MaskSource
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
@@ -208,18 +208,21 @@ def _mend(report: Report, config: Config) -> Mended:
     from sfumato.data.source import sources_of
 
     assert config.fix is not None
+    sources = sources_of(config.images, trigger=config.trigger)
+    # Copied, whatever --mask says this time.
+    masks = {found.path: found.mask for source in sources for found in source.list().pictures}
     leave_out = {look.path: look.error.removeprefix(f"{look.path.name}: ") for look in report.looks if look.error}
-    for places in _same(report, duplicates(report.looks)[0]):
+    for places in _same(report, masks, duplicates(report.looks)[0]):
         # The first that somebody wrote a caption for, or the first.
         first = next((place for place in places if report.captioned[place]), places[0])
         reason = f"the same image as {report.labels[first]}"
         # Not the first itself, which several sources may hold.
         others = (report.looks[place].path for place in places)
         leave_out |= {path: reason for path in others if abspath(path) != abspath(report.looks[first].path)}
-    return mend(config.images, sources_of(config.images, trigger=config.trigger), config.fix, leave_out=leave_out)
+    return mend(config.images, sources, config.fix, leave_out=leave_out)
 
 
-def _same(report: Report, alike: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def _same(report: Report, masks: Mapping[Path, Path | None], alike: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Of images with equal crops, which is what training sees, the groups that are equal as a whole, including
     masks."""
     from sfumato.data.images import open_mask, open_transparent
@@ -227,8 +230,12 @@ def _same(report: Report, alike: Sequence[Sequence[int]]) -> Iterator[list[int]]
     for places in alike:
         found: dict[tuple[bytes, ...], list[int]] = {}
         for place in places:
-            example = report.examples[place]
-            shown = [open_transparent(example.path), *([open_mask(example.mask)] if example.mask else [])]
+            path = report.looks[place].path
+            mask = masks.get(path)
+            try:
+                shown = [open_transparent(path), *([open_mask(mask)] if mask else [])]
+            except DataError:  # of a mask, for which the image is left out by itself
+                continue
             whole = tuple(f"{each.mode} {each.size}".encode() + sha256(each.tobytes()).digest() for each in shown)
             found.setdefault(whole, []).append(place)
         yield from (group for group in found.values() if len(group) > 1)

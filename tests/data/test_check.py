@@ -522,6 +522,20 @@ def test_a_picture_whose_mask_is_broken_is_left_out_wholly(tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
+def test_equal_pictures_with_masks_of_their_own_are_both_in_the_mended_copy(tmp_path):
+    """Which --mask does not name here, and are copied all the same; of a broken one the other picture is left."""
+    (tmp_path / "dogs").mkdir()
+    for name, side in (("a", 0), ("b", 32), ("c", 32), ("broken", 0)):
+        noise_picture().save(tmp_path / "dogs" / f"{name}.png")
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (side, 0, side + 32, 64))
+        mask.save(tmp_path / "dogs" / f"{name}.mask.png")
+    (tmp_path / "dogs" / "broken.mask.png").write_bytes(b"not a picture")
+    main([str(tmp_path / "dogs"), "--caption", "x", "--fix", str(tmp_path / "mended")])
+    names = ["a.mask.png", "a.png", "b.mask.png", "b.png"]
+    assert sorted(path.name for path in (tmp_path / "mended").iterdir()) == names
+
+
 def test_a_folder_that_two_sources_name_is_mended_for_both(tmp_path):
     """So that it may be cropped in two ways; and a source of which nothing is left would stop training."""
     for folder, number in (("dogs", 0), ("copies", 0), ("more", 1)):
