@@ -191,6 +191,18 @@ def test_masks_are_missed_only_where_a_source_has_them(two_folders):
     assert found(check(two_folders, needs_of("pocket")), "mask missing") == ["a/01.png"]
 
 
+def test_masks_of_one_source_are_not_missed_in_another_of_the_same_folder(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    noise_picture().save(tmp_path / "dogs" / "a.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "dogs" / "a.mask.png")
+    shared = '[[source]]\npath = "dogs"\nwords = "x"\n'
+    (tmp_path / "d.toml").write_text(f'{shared}mask = "files"\n{shared}crop = "pad"\n')
+    assert read_folder(tmp_path / "d.toml")[0].mask is not None
+    report = check(tmp_path / "d.toml", needs_of("pocket"))
+    assert not report.stops
+    assert found(report, "no masks") == found(report, "mask missing") == []
+
+
 def test_pictures_without_the_alpha_that_was_to_mask_them_are_told(tmp_path):
     for name in "ab":
         noise_picture().convert("RGBA" if name == "a" else "RGB").save(tmp_path / f"{name}.png")

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def check(
     lines = [
         *_bad(report),
         *_captions(report, founds),
-        *_masks(report, sources),
+        *_masks(report, sources, listings),
         *_listings(sources, listings),
         *_subject(report),
         *_held_out(report),
@@ -284,13 +285,14 @@ def _by_caption(report: Report) -> dict[str, list[str]]:
     return found
 
 
-def _masks(report: Report, sources: Sequence[Source]) -> Iterator[Finding]:
-    for path in dict.fromkeys(source.path for source in sources if source.mask == "files"):
-        pairs = zip(report.examples, report.labels, strict=True)
-        masks = {label: e.mask for e, label in pairs if path in e.path.parents}
-        without = [label for label, mask in masks.items() if mask is None]
-        if masks and len(without) == len(masks):
-            yield Finding("no masks", str(no_masks(path)), stops=True)
+def _masks(report: Report, sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Finding]:
+    pairs = zip(report.examples, report.labels, strict=True)
+    for source, listing in zip(sources, listings, strict=True):
+        # Of this source alone: another of the same folder may learn its images whole.
+        own = list(islice(pairs, len(listing.pictures)))
+        without = [label for example, label in own if example.mask is None] if source.mask == "files" else []
+        if own and len(without) == len(own):
+            yield Finding("no masks", str(no_masks(source.path)), stops=True)
         elif without:
             yield Finding(
                 "mask missing", f"{_count(without)} no mask, learned whole: {some(without, 4)}", tuple(without)
