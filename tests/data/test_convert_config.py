@@ -152,6 +152,14 @@ def test_ai_toolkit_s_trigger_is_dropped_with_no_tag(more, kept, home):
     assert source.get("keep_tags", 0) == kept
 
 
+@pytest.mark.parametrize(("more", "told"), [("shuffle_tokens: true", True), ("token_dropout_rate: 0.5", False)])
+def test_ai_toolkit_s_tags_that_are_shuffled_although_kept_are_told(more, told, home):
+    (home / "toolkit.yaml").write_text(
+        f"config: {{process: [{{datasets: [{{folder_path: dogs, keep_tokens: 2, {more}}}]}}]}}"
+    )
+    assert any("these tags stay in front here" in note for note in convert(home / "toolkit.yaml").notes) == told
+
+
 def test_ai_toolkit_s_trigger_is_not_for_the_pictures_of_the_class(home):
     """Which would learn the class under the subject's own word, where they are there to keep it from that."""
     (home / "reg").mkdir()

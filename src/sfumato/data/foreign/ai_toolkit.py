@@ -80,6 +80,11 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
             )
         if own.get("mask_path"):
             notes.append('mask_path: move the masks to masks/ in the image folder, then set mask = "files"')
+        if own.get("shuffle_tokens") and own.get("keep_tokens"):
+            notes.append(
+                f"keep_tokens = {own['keep_tokens']}: these tags stay in front here, where ai-toolkit only never drops "
+                "them, and shuffles them, too; to have that, set keep_tags = 0"
+            )
         # It lists an image that is to be mirrored twice, and repeats for more than one only.
         repeats = max(1, number({"num_repeats": 1, **own}, "num_repeats")) * (2 if own.get("flip_x") else 1)
         # Which it puts before a caption after it has dropped or shuffled the tags.
