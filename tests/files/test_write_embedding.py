@@ -51,12 +51,14 @@ def test_words_to_the_letter(two_modules, tmp_path):
     assert said(add_words, write_lora(path, two_modules, family="sd1"), {"v1.5": one}) == (
         "a.safetensors: v1.5 has a dot, with which it cannot be bundled. Write it into its own file."
     )
-    add_words(path, {"<x>": one, "<y>": both})
+    second = {"text_encoder_2": torch.ones(1, 6)}  # of one encoder alone, as others bundle it
+    add_words(path, {"<x>": one, "<y>": both, "<z>": second})
     names = {name for name in read_header(path).tensors if name.startswith("bundle_emb")}
     assert names == {
         "bundle_emb.<x>.string_to_param.*",
         "bundle_emb.<y>.clip_l",
         "bundle_emb.<y>.clip_g",
+        "bundle_emb.<z>.clip_g",
     }
     assert read_header(path).metadata["sshs_model_hash"][:12] == short_hash(
         write_tensors(tmp_path / "b", load_file(path))

@@ -63,7 +63,7 @@ def bundled_tensors(path: Path, words: Mapping[str, Mapping[str, Tensor]]) -> di
             raise AdapterError(
                 f"{path.name}: {token} has a dot, with which it cannot be bundled. Write it into its own file."
             )
-        names = {"text_encoder": "string_to_param.*"} if len(parts) == 1 else SDXL_KEYS
+        names = {"text_encoder": "string_to_param.*"} if parts.keys() == {"text_encoder"} else SDXL_KEYS
         for part, rows in parts.items():
             tensors[f"bundle_emb.{token}.{names[part]}"] = cast(rows, torch.float32, token, path)
     return tensors
