@@ -205,12 +205,14 @@ def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Pare
             f"--into {base.name}: is {base.family.title}, the adapters are for {family}; name a base of theirs."
         )
     parents = _counted(sources, parents)
+    told = read_header(base.root).metadata if base.root.is_file() else {}
     metadata = baked_metadata(
         parents,
         title=config.title or config.output.stem,
         base=base.name,
         family=family,
         predicts=base.prediction_type,
+        told=told,
         config=to_dict(config, public=True),
     )
     bake(

@@ -370,6 +370,24 @@ def test_a_baked_checkpoint_tells_its_parents_and_its_own_hash(tiny_base, adapte
     assert metadata["modelspec.prediction_type"] == "epsilon"
 
 
+def test_a_baked_checkpoint_names_its_base_s_words_authors_and_licences_and_the_adapters(
+    tiny_base, adapter_file, tmp_path
+):
+    keys = ("modelspec.author", "modelspec.license", "modelspec.trigger_phrase")
+    files = {}
+    for file, said in (
+        (tiny_base("sd1").file, ("Ann", "mit", "sks")),
+        (adapter_file("a", "sd1"), ("Ben", "nc", "hen")),
+    ):
+        files[file] = tmp_path / f"told-{file.name}"
+        save_file(load_file(file), files[file], dict(zip(keys, said, strict=True)))
+    base, a = files.values()
+    out = tmp_path / "baked.safetensors"
+    assert run(a, "--into", base, "-o", out, "--family", "sd1") == 0
+    metadata = read_header(out).metadata
+    assert [metadata[key] for key in keys] == ["Ann, Ben", "mit, nc", "sks, hen"]
+
+
 def test_baking_what_does_not_fit_writes_nothing(tiny_base, adapter_file, tmp_path, capsys):
     a = adapter_file("a", "sdxl")
     assert run(a, "--into", tiny_base("sd1").folder, "-o", tmp_path / "baked") == 2

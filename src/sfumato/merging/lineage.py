@@ -115,20 +115,25 @@ def baked_metadata(
     base: str,
     family: str,
     predicts: str = "",
+    told: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """The metadata that a checkpoint gets in addition to its own when `parents` are baked into it.
+    """The metadata that a checkpoint gets in place of or beside its own when `parents` are baked into it.
 
-    base, family, predicts: its name, family and prediction type.
+    base, family, predicts, told: its name, family, prediction type and metadata. Trigger words, authors and licences
+    are its own and the parents'.
     """
     labels = LABELS[family]
     v = predicts == "v_prediction"
+    all_of_it = [Parent(base, "", told or {}, family), *parents]
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": (v and labels.v_architecture) or labels.architecture,
         "modelspec.title": title,
         "modelspec.merged_from": ", ".join([base, *(parent.name for parent in parents)]),
-        "modelspec.trigger_phrase": ", ".join(_words(parents)),
+        "modelspec.trigger_phrase": ", ".join(_words(all_of_it)),
+        "modelspec.author": _all(all_of_it, "modelspec.author"),
+        "modelspec.license": _all(all_of_it, "modelspec.license"),
         "sfumato.version": __version__,
         "sfumato.parents": json.dumps([_parent(parent) for parent in parents], ensure_ascii=False),
         "sfumato.config": json.dumps(config, ensure_ascii=False) if config else "",
