@@ -388,6 +388,14 @@ def test_a_baked_checkpoint_names_its_base_s_words_authors_and_licences_and_the_
     assert [metadata[key] for key in keys] == ["Ann, Ben", "mit, nc", "sks, hen"]
 
 
+@pytest.mark.parametrize("architecture", ["stable-diffusion-v2-768-v", "stable-diffusion-v2/inpainting"])
+def test_a_baked_checkpoint_is_of_the_architecture_that_its_base_says(architecture, tiny_base, adapter_file, tmp_path):
+    base, out = tmp_path / "base.safetensors", tmp_path / "baked.safetensors"
+    save_file(load_file(tiny_base("sd2").file), base, {"modelspec.architecture": architecture})
+    assert run(adapter_file("a", "sd2"), "--into", base, "-o", out) == 0
+    assert read_header(out).metadata["modelspec.architecture"] == architecture
+
+
 def test_baking_what_does_not_fit_writes_nothing(tiny_base, adapter_file, tmp_path, capsys):
     a = adapter_file("a", "sdxl")
     assert run(a, "--into", tiny_base("sd1").folder, "-o", tmp_path / "baked") == 2

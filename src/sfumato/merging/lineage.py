@@ -125,10 +125,12 @@ def baked_metadata(
     """
     labels = LABELS[family]
     v = predicts == "v_prediction"
-    all_of_it = [Parent(base, "", told or {}, family), *parents]
+    told = told or {}
+    architecture = (v and labels.v_architecture) or labels.architecture
+    all_of_it = [Parent(base, "", told, family), *parents]
     found = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": (v and labels.v_architecture) or labels.architecture,
+        "modelspec.architecture": told.get("modelspec.architecture", architecture),  # which may say inpainting, too
         "modelspec.title": title,
         "modelspec.merged_from": ", ".join([base, *(parent.name for parent in parents)]),
         "modelspec.trigger_phrase": ", ".join(_words(all_of_it)),
