@@ -286,6 +286,16 @@ def test_comfyuis_lora_of_a_convolution_is_flat(tmp_path):
     torch.testing.assert_close(change.delta().double(), (up @ down).view(CONV), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [LINEAR, (*LINEAR, 1, 1)])
+def test_lycoriss_lokr_of_a_1x1_convolution_is_one_of_a_linear_layer_too(shape, tmp_path):
+    """SD 2's projections, which sd-scripts had as convolutions, and diffusers and checkpoints have as linear layers."""
+    first, second = noise(60, 2, 2), noise(61, OUT // 2, IN // 2, 1, 1)
+    change = change_of({"lokr_w1": first, "lokr_w2": second}, LINEAR, tmp_path)
+    wanted = torch.kron(first, second.flatten(1)).view(shape)
+    torch.testing.assert_close(change.delta(torch.zeros(shape)).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert not change.fits((OUT, IN // 4, 2, 2))
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_a_weight_that_does_not_fit_is_refused(name, tmp_path):
     shape, tensors, _ = DEFINITIONS[name]

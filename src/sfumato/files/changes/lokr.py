@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sfumato.files.changes.change import WithoutLowRank, check_fits
+from sfumato.files.changes.change import WithoutLowRank, check_fits, trim
 from sfumato.files.changes.module_tensors import ModuleTensors
 
 
@@ -87,7 +87,7 @@ class Lokr(WithoutLowRank):
         if len(shape) < 2 or shape[0] != first[0] * second[0] or prod(shape[1:]) != first[1] * prod(second[1:]):
             return False
         flat = len(second) == 2  # the kernel may be in its columns
-        return flat or tuple(shape[1:]) == (first[1] * second[1], *second[2:])
+        return flat or trim(shape)[1:] == (first[1] * second[1], *trim(second)[2:])
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)
