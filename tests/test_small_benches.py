@@ -18,6 +18,7 @@ from bench import (
     dreambooth_memory,
     emoji_data,
     forecast,
+    forecast_time,
     full_size,
     new_words,
     optimizer_steps,
@@ -311,6 +312,16 @@ def test_an_optimizers_part_of_a_step_is_its_time_beside_the_unets(pocket_folder
         assert each["share_of_step"] == pytest.approx(
             each["cpu_ms"] / (each["cpu_ms"] + report["unet_cpu_ms"]), abs=0.1
         )
+
+
+@pytest.mark.slow
+def test_torchs_fake_tensors_tell_what_ours_tell(pocket_folder):
+    report = forecast_time.measure(forecast_time.Config(base=str(pocket_folder), rank=4))
+    assert len(report["ways"]) == 6  # each once, whatever optimizer
+    for each in report["ways"].values():
+        assert each["bytes"] == pytest.approx(each["fake_bytes"], rel=1e-2)  # a small base's mask is no small part
+        assert each["ratio"] == pytest.approx(each["cpu_s"] / each["fake_cpu_s"], rel=0.1)
+    assert report["ratio"] > 0
 
 
 @pytest.mark.slow
