@@ -213,7 +213,9 @@ def train(config: Config) -> Path:
     size = sum(p.numel() for p in parameters)
     run.say(f"{pluralize(len(dataset), 'image')}, {len(class_set or [])} of the class, {size:,} trained numbers")
 
-    optimizer = optimizers.build(config.optimizer, groups(trained, config), weight_decay=config.weight_decay)
+    optimizer = optimizers.build(
+        config.optimizer, groups(trained, config), weight_decay=config.weight_decay, args=config.optimizer_args
+    )
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
     scaler = precision.scaler()
     fused = FusedStep(optimizer, scaler) if config.fused else None

@@ -209,7 +209,7 @@ def train(config: Config) -> Path:
     groups = optimizers.groups(lora.by_part(), *rates, ups=lora.ups(), up_ratio=config.loraplus_ratio)
     if words:
         groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate, "is_table": True})
-    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay)
+    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
     schedule = optimizers.Schedule(
         optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles, second=config.words_first
     )

@@ -150,9 +150,8 @@ def train(config: Config) -> Path:
     run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
 
     parameters = list(words.parameters())
-    optimizer = optimizers.build(
-        config.optimizer, [{"params": parameters, "lr": config.learning_rate}], weight_decay=config.weight_decay
-    )
+    groups = [{"params": parameters, "lr": config.learning_rate}]
+    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)

@@ -261,12 +261,12 @@ def base_options(about: Description, *names: str) -> str:
 
 _USUAL: Mapping[str, Any] = MappingProxyType(
     {
-        "optimizer": "adamw", "accumulate": 1, "dropout": 0.0, "rank_stabilised": False, "loraplus_ratio": 1.0,
+        "optimizer": "adamw", "optimizer_args": [], "accumulate": 1, "dropout": 0.0, "rank_stabilised": False,
         "train_text_encoder": False, "text_learning_rate": None, "noise_offset": 0.0, "pyramid_noise": 0.0,
         "input_perturbation": 0.0, "huber": 0.0, "min_timestep": 0, "max_timestep": None, "crossed_share": 0.0,
         "ema": 0.0, "clip_skip": None, "max_tokens": None, "algo": "lora", "dora": False, "factor": None,
         "max_norm": 0.0, "conv": False, "weight_decay": 0.01, "schedule": "cosine", "cycles": 1, "warmup": 0,
-        "clip": 1.0, "debiased": False, "prior_prompts": [],
+        "clip": 1.0, "debiased": False, "prior_prompts": [], "loraplus_ratio": 1.0,
         "zero_terminal_snr": False, "caption_dropout": 0.0, "shuffle_tags": False, "keep_tags": 0, "tag_dropout": 0.0,
         "caption_lines": False, "flip": False, "crop": "center", "mask": "none", "validation_split": 0.0,
         "prior_weight": 1.0, "init_from": None, "train_words": [], "initial_words": [], "word_vectors": None,

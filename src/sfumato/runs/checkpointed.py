@@ -51,7 +51,7 @@ class CheckpointedParts:
 
 
 def _load(part: Any, state: Any) -> None:
-    """Give a part its state; an optimizer keeps the weight decay it was built with, which --force may have changed.
+    """Give a part its state; an optimizer keeps the settings it was built with, which --force may have changed.
 
     A gradient scaler takes none from where nothing was scaled, in bf16 or fp32, and finds its scale anew.
     """
@@ -60,11 +60,12 @@ def _load(part: Any, state: Any) -> None:
     if not isinstance(part, torch.optim.Optimizer):
         part.load_state_dict(state)
         return
-    decays = [group.get("weight_decay") for group in part.param_groups]
+    names = getattr(part, "given", ("weight_decay",))
+    own = [{name: group[name] for name in names if name in group} for group in part.param_groups]
     part.state.clear()  # a run that goes back has moments already, and two of each would be in memory at once
     part.load_state_dict(state)
-    for group, decay in zip(part.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
+    for group, settings in zip(part.param_groups, own, strict=True):
+        group.update(settings)
     # A checkpoint holds numbers in the order of their places, and fused optimizers take those of a moment and of its
     # weight, which may be channels_last, as they lie in memory.
     for parameter, moments in part.state.items():

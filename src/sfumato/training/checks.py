@@ -20,6 +20,7 @@ from sfumato.files.metadata import moment
 from sfumato.limits import checked_seed
 from sfumato.prompts.tags import refuse_tags, split_flags
 from sfumato.runs.folder import WRITTEN
+from sfumato.training import optimizer_settings
 from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def check_trainer(config: TrainerOptions) -> None:
             "--loraplus-ratio with --optimizer prodigy: it finds one step for all that learns. Leave it out, or use "
             "--optimizer adamw."
         )
+    optimizer_settings.settings(config.optimizer, config.optimizer_args)
     if config.schedule == "constant":
         only_with(config, "--schedule cosine or linear", "cycles")
     if config.debiased and config.min_snr:

@@ -47,7 +47,7 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
         batch=config.batch * config.accumulate * samples.processes,
         seed=config.seed,
         learning_rate=config.learning_rate,
-        optimizer=config.optimizer,
+        optimizer=config.optimizer + (f"({', '.join(config.optimizer_args)})" if config.optimizer_args else ""),
         trigger=triggers,
         captions=dataset.captions,
         author=config.author or "",

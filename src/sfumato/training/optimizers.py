@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import PrecisionError
+from sfumato.training.optimizer_settings import settings
 from sfumato.training.options import OptimizerName, ScheduleName
 
 # name -> (module, class, extra)
@@ -25,33 +26,36 @@ _EXTRAS = {
 }
 
 
-def build(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimizer called `name` over parameter groups, each with its own `lr`.
+def build(
+    name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay: float, args: Sequence[str] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer called `name` over parameter groups, each with its own `lr`. args: NAME=VALUE of its settings that
+    are not the usual ones.
 
     Prodigy finds its own step size: its `lr` is a factor, 1 by custom (Mishchenko & Defazio 2023). Adafactor (Shazeer &
-    Stern 2018) takes `lr` as AdamW does, with steps no larger for larger weights: an adapter begins at zeros.
+    Stern 2018) takes `lr` as AdamW does.
     """
-    optimizer = _built(name, groups, weight_decay=weight_decay)
+    own = settings(name, args)
+    optimizer = _built(name, groups, {"weight_decay": weight_decay, **own})
     optimizer.__dict__["state_bytes"] = partial(state_bytes, name)  # for the room that its checkpoints will take
+    optimizer.__dict__["given"] = ("weight_decay", *own)  # what a checkpoint does not change
     return optimizer
 
 
-def _built(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_decay: float) -> torch.optim.Optimizer:
+def _built(name: OptimizerName, groups: Iterable[dict[str, Any]], own: Mapping[str, Any]) -> torch.optim.Optimizer:
     groups = list(groups)
-    shared: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": weight_decay}
     if name == "adamw":
         # One launch for all tensors instead of ten each: an adapter has hundreds of small ones.
-        return torch.optim.AdamW(groups, **shared, fused=True)
+        return torch.optim.AdamW(groups, **own, fused=True)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
-        shared = {"weight_decay": weight_decay, "scale_parameter": False, "relative_step": False}
-        adafactor: torch.optim.Optimizer = Adafactor(groups, **shared)
+        adafactor: torch.optim.Optimizer = Adafactor(groups, **own, relative_step=False)
         return adafactor
     if name == "muon":
         from sfumato.training.muon import Muon
 
-        return Muon(groups, momentum=0.9, weight_decay=weight_decay)
+        return Muon(groups, **own)
     module, kind, extra = _EXTRAS[name]
     try:
         optimizer_type = getattr(importlib.import_module(module), kind)
@@ -61,8 +65,7 @@ def _built(name: OptimizerName, groups: Iterable[dict[str, Any]], *, weight_deca
         raise PrecisionError(
             f'--optimizer {name} needs a package that {what}: pip install "sfumato[{extra}]", or use adamw.'
         ) from None
-    own = {"safeguard_warmup": True, "use_bias_correction": True} if name == "prodigy" else {}
-    optimizer: torch.optim.Optimizer = optimizer_type(groups, **shared, **own)
+    optimizer: torch.optim.Optimizer = optimizer_type(groups, **own)
     return optimizer
 
 

@@ -261,6 +261,9 @@ class StepOptions:
     """Optimizer. adamw, muon and adafactor are built in. muon learns more in as many steps, and forgets more; it is
     for matrices, such as those of adapters. adafactor keeps almost no state. adamw8bit, prodigy and lion are the extras
     8bit, prodigy and lion (pip install "sfumato[8bit]")."""
+    optimizer_args: tuple[str, ...] = ()
+    """Further settings of the optimizer, each as NAME=VALUE, such as betas=0.9,0.999, eps=1e-6, or d_coef=2 for
+    prodigy. Repeat the option for several."""
     weight_decay: float = 0.01
     """Decoupled weight decay of the optimizer."""
     schedule: ScheduleName = "cosine"
