@@ -168,7 +168,8 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "in_json": "captions stand beside the images, or in a metadata.jsonl",
         "color_aug face_crop_aug_range weighted_captions": "there is no counterpart",
         "enable_wildcard": "--caption-lines takes one line of a caption at random; {a|b} in it stays as it is",
-        "keep_tokens_separator secondary_separator token_warmup_min token_warmup_step": "there is no counterpart",
+        "keep_tokens_separator": "in a caption ||| does it; a dataset.toml has keep_tags_separator for another",
+        "secondary_separator token_warmup_min token_warmup_step": "there is no counterpart",
         "caption_dropout_every_n_epochs": "--caption-dropout is a share of all captions",
         "min_bucket_reso max_bucket_reso bucket_reso_steps": "each image keeps its shape and gets the pixels of "
         "--resolution's square; sfumato check lists the sizes",

@@ -197,7 +197,7 @@ class Dataset:
         if item.further:
             line = randomness.uniform(seed, "caption line", step, place) * len(item.captions)
             caption = item.captions[int(line)]
-        return vary(caption, item.options, seed, step, place)
+        return vary(caption, item.options, seed, step, place, kept=item.kept_tags.get(caption))
 
 
 def middles_of(pictures: int, count: int) -> list[int]:

@@ -23,6 +23,7 @@ from sfumato.data.listing import (
     own_name_note,
 )
 from sfumato.data.options import MaskSource, Options
+from sfumato.data.tags import KeptTags, without_marks
 from sfumato.errors import DataError
 from sfumato.limits import more_tokens
 from sfumato.numerals import pluralize, shortened, some
@@ -41,7 +42,8 @@ class Example:
     mask: a picture, white where it is to be learned. alpha_mask: learn where it is opaque. group: "class" for pictures
     of the class that a subject belongs to (prior preservation), "validation" for those on which the loss is measured
     and that are not learned. checksums: sha256 of the picture and its mask, in hex, that their files must have; "" for
-    any. template, trigger: what the captions were made with, None for nothing.
+    any. template, trigger: what the captions were made with, None for nothing. kept_tags: of those of the captions that
+    say themselves which of their tags stay in their places.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Example:
     template: str | None = None
     trigger: str | None = None
     further: tuple[str, ...] = ()
+    kept_tags: Mapping[str, KeptTags] = field(default_factory=dict)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -118,6 +121,7 @@ def examples_of(
     skip_bad: bool,
     by_line: bool | None = None,
     words: str | None = "",
+    options: Options | None = None,
 ) -> ExampleSet:
     """The examples of one listed folder, headers checked. Raises as `read_folder` does.
 
@@ -137,7 +141,9 @@ def examples_of(
             raise DataError(found.caption.error)
     ignored = [*listing.ignored, *(_ignored(listing, picture, reason) for picture, reason in bad.items())]
     examples = [
-        example_of(found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line))
+        example_of(
+            found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line), options=options or Options()
+        )
         for found in listing.pictures
         if found.path not in bad
     ]
@@ -161,21 +167,30 @@ def examples_of(
 
 
 def example_of(
-    found: ListedPicture, *, template: str | None, trigger: str | None, mask: MaskSource, by_line: bool = False
+    found: ListedPicture,
+    *,
+    template: str | None,
+    trigger: str | None,
+    mask: MaskSource,
+    by_line: bool = False,
+    options: Options,
 ) -> Example:
     """A listed picture as one to learn from."""
     texts = found.caption.text.split("\n") if by_line else [found.caption.text]
-    caption, *further = dict.fromkeys(_filled(text, found.path, template, trigger) for text in texts)
+    filled = [without_marks(_filled(text, found.path, template, trigger), options) for text in texts]
+    caption, *further = dict.fromkeys(text for text, _ in filled)
     return Example(
         found.path,
         caption,
         found.repeats,
         found.mask if mask == "files" else None,
         mask == "alpha",
+        options,
         checksums=found.checksums,
         template=template,
         trigger=trigger,
         further=tuple(further),
+        kept_tags={text: kept for text, kept in filled if kept},
     )
 
 

@@ -163,6 +163,7 @@ def _items(
                 tensors,
                 entry,
                 done.example.further,
+                done.example.kept_tags,
             )
         )
     return items, notes
@@ -189,7 +190,8 @@ def _learned(done: _Done, crop: Crop) -> tuple[Any, ...]:
     """All of an example that what is learned depends on; first its files."""
     example = done.example
     learned = done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop
-    return (*learned, example.further) if example.further else learned
+    kept = [example.kept_tags.get(caption) for caption in example.captions]
+    return *learned, *filter(None, (example.further, kept if any(kept) else None))
 
 
 def _short(text: str) -> str:

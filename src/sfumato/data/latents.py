@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from sfumato.data.buckets import Crop, Size
 from sfumato.data.cache import Entry
 from sfumato.data.crops import Cropped, to_array
 from sfumato.data.options import Options
+from sfumato.data.tags import KeptTags
 from sfumato.errors import DataError
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -27,7 +28,7 @@ _ENCODED_AT_A_TIME_PX = 2**20
 @dataclass
 class PreparedPicture:
     """One picture's share of the data set. options: none unset. flip: whether it has mirrored variants. further:
-    captions of which a sample takes one as often as `caption`.
+    captions of which a sample takes one as often as `caption`. kept_tags: as of `Example`.
 
     tensors, or the entry of the cache that holds them: mean and deviation, (variants, channels, height/f, width/f), or
     `pixels`, (3, height, width) uint8 of all positions, where they are encoded in the loop; mask: (1, height/f,
@@ -43,6 +44,7 @@ class PreparedPicture:
     tensors: Mapping[str, Tensor] | None
     entry: Entry | None = None
     further: tuple[str, ...] = ()
+    kept_tags: Mapping[str, KeptTags] = field(default_factory=dict)
 
     @property
     def captions(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """How the images of one source are trained on: crops, mirror images, changes to captions, weight."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from sfumato.errors import ConfigError
@@ -17,7 +17,8 @@ class Options:
     flip: mirror half of the samples. crop: cut the bucket's shape from the center, or from any place along the longer
     side, or keep the whole image with white beside it that the loss ignores. caption_dropout: share of samples without
     a caption. shuffle_tags: shuffle the parts of a caption between separators for each sample, except the first
-    keep_tags. tag_dropout: share of those parts to leave out. weight: weight of a sample in the loss.
+    keep_tags. tag_dropout: share of those parts to leave out. keep_tags_separator: where a caption has it, the tags
+    before it stay in front instead, and those after a second one at the end. weight: weight of a sample in the loss.
     """
 
     flip: bool | None = None
@@ -27,6 +28,7 @@ class Options:
     keep_tags: int | None = None
     tag_dropout: float | None = None
     separator: str = ","
+    keep_tags_separator: str = field(default="|||", repr=False)  # what is learned has `Example.kept_tags` instead
     weight: float = 1.0
 
     def check(self, where: str = "") -> None:
@@ -43,6 +45,10 @@ class Options:
             raise ConfigError(f"{where}weight is {self.weight}; it must be above 0 and at most 100.")
         if not self.separator.strip():
             raise ConfigError(f"{where}separator is {self.separator!r}; wanted a character such as a comma.")
+        if not self.keep_tags_separator.strip() or self.keep_tags_separator.strip() == self.separator.strip():
+            raise ConfigError(
+                f"{where}keep_tags_separator is {self.keep_tags_separator!r}; wanted what parts no tags, such as '|||'."
+            )
 
     def over(self, defaults: "Options") -> "Options":
         """These options, with unset ones taken from `defaults`."""

@@ -51,7 +51,10 @@ def _with_words(example: Example, rename: Callable[[str], str]) -> Example:
         template = rename(template.replace("{trigger}", trigger or ""))
     if trigger and trigger in example.caption and trigger not in caption:
         trigger = None
-    return dataclasses.replace(example, caption=caption, further=tuple(further), template=template, trigger=trigger)
+    kept = {rename(text): tags for text, tags in example.kept_tags.items()}
+    return dataclasses.replace(
+        example, caption=caption, further=tuple(further), kept_tags=kept, template=template, trigger=trigger
+    )
 
 
 def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> None:

@@ -129,10 +129,10 @@ def _embed(
         wanted = dataset.drawn_captions(*will_draw)
     else:
         wanted = set(whole)
-        told = [(caption, item.options) for item in items for caption in item.captions]
-        count = sum(count_forms(caption, options) for caption, options in told)
+        told = [(text, item.options, item.kept_tags.get(text)) for item in items for text in item.captions]
+        count = sum(count_forms(*each) for each in told)
         if count <= MOST_FORMS:
-            wanted |= {form for caption, options in told for form in forms(caption, options)}
+            wanted |= {form for each in told for form in forms(*each)}
         elif any(item.options.varies_caption for item in items):
             yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
     # Of those whose tags vary another run would draw others: the cache would grow, and hardly be read.

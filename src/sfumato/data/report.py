@@ -192,9 +192,14 @@ def check(
 
 def _example(found: ListedPicture, source: Source, defaults: Options) -> Example:
     example = example_of(
-        found, template=source.template, trigger=source.trigger, mask=source.mask, by_line=bool(source.by_line)
+        found,
+        template=source.template,
+        trigger=source.trigger,
+        mask=source.mask,
+        by_line=bool(source.by_line),
+        options=source.options.over(defaults),
     )
-    return replace(example, options=source.options.over(defaults), group=source.group)
+    return replace(example, group=source.group)
 
 
 def _count_buckets(

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from sfumato import shell
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
-from sfumato.data.folder import Example, ExampleSet, Group, examples_of, joint_notes
+from sfumato.data.folder import ExampleSet, Group, examples_of, joint_notes
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import MaskSource, Options
 from sfumato.errors import ConfigError, DataError, nearest
@@ -44,6 +44,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "keep_tags": int,
     "tag_dropout": (int, float),
     "separator": str,
+    "keep_tags_separator": str,
     "weight": (int, float),
 }
 _OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_lines", "caption_dropout", "tag_dropout")
@@ -129,13 +130,9 @@ def _read(source: Source, skip_bad: bool, words: str) -> ExampleSet:
         skip_bad=skip_bad,
         by_line=source.by_line,
         words=None if source.group == "class" else words,  # no --caption is for it
+        options=source.options,
     )
-    examples = tuple(_with(example, source) for example in part.examples)
-    return replace(part, examples=examples)
-
-
-def _with(example: Example, source: Source) -> Example:
-    return replace(example, options=source.options, group=source.group)
+    return replace(part, examples=tuple(replace(example, group=source.group) for example in part.examples))
 
 
 def sources_of(

@@ -37,6 +37,7 @@ _USED = frozenset(
         "caption_extension",
         "shuffle_caption",
         "keep_tokens",
+        "keep_tokens_separator",
         "caption_separator",
         "caption_dropout_rate",
         "caption_tag_dropout_rate",
@@ -62,13 +63,15 @@ _TRAINING_ONLY = (
     "token_warmup_min",
     "token_warmup_step",
     "weighted_captions",
-    "keep_tokens_separator",
     "secondary_separator",
     "bucket_no_upscale",
 )
 """Settings of a training that change what is seen of its pictures and have no counterpart."""
 _TEXTS = frozenset(
-    ("image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix")
+    (
+        *("image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix"),
+        "keep_tokens_separator",
+    )
 )
 
 
@@ -114,6 +117,7 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
         shuffle_tags=own.get("shuffle_caption", False),
         keep_tags=own.get("keep_tokens", 0),
         separator=own.get("caption_separator") or ",",
+        keep_tags_separator=own.get("keep_tokens_separator") or "|||",
         caption_dropout=own.get("caption_dropout_rate", 0.0),
         tag_dropout=own.get("caption_tag_dropout_rate", 0.0),
         flip=own.get("flip_aug", False),

@@ -109,7 +109,14 @@ def non_default(**values: Any) -> dict[str, Any]:
     """The values that are not the defaults of a source, in the order of datasets/README.md."""
     neutral: dict[str, Any] = {"repeats": 1, "class": False, "validation": False, "words": "", "caption": None}
     neutral |= {"trigger": None, "caption_suffix": None, "caption_lines": False}
-    neutral |= {"shuffle_tags": False, "keep_tags": 0, "separator": ",", "caption_dropout": 0, "tag_dropout": 0}
+    neutral |= {
+        "shuffle_tags": False,
+        "keep_tags": 0,
+        "separator": ",",
+        "keep_tags_separator": "|||",
+        "caption_dropout": 0,
+        "tag_dropout": 0,
+    }
     neutral |= {"flip": False, "crop": "center", "mask": "none", "weight": 1}
     return {key: value for key, value in values.items() if key == "path" or value != neutral[key]}
 
