@@ -42,19 +42,23 @@ class Converted:
 def convert(path: Path, target: Path | None = None) -> Converted:
     """The config at `path` as a dataset.toml that lies at `target` (beside `path` if None), to which its paths are
     relative where they can be. Raises ConfigError for a file that is no tool's."""
-    values = read(path)
-    folder, home = path.resolve().parent, (target or path).resolve().parent
+    return convert_values(read(path), path.name, path.resolve().parent, target or path)
+
+
+def convert_values(values: Any, name: str, folder: Path, target: Path) -> Converted:
+    """The same of a config's values that lie in `folder`. name: of the config's file."""
+    home = target.resolve().parent
     notes: list[str] = []
     read_by = ((tool, sources(values, folder, notes)) for tool, sources in _TOOLS.items())
     tool, entries = next(((tool, found) for tool, found in read_by if found is not None), ("", None))
     if entries is None:
         raise ConfigError(
-            f"{path.name}: neither kohya's [[datasets]] or train_data_dir, ai-toolkit's config.process[].datasets, "
+            f"{name}: neither kohya's [[datasets]] or train_data_dir, ai-toolkit's config.process[].datasets, "
             "OneTrainer's concepts nor SimpleTuner's data sets are in it. Name such a config; datasets/README.md says "
             "how a dataset.toml is written by hand."
         )
     for number, entry in enumerate(entries, start=1):
-        where = f"{path.name}, its data set {number}: "
+        where = f"{name}, its data set {number}: "
         check_keys(entry, where)
         if not _is_idle(entry):
             source_of(entry, home, where)
@@ -62,11 +66,11 @@ def convert(path: Path, target: Path | None = None) -> Converted:
     entries = [entry for entry in entries if not _is_idle(entry)]
     if not entries:
         reasons = "; ".join((none or notes)[:3]) or "its list of data sets is empty"
-        raise ConfigError(f"{path.name}: there is nothing to convert: {reasons}.")
+        raise ConfigError(f"{name}: there is nothing to convert: {reasons}.")
     notes += none
     for entry in entries:
         entry["path"] = relative(entry["path"], folder, home, notes)
-    return Converted(_to_toml(entries, path.name, tool), len(entries), tool, tuple(dict.fromkeys(notes)))
+    return Converted(_to_toml(entries, name, tool), len(entries), tool, tuple(dict.fromkeys(notes)))
 
 
 def _is_idle(entry: Mapping[str, Any]) -> bool:

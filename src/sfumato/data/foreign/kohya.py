@@ -67,6 +67,9 @@ _TRAINING_ONLY = (
     "bucket_no_upscale",
 )
 """Settings of a training that change what is seen of its pictures and have no counterpart."""
+OF_TRAINING = (
+    "settings of the training itself are not converted; sfumato recipe converts them, and the images with them"
+)
 _TEXTS = frozenset(
     (
         *("image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix"),
@@ -172,7 +175,7 @@ def _folders(own: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator
             notes.extend(_unread(one, folder))
     data = {key: own[key] for key in (*_TRAINING_ELSEWHERE, *_TRAINING_ONLY) if key in own}
     notes.extend(left_over(data, frozenset(), _TRAINING_ELSEWHERE))
-    notes.append("settings of the training itself are not converted; sfumato train lora --help lists its own")
+    notes.append(OF_TRAINING)
 
 
 def _affixes(before: str | None, after: str | None) -> str | None:

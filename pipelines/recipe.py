@@ -1,0 +1,82 @@
+"""Convert a training of sd-scripts or of diffusers' scripts to a config of the trainers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from sfumato import shell
+from sfumato.cli import run
+from sfumato.command_line.terminal import escape_control, say
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
+
+if TYPE_CHECKING:
+    from sfumato.recipes.asked import Recipe
+
+
+@dataclass(frozen=True)
+class Config:
+    """Convert a training of another tool to a config of `sfumato train`, and its images to a dataset.toml.
+
+    Reads a config of kohya's sd-scripts (its --config_file, which kohya_ss writes, too), or a script with a command of
+    sd-scripts or of diffusers' example scripts. The config also says what the other tool does by default and sfumato
+    does not. Settings without a counterpart are listed.
+
+    Example: sfumato recipe train.sh -o mine.toml
+    """
+
+    file: Path
+    """The other tool's config, or a script (.sh, .bat, .txt) with its command."""
+    _: KW_ONLY
+    output: Annotated[Path, Parameter(alias="-o")]
+    """The config to write, such as mine.toml; images are listed in mine-images.toml beside it. Neither may exist."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the config. Lists on stderr what could not be converted, and prints the command that trains."""
+    # A first word that ends in .toml is the other tool's, not a config of this program.
+    config = parse(Config, argv, program="recipe", first_may_be_config=False)
+    from sfumato.files.atomic import write_text
+    from sfumato.recipes import convert
+
+    images = config.output.with_name(f"{config.output.stem}-images.toml")
+    training = convert(config.file, images)
+    if config.output.suffix.lower() != ".toml":
+        raise ConfigError(f"--output {config.output}: wanted a name that ends in .toml.")
+    for path in (config.output, images):
+        if path.exists():
+            raise ConfigError(f"--output {config.output}: {path} exists and is not written over. Name another file.")
+    recipe = training.recipe
+    trainer = importlib.import_module(f"sfumato.trainers.{recipe.program}")
+    refuse(config.file, recipe, trainer)
+    say(*map(escape_control, training.notes))
+    if training.images is not None:
+        write_text(images, training.images.text)
+        say(f"{images}: {pluralize(training.images.sources, 'source')}")
+    write_text(config.output, training.to_toml({field.name: field.default for field in fields(trainer.Config)}))
+    say(f"{config.output}: a config of {recipe.program}")
+    asked = [f"{shell.option(name)} {'DIR' if name == 'images' else 'WORDS'}" for name in recipe.ask]
+    run_folder = shell.quote((Path("runs") / config.output.stem).as_posix())
+    print(" ".join(["sfumato train", recipe.program, shell.quote(str(config.output)), *asked, "--output", run_folder]))
+    return 0
+
+
+def refuse(file: Path, recipe: Recipe, trainer: ModuleType) -> None:
+    """Refuse what the trainer would refuse, before anything is written. Raises ConfigError."""
+    left = {"images": "images", "output": "runs/recipe", **dict.fromkeys(recipe.ask, "thing")}
+    try:
+        trainer.check(trainer.Config(**{**left, **recipe.values}))
+    except ConfigError as error:
+        raise ConfigError(f"{file.name}: {recipe.program} refuses what it asks for: {error}") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,87 @@
+"""Other tools' trainings -> a config of ours, a file a tool.
+
+What has a meaning here is converted; what the other tool does by default and ours does not is written out; every other
+setting that does something is named in a note, never dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.data.foreign import Converted, convert_values
+from sfumato.data.foreign.kohya import OF_TRAINING
+from sfumato.data.foreign.settings import read as read_data
+from sfumato.errors import ConfigError
+from sfumato.recipes import diffusers_scripts, sd_scripts
+from sfumato.recipes.asked import Asked, Recipe
+from sfumato.recipes.reading import SD_SCRIPTS, read
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as ours. source: what it was converted from. images: the dataset.toml that it names, None for none.
+    notes: what could not be carried over, and what to do."""
+
+    recipe: Recipe
+    source: str
+    images: Converted | None
+    notes: tuple[str, ...]
+
+    def to_toml(self, defaults: Mapping[str, Any]) -> str:
+        """The config. defaults: of our trainer's options, of which none is written that only says the same."""
+        import tomlkit
+
+        told = self.recipe.told
+        usual = {k: v for k, v in self.recipe.usual.items() if k not in told and v != defaults.get(k)}
+        document = tomlkit.document()
+        document.add(tomlkit.comment(f"Converted from {self.source}."))
+        for name, value in told.items():
+            document.add(name, tomlkit.item(value))
+        if usual:
+            document.add(tomlkit.nl())
+            document.add(tomlkit.comment("What that program does where it is told nothing, and sfumato otherwise."))
+            for name, value in usual.items():
+                document.add(name, tomlkit.item(value))
+        return tomlkit.dumps(document)
+
+
+def convert(path: Path, images: Path) -> Training:
+    """The training at `path`, whose pictures a dataset.toml at `images` will name.
+
+    Raises ConfigError for a file that is no known training, and for one that has no counterpart.
+    """
+    asked = read(path)
+    if asked.script in SD_SCRIPTS:
+        data = _images(asked, images)
+        recipe = sd_scripts.convert(asked)
+        recipe.say("images", None if data is None else images.as_posix())
+    else:
+        data, recipe = None, diffusers_scripts.convert(asked)
+    if "images" not in recipe.told:
+        recipe.ask = ("images", *recipe.ask)
+    of_images = [] if data is None else [n for n in data.notes if n != OF_TRAINING and not asked.is_settled(n)]
+    return Training(recipe, f"{asked.script} in {path.name}", data, (*dict.fromkeys([*of_images, *recipe.notes]),))
+
+
+def _images(asked: Asked, target: Path) -> Converted | None:
+    """The pictures that a training of sd-scripts names, None for none. A config of data sets has its batch and size,
+    too."""
+    if given := asked.text("dataset_config"):
+        config = asked.find(given)
+        if config is None:
+            raise ConfigError(f"{asked.name}: its dataset_config {given} is neither beside it nor in this folder.")
+        values = read_data(config)
+        datasets = values.get("datasets") if isinstance(values, dict) else None
+        if isinstance(datasets, list) and datasets and isinstance(datasets[0], dict):
+            own = {**values.get("general", {}), **datasets[0]}
+            asked.values = {
+                "resolution": own.get("resolution"),
+                "train_batch_size": own.get("batch_size"),
+            } | asked.values
+        return convert_values(values, config.name, config.resolve().parent, target)
+    if not asked.text("train_data_dir"):
+        return None
+    return convert_values(asked.values, asked.name, asked.folder, target)

@@ -1,0 +1,175 @@
+"""diffusers' example scripts: those of LoRAs are `lora` or `dreambooth --method lora`, the others their namesakes."""
+
+from __future__ import annotations
+
+from sfumato.errors import ConfigError
+from sfumato.recipes import shared
+from sfumato.recipes.asked import Asked, Recipe
+
+_RATES = {
+    "train_text_to_image_lora.py": 1e-4,
+    "train_text_to_image_lora_sdxl.py": 1e-4,
+    "train_dreambooth.py": 5e-6,
+    "train_dreambooth_lora.py": 5e-4,
+    "train_dreambooth_lora_sdxl.py": 1e-4,
+    "textual_inversion.py": 1e-4,
+    "textual_inversion_sdxl.py": 1e-4,
+}
+_IDLE = frozenset((
+    "allow_tf32", "cache_dir", "caption_column", "checkpointing_steps", "class_data_dir", "class_prompt",
+    "dataloader_num_workers", "hub_token", "image_column", "image_interpolation_mode", "local_rank", "logging_dir",
+    "lr_power", "no_safe_serialization", "num_class_images", "num_validation_images", "output_dir",
+    "output_kohya_format", "prior_generation_precision", "prior_loss_weight", "repeats", "resume_from_checkpoint",
+    "sample_batch_size", "save_as_full_pipeline", "set_grads_to_none", "skip_save_text_encoder", "tokenizer_name",
+    "validation_scheduler", "variant",
+))  # fmt: skip
+"""What changes nothing of what is learned, or belongs to another setting."""
+
+
+def convert(asked: Asked) -> Recipe:
+    """The recipe of one of its trainings. Raises ConfigError for one without its pictures."""
+    script = asked.script
+    if script.startswith("textual_inversion"):
+        recipe = Recipe("textual_inversion")
+        _word(asked, recipe)
+    elif script.startswith("train_dreambooth"):
+        recipe = Recipe("dreambooth")
+        _subject(asked, recipe, method="lora" if "lora" in script else "full")
+    else:
+        recipe = Recipe("lora")
+        _style(asked, recipe)
+    _base_and_steps(asked, recipe)
+    _optimizer(asked, recipe)
+    shared.schedule(asked, recipe, cycles="lr_num_cycles", power="lr_power", warmup=500)
+    recipe.say("min_snr", asked.number("snr_gamma"), 0.0)
+    recipe.say("noise_offset", asked.number("noise_offset") or (0.1 if asked.flag("offset_noise") else None))
+    if asked.flag("push_to_hub"):
+        recipe.say("push_to_hub", asked.text("hub_model_id"))
+        if asked.text("hub_model_id") is None:
+            recipe.notes.append(
+                "push_to_hub without hub_model_id: nothing is uploaded unless --push-to-hub OWNER/NAME is given"
+            )
+    recipe.say("tensorboard", True if asked.text("report_to") in ("tensorboard", "all") else None)
+    recipe.say("keep", asked.whole("checkpoints_total_limit"))
+    prompt = asked.text("validation_prompt")
+    recipe.say("sample_prompts", None if prompt is None else [prompt])
+    recipe.say("sample_every", asked.whole("validation_steps"))
+    recipe.notes += asked.left(_IDLE, recipe.program)
+    return recipe
+
+
+def _base_and_steps(asked: Asked, recipe: Recipe) -> None:
+    recipe.say("base", asked.text("pretrained_model_name_or_path"))
+    recipe.say("vae", asked.text("pretrained_vae_model_name_or_path"))
+    kind = asked.text("prediction_type")
+    recipe.say("prediction_type", kind if kind in ("epsilon", "v_prediction") else None)
+    shared.precision(asked, recipe)
+    recipe.say("gradient_checkpointing", asked.flag("gradient_checkpointing") or None)
+    recipe.say("attention", "xformers" if asked.flag("enable_xformers_memory_efficient_attention") else None)
+    recipe.say("seed", asked.whole("seed"))
+    steps, epochs = asked.whole("max_train_steps"), asked.whole("num_train_epochs")
+    if steps is None and recipe.program == "textual_inversion":
+        recipe.say("steps", None, 5000)
+    elif steps is not None:
+        recipe.say("steps", steps)
+    else:
+        recipe.say("epochs", epochs, 1 if recipe.program == "dreambooth" else 100)
+    recipe.say("batch", asked.whole("train_batch_size"), 4 if recipe.program == "dreambooth" else 16)
+    recipe.say("accumulate", asked.whole("gradient_accumulation_steps"))
+    shared.resolution(asked, recipe, 1024 if asked.script.endswith("_sdxl.py") else 512)
+    rate = asked.number("learning_rate", _RATES[asked.script])
+    if asked.flag("scale_lr"):
+        rate = (rate or 0) * recipe.values["batch"] * recipe.values.get("accumulate", 1)
+        recipe.notes.append(f"scale_lr: the rate is {rate:g} on one process, as it is given here on any number")
+    recipe.say("learning_rate", rate)
+
+
+def _optimizer(asked: Asked, recipe: Recipe) -> None:
+    name = "adamw8bit" if asked.flag("use_8bit_adam") else (asked.text("optimizer") or "adamw")
+    is_sdxl_subject = asked.script == "train_dreambooth_lora_sdxl.py"
+    args = {
+        "betas": f"{asked.number('adam_beta1', 0.9):g},{asked.number('adam_beta2', 0.999):g}",
+        "eps": f"{asked.number('adam_epsilon', 1e-8):g}",
+        "weight_decay": f"{asked.number('adam_weight_decay', 1e-4 if is_sdxl_subject else 1e-2):g}",
+    }
+    if name.lower() == "prodigy":
+        args |= {"use_bias_correction": "True", "safeguard_warmup": "True"}
+    names = {"betas": {"adam_beta1", "adam_beta2"}, "eps": {"adam_epsilon"}, "weight_decay": {"adam_weight_decay"}}
+    told = {key: value for key, value in args.items() if names.get(key, set()) & asked.values.keys()}
+    shared.optimizer(asked, recipe, name, told, {key: value for key, value in args.items() if key not in told})
+    if recipe.program != "textual_inversion":  # which clips nothing
+        recipe.say("clip", asked.number("max_grad_norm"))
+
+
+def _style(asked: Asked, recipe: Recipe) -> None:
+    folder = asked.text("train_data_dir")
+    if folder is None:
+        raise ConfigError(
+            f"{asked.name}: its images are the hub's {asked.text('dataset_name') or 'data set'}; save them in a folder "
+            "with a metadata.jsonl, and name it as --train_data_dir."
+        )
+    recipe.say("images", folder)
+    _lora(asked, recipe)
+    recipe.say("train_text_encoder", asked.flag("train_text_encoder") or None)
+    recipe.say("flip", asked.flag("random_flip") or None)
+    recipe.say("crop", None, None if asked.flag("center_crop") else "random")
+
+
+def _lora(asked: Asked, recipe: Recipe) -> None:
+    rank = asked.whole("rank")
+    recipe.say("rank", rank, 4)
+    recipe.say("targets", None, "attention")
+    if recipe.program == "lora":
+        recipe.say("dropout", asked.number("lora_dropout"))
+    recipe.say("dora", asked.flag("use_dora") or None)
+
+
+def _subject(asked: Asked, recipe: Recipe, *, method: str) -> None:
+    recipe.say("images", asked.text("instance_data_dir"))
+    recipe.say("method", None, method)
+    if method == "lora":
+        _lora(asked, recipe)
+    recipe.say("instance_prompt", asked.text("instance_prompt"))
+    class_prompt = asked.text("class_prompt")
+    if class_prompt is not None:
+        recipe.say("class_prompt", class_prompt)
+    else:
+        recipe.ask = ("class_prompt",)
+        recipe.notes.append('--class-prompt is a prompt for what the subject is, such as "a photo of a dog"')
+    if asked.flag("with_prior_preservation"):
+        recipe.say("class_images", _filled(asked, "class_data_dir"))
+        recipe.say("class_count", asked.whole("num_class_images"), 100)
+        recipe.say("prior_weight", asked.number("prior_loss_weight"))
+    recipe.say("prior", None, "pictures" if asked.flag("with_prior_preservation") else "none")
+    recipe.say("train_text_encoder", asked.flag("train_text_encoder") or None)
+    if asked.flag("train_text_encoder"):
+        recipe.say(
+            "text_learning_rate", asked.number("text_encoder_lr"), asked.number("learning_rate", _RATES[asked.script])
+        )
+    recipe.say("flip", asked.flag("random_flip") or None)
+    recipe.say("crop", None, None if asked.flag("center_crop") else "random")
+
+
+def _filled(asked: Asked, key: str) -> str | None:
+    """The folder, if it has files: into an empty one the script draws them, as a run does into its own."""
+    given = asked.text(key)
+    there = asked.find(given) if given else None
+    return given if there is not None and there.is_dir() and any(there.iterdir()) else None
+
+
+def _word(asked: Asked, recipe: Recipe) -> None:
+    placeholder = asked.text("placeholder_token")
+    if placeholder is None:
+        raise ConfigError(f"{asked.name}: no placeholder_token, the new word; give it one.")
+    recipe.say("placeholder", [placeholder.lower()])
+    recipe.say("images", asked.text("train_data_dir"))
+    words = asked.text("initializer_token")
+    recipe.say("initial_words", None if words is None else [words])
+    recipe.say("vectors", asked.whole("num_vectors"), 1)
+    recipe.say("templates", asked.text("learnable_property"), "object")
+    recipe.say("keep_scale", None, False)
+    recipe.say("clip", None, 0.0)
+    recipe.say("flip", None, True)  # half of the samples, always
+    recipe.say("crop", None, "center")
+    asked.flag("center_crop")
+    recipe.say("save_every", asked.whole("save_steps"))

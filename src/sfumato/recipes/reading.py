@@ -1,0 +1,123 @@
+"""A file with a training of another tool -> its settings: a config of sd-scripts, or a command in a script."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sfumato.errors import ConfigError
+from sfumato.recipes.asked import Asked
+from sfumato.text_files import decode
+
+SD_SCRIPTS = (
+    "train_network.py", "sdxl_train_network.py", "train_db.py", "train_textual_inversion.py",
+    "sdxl_train_textual_inversion.py",
+)  # fmt: skip
+DIFFUSERS = (
+    "train_text_to_image_lora.py", "train_text_to_image_lora_sdxl.py", "train_dreambooth.py",
+    "train_dreambooth_lora.py", "train_dreambooth_lora_sdxl.py", "textual_inversion.py", "textual_inversion_sdxl.py",
+)  # fmt: skip
+SCRIPTS = (*SD_SCRIPTS, *DIFFUSERS)
+_ENDS = (".toml", ".sh", ".bat", ".ps1", ".txt", ".command", "")
+
+
+def read(path: Path) -> Asked:
+    """The training that a file asks for. Raises ConfigError for a file that asks for none that is known."""
+    try:
+        text = decode(path.read_bytes())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"{path}: not readable as text ({reason}). Name a training of another tool.") from None
+    ending = path.suffix.lower()
+    if ending == ".json":
+        raise ConfigError(
+            f"{path.name}: kohya_ss's and OneTrainer's .json are not read. kohya_ss writes a config_lora-DATE.toml "
+            "beside its results; name that. `sfumato dataset` reads the images of either."
+        )
+    if ending not in _ENDS:
+        raise ConfigError(f"{path.name}: wanted a .toml of sd-scripts, or a .sh, .bat or .txt with a command.")
+    return _of_config(path, text) if ending == ".toml" else _of_command(path, text)
+
+
+def _of_config(path: Path, text: str) -> Asked:
+    """sd-scripts' --config_file: its sections mean nothing."""
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: not readable as TOML ({' '.join(str(error).split())}); mend it.") from None
+    if "datasets" in values:
+        raise ConfigError(
+            f"{path.name}: a config of data sets; `sfumato dataset` converts it. Name that of the training."
+        )
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    for section in values.values():
+        flat |= section if isinstance(section, dict) else {}
+    if "pretrained_model_name_or_path" not in flat:
+        raise ConfigError(
+            f"{path.name}: no pretrained_model_name_or_path in it, so it is no training of sd-scripts. Name its "
+            "--config_file, or a script with its command."
+        )
+    if "token_string" in flat:
+        script = "train_textual_inversion.py"
+    else:
+        script = "train_network.py" if {"network_module", "network_dim"} & flat.keys() else "train_db.py"
+    return Asked(path.name, f"sdxl_{script}" if flat.get("sdxl") else script, flat, path.resolve().parent)
+
+
+def _of_command(path: Path, text: str) -> Asked:
+    """The first command that runs one of the scripts, over several lines too, its variables filled in where the file
+    sets them."""
+    lines = re.sub(r"[ \t]*[\\^`][ \t]*\r?\n[ \t]*", " ", text).splitlines()
+    variables: dict[str, str] = {}
+    for line in (line for line in lines if not re.match(r"\s*(#|::|rem\b)", line, re.IGNORECASE)):
+        if found := re.match(r"\s*(?:export\s+|set\s+|\$(?:env:)?)?\"?(\w+)\s*=\s*(.*?)\"?\s*$", line, re.IGNORECASE):
+            variables[found[1]] = found[2].strip().strip("\"'")
+            continue
+        words = _words(line, variables)
+        called = next((place for place, word in enumerate(words) if _script(word) in SCRIPTS), None)
+        if called is None:
+            continue
+        asked = Asked(path.name, _script(words[called]), _options(words[called + 1 :]), path.resolve().parent)
+        if given := asked.values.get("config_file"):
+            whole = _in_config(asked, str(given))
+            return Asked(path.name, asked.script, {**whole.values, **asked.values, "config_file": None}, whole.folder)
+        if "mixed_precision" not in asked.values:  # which may be told to accelerate
+            asked.values.update({k: v for k, v in _options(words[:called]).items() if k == "mixed_precision"})
+        return asked
+    raise ConfigError(f"{path.name}: no command in it that is known; wanted one that runs {', '.join(SCRIPTS)}.")
+
+
+def _in_config(asked: Asked, given: str) -> Asked:
+    config = asked.find(f"{given.removesuffix('.toml')}.toml")
+    if config is None:
+        raise ConfigError(f"{asked.name}: its --config_file {given} is neither beside it nor in this folder.")
+    return _of_config(config, decode(config.read_bytes()))
+
+
+def _script(word: str) -> str:
+    return re.split(r"[\\/]", word)[-1]
+
+
+def _words(line: str, variables: dict[str, str]) -> list[str]:
+    for name, value in variables.items():
+        line = re.sub(rf"\$\{{{name}\}}|\$(?:env:)?{name}\b|%{name}%", lambda _, value=value: value, line)  # type: ignore[misc]
+    # Not as shlex has it, to whom the \ of Windows' paths is a sign.
+    words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", line)
+    return [re.sub(r""""([^"]*)"|'([^']*)'""", lambda found: found[1] or found[2] or "", word) for word in words]
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    """--name value, --name=value, --name value value, and --name alone, which is True."""
+    found: dict[str, Any] = {}
+    name = ""
+    for word in words:
+        if re.match(r"--?[a-zA-Z]", word):
+            name, equals, value = word.lstrip("-").partition("=")
+            name = name.replace("-", "_")
+            found[name] = value if equals else True
+        elif name:
+            before = found[name]
+            found[name] = word if before is True else [*(before if isinstance(before, list) else [before]), word]
+    return found

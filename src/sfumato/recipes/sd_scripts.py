@@ -1,0 +1,212 @@
+"""sd-scripts (kohya): train_network.py is `lora`, train_db.py `dreambooth`, train_textual_inversion.py its namesake.
+
+Names, defaults and meanings are those of library/train_util.py, train_network.py and networks/lora.py there.
+"""
+
+from __future__ import annotations
+
+from sfumato.errors import ConfigError
+from sfumato.recipes import shared
+from sfumato.recipes.asked import Asked, Recipe
+
+DATA = frozenset((
+    "alpha_mask", "bucket_no_upscale", "bucket_reso_steps", "cache_info", "caption_dropout_every_n_epochs",
+    "caption_dropout_rate", "caption_extension", "caption_extention", "caption_prefix", "caption_separator",
+    "caption_suffix", "caption_tag_dropout_rate", "class_tokens", "color_aug", "conditioning_data_dir",
+    "dataset_config", "debug_dataset", "enable_bucket", "enable_wildcard", "face_crop_aug_range", "flip_aug",
+    "in_json", "keep_tokens", "keep_tokens_separator", "masked_loss", "max_bucket_reso", "max_resolution",
+    "min_bucket_reso", "random_crop", "reg_data_dir", "secondary_separator", "shuffle_caption", "token_warmup_min",
+    "token_warmup_step", "train_data_dir", "validation_seed", "weighted_captions",
+))  # fmt: skip
+"""What `sfumato.data.foreign` converts, or has a note on."""
+_IDLE = frozenset((
+    "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "config_file", "console_log_file",
+    "console_log_level", "console_log_simple", "ddp_timeout", "disable_mmap_load_safetensors", "dynamo_backend",
+    "huber_c", "log_prefix", "logging_dir", "lowram", "lr_scheduler_power", "metadata_title",
+    "multires_noise_discount", "network_train_text_encoder_only", "output_config", "output_dir", "resume",
+    "save_state", "save_state_on_train_end", "sdxl", "skip_cache_check", "text_encoder_batch_size",
+    "tokenizer_cache_dir",
+))  # fmt: skip
+"""What changes nothing of what is learned, or belongs to another setting."""
+_LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+_PRESETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
+
+
+def convert(asked: Asked) -> Recipe:
+    """The recipe of one of its trainings. Raises ConfigError for one that has no counterpart."""
+    is_sdxl = asked.script.startswith("sdxl_")
+    script = asked.script.removeprefix("sdxl_")
+    program = {"train_network.py": "lora", "train_db.py": "dreambooth"}.get(script, "textual_inversion")
+    recipe = Recipe(program)
+    _of_base(asked, recipe, is_sdxl=is_sdxl)
+    _steps(asked, recipe)
+    {"lora": _network, "dreambooth": _whole, "textual_inversion": _word}[program](asked, recipe)
+    optimizer = "adamw8bit" if asked.flag("use_8bit_adam") else "lion" if asked.flag("use_lion_optimizer") else "adamw"
+    args = asked.pairs("optimizer_args")
+    shared.optimizer(asked, recipe, asked.text("optimizer_type", optimizer) or optimizer, args, {})
+    shared.schedule(asked, recipe, cycles="lr_scheduler_num_cycles", power="lr_scheduler_power", warmup=0)
+    _loss(asked, recipe)
+    _told_while_it_runs(asked, recipe)
+    recipe.notes += asked.left(DATA | _IDLE, program)
+    return recipe
+
+
+def _of_base(asked: Asked, recipe: Recipe, *, is_sdxl: bool) -> None:
+    recipe.say("base", asked.text("pretrained_model_name_or_path"))
+    recipe.say("vae", asked.text("vae"))
+    if asked.flag("v_parameterization"):
+        recipe.say("prediction_type", "v_prediction")
+    recipe.say("zero_terminal_snr", asked.flag("zero_terminal_snr") or None)
+    skip = asked.whole("clip_skip")
+    if skip and not is_sdxl:  # whose scripts do not look at it
+        recipe.say("clip_skip", skip - 1 or None)
+    length = asked.whole("max_token_length")
+    if length in (150, 225):
+        recipe.say("max_tokens", length)
+    shared.precision(asked, recipe)
+    recipe.say("gradient_checkpointing", asked.flag("gradient_checkpointing") or None)
+    recipe.say("attention", "xformers" if asked.flag("xformers") else None)
+    kind = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(asked.text("save_precision") or "")
+    recipe.say("save_precision", kind)
+
+
+def _steps(asked: Asked, recipe: Recipe) -> None:
+    recipe.say("seed", asked.whole("seed"))
+    epochs, steps = asked.whole("max_train_epochs"), asked.whole("max_train_steps")
+    recipe.say("epochs", epochs)
+    if epochs is None:
+        recipe.say("steps", steps, 1600)
+    recipe.say("batch", asked.whole("train_batch_size"), 1)
+    recipe.say("accumulate", asked.whole("gradient_accumulation_steps"))
+    shared.resolution(asked, recipe, None)
+
+
+def _network(asked: Asked, recipe: Recipe) -> None:
+    """networks.lora and LyCORIS's lycoris.kohya."""
+    if asked.flag("network_train_text_encoder_only"):
+        raise ConfigError(f"{asked.name}: trains no U-Net (network_train_text_encoder_only), which `lora` always does.")
+    args = asked.pairs("network_args")
+    module = asked.text("network_module", "networks.lora")
+    if module == "lycoris.kohya":
+        _lycoris(asked, recipe, args)
+    elif module != "networks.lora":
+        raise ConfigError(f"{asked.name}: {module} has no counterpart; networks.lora and lycoris.kohya have.")
+    else:
+        recipe.say("targets", None, "everything" if "conv_dim" in args else "transformers")
+        if "conv_dim" in args:
+            recipe.say("conv_rank", asked.as_whole("conv_dim", args.pop("conv_dim")))
+            alpha = asked.as_number("conv_alpha", args.pop("conv_alpha")) if "conv_alpha" in args else None
+            recipe.say("conv_alpha", alpha, 1.0)
+        ratio = args.pop("loraplus_lr_ratio", None) or args.pop("loraplus_unet_lr_ratio", None)
+        recipe.say("loraplus_ratio", None if ratio is None else asked.as_number("loraplus_lr_ratio", ratio))
+    recipe.say("rank", asked.whole("network_dim"), 4)
+    recipe.say("alpha", asked.number("network_alpha"), 1.0)
+    recipe.say("dropout", asked.number("network_dropout"))
+    recipe.say("max_norm", asked.number("scale_weight_norms"))
+    recipe.say("init_from", asked.text("network_weights"))
+    rate = asked.number("learning_rate", 2e-6)
+    _text_encoders(asked, recipe, asked.number("unet_lr", rate), rate, learns=not asked.flag("network_train_unet_only"))
+    recipe.notes += [
+        f"network_args {key}={value}: has no counterpart here and is left out" for key, value in args.items()
+    ]
+
+
+def _text_encoders(asked: Asked, recipe: Recipe, unet: float | None, rate: float | None, *, learns: bool) -> None:
+    """The rates; sd-scripts trains the text encoders unless it is told not to."""
+    recipe.say("learning_rate", unet)
+    given = asked.several("text_encoder_lr")
+    rates = {asked.as_number("text_encoder_lr", each) for each in given} | {
+        each for each in (asked.number("text_encoder_lr1"), asked.number("text_encoder_lr2")) if each is not None
+    }
+    if not learns or rates == {0.0}:
+        return
+    recipe.say("train_text_encoder", None, True)
+    recipe.say("text_learning_rate", max(rates) if rates else rate)
+    if len(rates) > 1:
+        recipe.notes.append(
+            f"text_encoder_lr = {' '.join(given)}: both text encoders have one rate, the highest of these"
+        )
+
+
+def _lycoris(asked: Asked, recipe: Recipe, args: dict[str, str]) -> None:
+    algo = args.pop("algo", "lora").lower()
+    if algo not in _LYCORIS:
+        raise ConfigError(f"{asked.name}: LyCORIS's {algo} has no counterpart; {', '.join(_LYCORIS)} have.")
+    recipe.say("algo", _LYCORIS[algo])
+    preset = args.pop("preset", "full")
+    if preset not in _PRESETS:
+        recipe.notes.append(f"network_args preset={preset}: has no counterpart here; targets = everything")
+    targets = _PRESETS.get(preset, "everything")
+    recipe.say("targets", None, targets)
+    dim, alpha = args.pop("conv_dim", None), args.pop("conv_alpha", None)
+    if targets == "everything":
+        recipe.say("conv_rank", asked.as_whole("conv_dim", dim) if dim else None, asked.whole("network_dim", 4))
+        given = asked.as_number("conv_alpha", alpha) if alpha else None
+        recipe.say("conv_alpha", given, asked.number("network_alpha", 1.0))
+    recipe.say("dora", True if args.pop("dora_wd", "false").lower() == "true" else None)
+    factor = asked.as_whole("factor", args.pop("factor", "-1"))
+    recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
+
+
+def _whole(asked: Asked, recipe: Recipe) -> None:
+    rate = asked.number("learning_rate", 2e-6)
+    recipe.say("method", None, "full")
+    recipe.say("prior", None, "pictures" if asked.text("reg_data_dir") else "none")
+    recipe.say("prior_weight", asked.number("prior_loss_weight") if asked.text("reg_data_dir") else None)
+    stop = asked.whole("stop_text_encoder_training")
+    if stop is not None and stop > 0:
+        recipe.notes.append(f"stop_text_encoder_training = {stop}: the text encoder learns to the end, or not at all")
+    recipe.say("learning_rate", rate)
+    if stop is None or stop > 0:
+        recipe.say("train_text_encoder", None, True)
+        recipe.say("text_learning_rate", asked.number("learning_rate_te", rate))
+    recipe.ask = ("class_name",)
+    recipe.notes.append('--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"')
+
+
+def _word(asked: Asked, recipe: Recipe) -> None:
+    placeholder = asked.text("token_string")
+    if placeholder is None:
+        raise ConfigError(f"{asked.name}: no token_string, the new word; give it one.")
+    recipe.say("placeholder", [placeholder.lower()])
+    words = asked.text("init_word")
+    recipe.say("initial_words", None if words is None else [words])
+    recipe.say("vectors", asked.whole("num_vectors_per_token"), 1)
+    for key, templates in (("use_object_template", "object"), ("use_style_template", "style")):
+        if asked.flag(key):
+            recipe.say("templates", templates)
+    if "templates" not in recipe.told:
+        recipe.say("caption", None, "{caption}")  # the files' own captions, which hold the word
+    recipe.say("keep_scale", None, False)
+    recipe.say("learning_rate", asked.number("learning_rate"), 2e-6)
+
+
+def _loss(asked: Asked, recipe: Recipe) -> None:
+    recipe.say("clip", asked.number("max_grad_norm"))
+    recipe.say("debiased", asked.flag("debiased_estimation_loss") or None)
+    recipe.say("min_snr", asked.number("min_snr_gamma"), None if "debiased" in recipe.told else 0.0)
+    recipe.say("noise_offset", asked.number("noise_offset"))
+    if asked.whole("multires_noise_iterations"):
+        recipe.say("pyramid_noise", asked.number("multires_noise_discount", 0.3))
+    recipe.say("input_perturbation", asked.number("ip_noise_gamma"))
+    recipe.say("min_timestep", asked.whole("min_timestep"))
+    recipe.say("max_timestep", asked.whole("max_timestep"))
+    loss = asked.text("loss_type", "l2")
+    if loss == "huber" and asked.text("huber_schedule", "snr") == "snr":
+        recipe.say("huber", asked.number("huber_c", 0.1))
+    elif loss != "l2":
+        recipe.notes.append(f"loss_type = {loss}: has no counterpart; the errors are squared")
+
+
+def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
+    recipe.say("name", asked.text("output_name"))
+    recipe.say("author", asked.text("metadata_author"))
+    recipe.say("license", asked.text("metadata_license"))
+    recipe.say("push_to_hub", asked.text("huggingface_repo_id"))
+    recipe.say("sample_every", asked.whole("sample_every_n_steps"))
+    recipe.say("validation_split", asked.number("validation_split") or None)
+    if recipe.program != "dreambooth":
+        recipe.say("save_every", asked.whole("save_every_n_steps"))
+    if asked.text("log_with") in ("tensorboard", "all") or (asked.text("logging_dir") and not asked.text("log_with")):
+        recipe.say("tensorboard", True)
+    shared.sample_prompts(asked, recipe, "sample_prompts")

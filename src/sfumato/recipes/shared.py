@@ -1,0 +1,144 @@
+"""What sd-scripts and diffusers' scripts call alike: optimizers, schedules, precision, resolution, prompts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from sfumato.errors import ConfigError
+from sfumato.recipes.asked import Asked, Recipe
+from sfumato.text_files import decode
+from sfumato.training.optimizer_settings import DEFAULTS
+
+_LIKE = {
+    "pagedadamw8bit": "adamw8bit", "pagedadamw": "adamw", "pagedadamw32bit": "adamw", "lion8bit": "lion",
+    "pagedlion8bit": "lion", "adamwschedulefree": "adamw",
+}  # fmt: skip
+_THERE: Mapping[str, Mapping[str, str]] = {
+    "adamw": {"betas": "0.9,0.999", "weight_decay": "0.01"},
+    "adamw8bit": {"betas": "0.9,0.999", "weight_decay": "0.01"},
+    "lion": {"betas": "0.9,0.99", "weight_decay": "0"},
+    "prodigy": {
+        "betas": "0.9,0.999", "weight_decay": "0", "use_bias_correction": "False", "safeguard_warmup": "False",
+    },
+    "adafactor": {"weight_decay": "0", "scale_parameter": "True"},
+}  # fmt: skip
+"""The defaults of the optimizers' own packages, which the other tools leave as they are."""
+_SAME = frozenset(("decouple", "relative_step", "warmup_init", "amsgrad"))
+"""Settings of which only what is always so here has a counterpart."""
+
+
+def optimizer(asked: Asked, recipe: Recipe, name: str, told: Mapping[str, str], usual: Mapping[str, str]) -> None:
+    """The optimizer with its settings. usual: those that the other tool gives it where nothing is told."""
+    short = re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower())
+    ours = "prodigy" if short.startswith("dadapt") else _LIKE.get(short, short)
+    if ours not in _THERE:
+        recipe.notes.append(f"optimizer {name}: has no counterpart; adamw takes its place")
+        ours = "adamw"
+    elif ours != short:
+        recipe.notes.append(f"optimizer {name}: {ours} takes its place")
+    recipe.say("optimizer", ours)
+    defaults = {**_THERE[ours], **usual}
+    if ours == "adafactor" and told.get("relative_step", "True") != "False":
+        recipe.notes.append(
+            "optimizer Adafactor without relative_step=False: it sets its own rate; learning_rate counts here"
+        )
+    decay = told.get("weight_decay", defaults.get("weight_decay"))
+    if decay is not None:
+        number = asked.as_number("weight_decay", decay)
+        recipe.say("weight_decay", number if "weight_decay" in told else None, number)
+    known = DEFAULTS[ours]  # type: ignore[index]
+    args = {key: value for key, value in {**defaults, **told}.items() if key in known and not _is(known[key], value)}
+    recipe.say("optimizer_args", [f"{key}={value}" for key, value in args.items()] or None)
+    recipe.notes += [
+        f"optimizer_args {key}={value}: has no counterpart here and is left out"
+        for key, value in told.items()
+        if key not in known and key != "weight_decay" and key not in _SAME
+    ]
+
+
+def _is(ours: object, written: str) -> bool:
+    """Whether a setting is written as it is here by default."""
+    if isinstance(ours, bool):
+        return written.lower() == str(ours).lower()
+    values = ours if isinstance(ours, tuple) else (ours,)
+    try:
+        return [float(part) for part in written.strip("()[]").split(",")] == list(values)
+    except ValueError:
+        return False
+
+
+def schedule(asked: Asked, recipe: Recipe, *, cycles: str, power: str, warmup: int) -> None:
+    """The schedule and its warm-up. warmup: steps that the tool has where none are given."""
+    name = (asked.text("lr_scheduler", "constant") or "constant").lower()
+    count = asked.number("lr_warmup_steps", warmup) or 0
+    if name == "constant":
+        count = 0  # which the others pass over
+    elif name == "polynomial" and asked.number(power, 1.0) != 1:
+        recipe.notes.append(
+            f"lr_scheduler = polynomial with {power} {asked.number(power):g}: a straight line, whose power is 1"
+        )
+    ours = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "polynomial": "linear"}.get(
+        name, name
+    )
+    if ours not in ("constant", "cosine", "linear"):
+        recipe.notes.append(f"lr_scheduler = {name}: has no counterpart; cosine takes its place")
+        ours = "cosine"
+    recipe.say("schedule", ours if asked.text("lr_scheduler") else None, ours)
+    turns = asked.whole(cycles, 1) or 1
+    if name == "cosine_with_restarts" and turns > 1:
+        recipe.say("cycles", turns)
+    if 0 < count < 1:  # a share of the steps, as sd-scripts has it, too
+        steps = recipe.values.get("steps")
+        if steps is None:
+            recipe.notes.append(
+                f"lr_warmup_steps = {count:g}: a share of steps that only epochs count; give --warmup STEPS"
+            )
+            count = 0
+        else:
+            count = int(count * steps)
+    steps = recipe.values.get("steps")
+    if steps is not None and count > steps:
+        recipe.notes.append(f"lr_warmup_steps = {count:g}: more than the {steps} steps, which all of them are here")
+        count = steps
+    recipe.say("warmup", int(count) or None)
+
+
+def precision(asked: Asked, recipe: Recipe) -> None:
+    """The number format of the frozen base."""
+    name = asked.text("mixed_precision")
+    recipe.say("precision", {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(name or ""))
+    if asked.flag("full_fp16") or asked.flag("full_bf16"):
+        recipe.notes.append("full_fp16 or full_bf16: the weights that learn are always fp32")
+
+
+def resolution(asked: Asked, recipe: Recipe, usual: int | None) -> None:
+    """One number: of two sides that of the square with as many pixels."""
+    given = asked.get("resolution")
+    if given is None:
+        recipe.say("resolution", None, usual)
+        return
+    parts = given if isinstance(given, list) else re.split(r"[,x ]+", str(given))
+    sides = [asked.as_number("resolution", each) for each in parts if each != ""]
+    if not sides or min(sides) < 1:
+        raise ConfigError(f"{asked.name}: resolution is {given!r:.40}; wanted pixels, such as 512.")
+    side = round(math.sqrt(sides[0] * sides[-1]) / 8) * 8
+    if len(set(sides)) > 1:
+        recipe.notes.append(
+            f"resolution = {given}: {side}, of which images get about the square's pixels in their own shapes"
+        )
+    recipe.say("resolution", side)
+
+
+def sample_prompts(asked: Asked, recipe: Recipe, key: str) -> None:
+    """The lines of the file of prompts, but for comments."""
+    given = asked.text(key)
+    if given is None:
+        return
+    file = asked.find(given)
+    if file is None or not file.is_file() or file.suffix.lower() != ".txt":
+        recipe.notes.append(f"{key} = {given}: no .txt with prompts is there; give them as --sample-prompts")
+        return
+    lines = [line.strip() for line in decode(file.read_bytes()).splitlines()]
+    recipe.say("sample_prompts", [line for line in lines if line and not line.startswith("#")] or None)

@@ -1,0 +1,342 @@
+"""`sfumato recipe`: trainings of sd-scripts and of diffusers' scripts as configs of ours."""
+
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sfumato import cli
+from sfumato.errors import ConfigError
+from sfumato.recipes import convert
+from sfumato.recipes.reading import read
+
+ROOT = Path(__file__).resolve().parents[1]
+TEDDY = ROOT / "datasets/teddy-bear"
+NETWORK = r"""#!/bin/bash
+export MODEL="runwayml/stable-diffusion-v1-5"
+# train_db.py --pretrained_model_name_or_path=nothing
+accelerate launch --num_cpu_threads_per_process 1 --mixed_precision=bf16 ./train_network.py \
+  --pretrained_model_name_or_path="$MODEL" --train_data_dir="img" --output_dir=out --output_name=dog \
+  --network_module=networks.lora --network_dim=16 --network_alpha=8 --resolution=512,512 --train_batch_size=2 \
+  --max_train_steps=1000 --unet_lr=1e-4 --text_encoder_lr 5e-5 --optimizer_type="AdamW8bit" \
+  --lr_scheduler="cosine_with_restarts" --lr_scheduler_num_cycles=3 --lr_warmup_steps=0.1 --xformers --cache_latents \
+  --caption_extension=.txt --shuffle_caption --keep_tokens=1 --min_snr_gamma=5 --clip_skip=2 --seed=42 \
+  --sample_prompts=prompts.txt --save_every_n_epochs=1 --fp8_base
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TEDDY, tmp_path / "img/10_sks bear")
+    (tmp_path / "prompts.txt").write_text("# of a dog\nsks dog --w 512 --d 7\n\nsks dog's house\n")
+    return tmp_path
+
+
+def converted(home, text, name="train.sh"):
+    """(told, usual, notes) of a file with this text: the options of its two parts."""
+    (home / name).write_text(text)
+    training = convert(home / name, home / "mine-images.toml")
+    return training.recipe.told, training.recipe.usual, training.notes
+
+
+def test_a_command_of_sd_scripts_is_a_config_of_lora(home):
+    told, usual, notes = converted(home, NETWORK)
+    assert told == {
+        **{"base": "runwayml/stable-diffusion-v1-5", "clip_skip": 1, "precision": "bf16", "attention": "xformers"},
+        **{"seed": 42, "steps": 1000, "batch": 2, "resolution": 512, "rank": 16, "alpha": 8.0, "min_snr": 5.0},
+        **{"learning_rate": 1e-4, "text_learning_rate": 5e-5, "optimizer": "adamw8bit", "name": "dog"},
+        **{"optimizer_args": ["betas=0.9,0.999"], "schedule": "cosine", "cycles": 3, "warmup": 100},
+        **{"sample_prompts": ["sks dog --w 512 --d 7", "sks dog's house"]},
+        "images": (home / "mine-images.toml").as_posix(),
+    }
+    assert {key: usual[key] for key in ("targets", "train_text_encoder")} == {
+        "targets": "transformers",
+        "train_text_encoder": True,
+    }
+    assert notes == (
+        "save_every_n_epochs = 1: --save-every of sfumato train lora counts steps",
+        "fp8_base = True: there is no counterpart; sfumato memory tells what fits",
+    )
+
+
+def test_of_what_sd_scripts_is_not_told_its_defaults_are_written(home):
+    """Those of library/train_util.py and networks/lora.py, where ours are others."""
+    _, usual, notes = converted(home, 'pretrained_model_name_or_path = "a"\nnetwork_dim = 8', "kohya.toml")
+    assert notes == ()
+    assert usual == {
+        **{"steps": 1600, "batch": 1, "targets": "transformers", "alpha": 1.0, "train_text_encoder": True},
+        **{"weight_decay": 0.01, "schedule": "constant", "min_snr": 0.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "told", "usual"),
+    [
+        ("--network_train_unet_only", {}, {"train_text_encoder": None}),
+        ("--text_encoder_lr 0", {"text_learning_rate": None}, {"train_text_encoder": None}),
+        ("--text_encoder_lr 1e-5 2e-5", {"text_learning_rate": 2e-5}, {}),
+        ("--learning_rate 3e-5", {"learning_rate": 3e-5, "text_learning_rate": 3e-5}, {}),
+        ("--unet_lr 1e-4 --learning_rate 3e-5", {"learning_rate": 1e-4, "text_learning_rate": 3e-5}, {}),
+        ("--network_args conv_dim=4 conv_alpha=2", {"conv_rank": 4, "conv_alpha": 2.0}, {"targets": "everything"}),
+        ("--network_args conv_dim=4", {"conv_rank": 4}, {"targets": "everything", "conv_alpha": 1.0}),
+        ("--network_args loraplus_lr_ratio=4", {"loraplus_ratio": 4.0}, {}),
+        (
+            "--network_module lycoris.kohya --network_args algo=lokr factor=8 conv_dim=6 dora_wd=True",
+            {"algo": "lokr", "factor": 8, "conv_rank": 6, "dora": True},
+            {"targets": "everything", "conv_alpha": 1.0},
+        ),
+        (
+            "--network_module lycoris.kohya --network_args preset=attn-mlp",
+            {"algo": "lora"},
+            {"targets": "transformers"},
+        ),
+        ("--max_train_epochs 10 --max_train_steps 5", {"epochs": 10, "steps": None}, {"steps": None}),
+        ("--lr_scheduler constant_with_warmup --lr_warmup_steps 7", {"schedule": "constant", "warmup": 7}, {}),
+        ("--lr_warmup_steps 7", {"warmup": None}, {"schedule": "constant"}),
+        ("--lr_scheduler polynomial", {"schedule": "linear"}, {}),
+        ("--use_8bit_adam", {"optimizer": "adamw8bit"}, {}),
+        ("--optimizer_type Lion", {"optimizer": "lion", "optimizer_args": None}, {"weight_decay": 0.0}),
+        (
+            "--optimizer_type prodigy --optimizer_args decouple=True weight_decay=0.1 d_coef=2 betas=0.9,0.99",
+            {
+                "weight_decay": 0.1,
+                "optimizer_args": ["use_bias_correction=False", "safeguard_warmup=False", "d_coef=2"],
+            },
+            {},
+        ),
+        ("--optimizer_type DAdaptAdam", {"optimizer": "prodigy"}, {}),
+        (
+            "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False",
+            {"optimizer": "adafactor", "optimizer_args": None},
+            {"weight_decay": 0.0},
+        ),
+        ("--debiased_estimation_loss", {"debiased": True}, {"min_snr": None}),
+        ("--multires_noise_iterations 6 --multires_noise_discount 0.2", {"pyramid_noise": 0.2}, {}),
+        ("--multires_noise_discount 0.2", {"pyramid_noise": None}, {}),
+        ("--loss_type huber", {"huber": 0.1}, {}),
+        ("--resolution 512,768", {"resolution": 624}, {}),
+        ("--clip_skip 1", {"clip_skip": None}, {}),
+        ("--max_token_length 225", {"max_tokens": 225}, {}),
+        ("--v2 --v_parameterization", {"prediction_type": "v_prediction"}, {}),
+        ("--logging_dir logs", {"tensorboard": True}, {}),
+    ],
+)
+def test_a_setting_of_sd_scripts_means_here(line, told, usual, home):
+    found = converted(home, f"python train_network.py --pretrained_model_name_or_path=a --network_dim=8 {line}")
+    assert {key: found[0].get(key) for key in told} == told
+    assert {key: found[1].get(key) for key in usual} == usual
+
+
+def test_sdxl_s_script_does_not_look_at_clip_skip(home):
+    told, _, _ = converted(home, "sdxl_train_network.py --pretrained_model_name_or_path=a --clip_skip=2")
+    assert "clip_skip" not in told
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("--optimizer_type SGDNesterov", "optimizer SGDNesterov: has no counterpart; adamw takes its place"),
+        ("--network_args rank_dropout=0.1", "network_args rank_dropout=0.1: has no counterpart here and is left out"),
+        ("--optimizer_args foo=1", "optimizer_args foo=1: has no counterpart here and is left out"),
+        ("--loss_type smooth_l1", "loss_type = smooth_l1: has no counterpart; the errors are squared"),
+        ("--sample_prompts none.txt", "sample_prompts = none.txt: no .txt with prompts is there; give them as"),
+        ("--lr_scheduler rex", "lr_scheduler = rex: has no counterpart; cosine takes its place"),
+        ("--blocks_to_swap 4", "blocks_to_swap = 4: there is no counterpart; sfumato memory tells what fits"),
+        ("--made_up 4", "made_up = 4: has no counterpart here and is left out"),
+        ("--resolution 512,768", "resolution = 512,768: 624, of which images get about the square's pixels"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(line, note, home):
+    _, _, notes = converted(home, f"train_network.py --pretrained_model_name_or_path=a --network_dim=8 {line}")
+    assert [each[: len(note)] for each in notes] == [note]
+
+
+def test_the_other_scripts_of_sd_scripts(home):
+    word = 'pretrained_model_name_or_path = "a"\ntoken_string = "<Fox>"\ninit_word = "fox"\nnum_vectors_per_token = 4'
+    training = convert(written(home / "word.toml", word), home / "i.toml")
+    assert training.recipe.program == "textual_inversion"
+    found = training.recipe.values
+    assert (found["placeholder"], found["initial_words"], found["vectors"]) == (["<fox>"], ["fox"], 4)
+    assert (found["caption"], found["keep_scale"]) == ("{caption}", False)
+    whole = 'pretrained_model_name_or_path = "a"\ntrain_data_dir = "img"\nreg_data_dir = "reg"\nlearning_rate = 1e-6'
+    training = convert(written(home / "whole.toml", whole), home / "i.toml")
+    assert (training.recipe.program, training.recipe.ask) == ("dreambooth", ("class_name",))
+    found = training.recipe.values
+    assert (found["method"], found["prior"], found["train_text_encoder"]) == ("full", "pictures", True)
+    assert found["learning_rate"] == found["text_learning_rate"] == 1e-6
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
+
+
+DOG = r"""
+export MODEL_NAME="CompVis/stable-diffusion-v1-4"
+export INSTANCE_DIR="./dog"
+
+accelerate launch {script} \
+  --pretrained_model_name_or_path=$MODEL_NAME --instance_data_dir=${{INSTANCE_DIR}} --output_dir="out" \
+  --instance_prompt="a photo of sks dog" --resolution=512 --train_batch_size=1 --gradient_accumulation_steps=1 \
+  --learning_rate=5e-6 --lr_scheduler="constant" --lr_warmup_steps=0 --max_train_steps=400 {more}
+"""
+
+
+def test_dreambooth_of_diffusers(home):
+    more = '--with_prior_preservation --class_prompt="a photo of dog" --num_class_images=200 --class_data_dir=class'
+    told, usual, notes = converted(home, DOG.format(script="train_dreambooth.py", more=more))
+    assert told == {
+        **{"images": "./dog", "instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"},
+        **{"class_count": 200, "base": "CompVis/stable-diffusion-v1-4", "steps": 400, "batch": 1, "accumulate": 1},
+        **{"resolution": 512, "learning_rate": 5e-6, "optimizer": "adamw", "schedule": "constant"},
+        "optimizer_args": ["betas=0.9,0.999"],
+    }
+    assert usual == {"method": "full", "prior": "pictures", "crop": "random", "min_snr": 0.0, "weight_decay": 0.01}
+    assert notes == ()
+    (home / "class").mkdir()
+    shutil.copy(TEDDY / "flat.png", home / "class/a.png")
+    assert converted(home, DOG.format(script="train_dreambooth.py", more=more))[0]["class_images"] == "class"
+
+
+def test_a_lora_of_a_subject_of_diffusers(home):
+    told, usual, notes = converted(home, DOG.format(script="train_dreambooth_lora_sdxl.py", more="--rank=8 --use_dora"))
+    assert (told["rank"], told["dora"]) == (8, True)
+    assert (usual["method"], usual["targets"], usual["prior"]) == ("lora", "attention", "none")
+    assert usual["weight_decay"] == 1e-4
+    assert notes == ('--class-prompt is a prompt for what the subject is, such as "a photo of a dog"',)
+
+
+def test_a_lora_of_a_style_and_a_word_of_diffusers(home):
+    command = "accelerate launch train_text_to_image_lora.py --pretrained_model_name_or_path=a --random_flip"
+    told, usual, notes = converted(home, f"{command} --train_data_dir=img --validation_prompt='a cat' --snr_gamma 5")
+    assert (told["images"], told["flip"], told["sample_prompts"], told["min_snr"]) == ("img", True, ["a cat"], 5.0)
+    assert (usual["epochs"], usual["batch"], usual["rank"], usual["resolution"]) == (100, 16, 4, 512)
+    assert told["learning_rate"] == 1e-4
+    assert notes == ()
+    word = "textual_inversion.py --pretrained_model_name_or_path=a --train_data_dir=./cat --placeholder_token='<Cat>' "
+    told, usual, notes = converted(
+        home, f"{word} --initializer_token=toy --train_batch_size=2 --scale_lr --push_to_hub"
+    )
+    assert (told["placeholder"], told["initial_words"], told["learning_rate"]) == (["<cat>"], ["toy"], 2e-4)
+    assert (usual["steps"], usual["templates"], usual["flip"], usual["clip"]) == (5000, "object", True, 0.0)
+    assert notes == (
+        "scale_lr: the rate is 0.0002 on one process, as it is given here on any number",
+        "push_to_hub without hub_model_id: nothing is uploaded unless --push-to-hub OWNER/NAME is given",
+    )
+
+
+def test_scripts_of_windows_are_read(home):
+    text = "set MODEL=C:\\my models\\a.safetensors\r\npython train_network.py ^\r\n --network_dim=8 ^\r\n"
+    text += ' --pretrained_model_name_or_path="%MODEL%" --output_name="it\'s"\r\n'
+    (home / "train.bat").write_bytes(text.encode())
+    assert read(home / "train.bat").values == {
+        "network_dim": "8",
+        "pretrained_model_name_or_path": "C:\\my models\\a.safetensors",
+        "output_name": "it's",
+    }
+    text = '$model = "a"\npython train_network.py `\n  --pretrained_model_name_or_path $model'
+    assert read(written(home / "train.ps1", text)).values == {"pretrained_model_name_or_path": "a"}
+
+
+def test_configs_that_a_command_names_are_read(home):
+    (home / "config.toml").write_text('[a]\npretrained_model_name_or_path = "a"\n[b]\nnetwork_dim = 8\nseed = 1')
+    (home / "data.toml").write_text(
+        "[general]\nresolution = 768\n[[datasets]]\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = 'img'\n"
+    )
+    command = "sdxl_train_network.py --config_file=config --seed=2 --dataset_config=data.toml"
+    told, _, _ = converted(home, command)
+    assert (told["seed"], told["rank"], told["resolution"], told["batch"]) == (2, 8, 768, 4)
+    assert told["images"].endswith("mine-images.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (
+            "a.json",
+            "{}",
+            "a.json: kohya_ss's and OneTrainer's .json are not read. kohya_ss writes a config_lora-DATE.toml",
+        ),
+        ("a.yaml", "", "a.yaml: wanted a .toml of sd-scripts, or a .sh, .bat or .txt with a command."),
+        ("a.toml", "steps = 1", "a.toml: no pretrained_model_name_or_path in it, so it is no training of sd-scripts."),
+        (
+            "a.toml",
+            "[[datasets]]",
+            "a.toml: a config of data sets; `sfumato dataset` converts it.",
+        ),
+        ("a.toml", "a = ", "a.toml: not readable as TOML"),
+        (
+            "a.sh",
+            "python flux_train_network.py --a",
+            "a.sh: no command in it that is known; wanted one that runs train_",
+        ),
+        (
+            "a.sh",
+            "train_network.py --config_file=no",
+            "a.sh: its --config_file no is neither beside it nor in this folder.",
+        ),
+        (
+            "a.sh",
+            "train_network.py --dataset_config=no.toml",
+            "a.sh: its dataset_config no.toml is neither beside it nor",
+        ),
+        (
+            "a.sh",
+            "train_network.py --network_module=networks.oft",
+            "a.sh: networks.oft has no counterpart; networks.lora",
+        ),
+        ("a.sh", "train_network.py --network_dim=many", "a.sh: network_dim is 'many'; wanted a number."),
+        ("a.sh", "train_network.py --network_dim=1.5", "a.sh: network_dim is 1.5; wanted a whole number."),
+        ("a.sh", "train_network.py --resolution=big", "a.sh: resolution is 'big'; wanted a number."),
+        ("a.sh", "train_network.py --network_train_text_encoder_only", "a.sh: trains no U-Net"),
+        ("a.sh", "train_textual_inversion.py --seed 1", "a.sh: no token_string, the new word; give it one."),
+        (
+            "a.sh",
+            "train_text_to_image_lora.py --dataset_name=x/y",
+            "a.sh: its images are the hub's x/y; save them in a",
+        ),
+    ],
+)
+def test_what_is_no_training_that_can_be_had_is_refused(name, text, said, home):
+    with pytest.raises(ConfigError) as refused:
+        converted(home, text, name)
+    assert str(refused.value).startswith(said)
+
+
+def test_what_the_trainer_would_refuse_is_refused_and_nothing_is_written(home, capsys):
+    (home / "a.sh").write_text(
+        "train_network.py --pretrained_model_name_or_path=a --train_data_dir=img --ip_noise_gamma=-1"
+    )
+    before = sorted(home.iterdir())
+    assert cli.main(["recipe", "a.sh", "-o", "mine.toml"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "sfumato: a.sh: lora refuses what it asks for: --input-perturbation is -1.0; it must not be negative.\n"
+    )
+    assert sorted(home.iterdir()) == before
+
+
+def test_neither_file_is_written_over(home, capsys):
+    (home / "a.sh").write_text("train_network.py --pretrained_model_name_or_path=a")
+    (home / "mine-images.toml").write_text("")
+    assert cli.main(["recipe", "a.sh", "-o", "mine.toml"]) == 2
+    assert "mine-images.toml exists and is not written over" in capsys.readouterr().err
+    assert not (home / "mine.toml").exists()
+    assert cli.main(["recipe", "a.sh", "-o", "mine.txt"]) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_that_is_printed_trains(home, pocket_folder, capsys):
+    text = NETWORK.replace("runwayml/stable-diffusion-v1-5", str(pocket_folder)).replace("--xformers", "")
+    text = text.replace("AdamW8bit", "AdamW").replace("1000", "2").replace("512,512", "64").replace("--mixed", "--not")
+    (home / "train.sh").write_text(text.replace("--sample_prompts=prompts.txt", ""))
+    assert cli.main(["recipe", "train.sh", "-o", "mine.toml"]) == 0
+    command = capsys.readouterr().out.split()
+    assert command == ["sfumato", "train", "lora", "mine.toml", "--output", "runs/mine"]
+    quiet = ["--sample-every", "0", "--measure-every", "0", "--device", "cpu", "--warmup", "0", "--cycles", "1"]
+    assert cli.main([*command[1:], *quiet]) == 0
+    assert (home / "runs/mine/dog.safetensors").is_file()
+    config = tomllib.loads((home / "runs/mine/config.toml").read_text())
+    assert (config["rank"], config["targets"], config["train_text_encoder"]) == (16, "transformers", True)
