@@ -66,6 +66,7 @@ def test_of_what_sd_scripts_is_not_told_its_defaults_are_written(home):
     _, usual, notes = converted(home, 'pretrained_model_name_or_path = "a"\nnetwork_dim = 8', "kohya.toml")
     assert notes == ()
     assert usual == {
+        **{"learning_rate": 2e-6, "text_learning_rate": 2e-6},
         **{"steps": 1600, "batch": 1, "targets": "transformers", "alpha": 1.0, "train_text_encoder": True},
         **{"weight_decay": 0.01, "schedule": "constant", "min_snr": 0.0},
     }
@@ -205,7 +206,10 @@ def test_a_lora_of_a_subject_of_diffusers(home):
     assert (told["rank"], told["dora"]) == (8, True)
     assert (usual["method"], usual["targets"], usual["prior"]) == ("lora", "attention", "none")
     assert usual["weight_decay"] == 1e-4
-    assert notes == ('--class-prompt is a prompt for what the subject is, such as "a photo of a dog"',)
+    assert notes == (
+        "use_dora: one length is learned for each input here, which web interfaces read, and one for each output there",
+        '--class-prompt is a prompt for what the subject is, such as "a photo of a dog"',
+    )
 
 
 def test_a_lora_of_a_style_and_a_word_of_diffusers(home):
@@ -213,7 +217,7 @@ def test_a_lora_of_a_style_and_a_word_of_diffusers(home):
     told, usual, notes = converted(home, f"{command} --train_data_dir=img --validation_prompt='a cat' --snr_gamma 5")
     assert (told["images"], told["flip"], told["sample_prompts"], told["min_snr"]) == ("img", True, ["a cat"], 5.0)
     assert (usual["epochs"], usual["batch"], usual["rank"], usual["resolution"]) == (100, 16, 4, 512)
-    assert told["learning_rate"] == 1e-4
+    assert usual["learning_rate"] == 1e-4
     assert notes == ()
     word = "textual_inversion.py --pretrained_model_name_or_path=a --train_data_dir=./cat --placeholder_token='<Cat>' "
     told, usual, notes = converted(

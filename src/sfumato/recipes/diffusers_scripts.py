@@ -77,11 +77,11 @@ def _base_and_steps(asked: Asked, recipe: Recipe) -> None:
     recipe.say("batch", asked.whole("train_batch_size"), 4 if recipe.program == "dreambooth" else 16)
     recipe.say("accumulate", asked.whole("gradient_accumulation_steps"))
     shared.resolution(asked, recipe, 1024 if asked.script.endswith("_sdxl.py") else 512)
-    rate = asked.number("learning_rate", _RATES[asked.script])
+    rate, usual = asked.number("learning_rate"), _RATES[asked.script]
     if asked.flag("scale_lr"):
-        rate = (rate or 0) * recipe.values["batch"] * recipe.values.get("accumulate", 1)
+        rate = (rate or usual) * recipe.values["batch"] * recipe.values.get("accumulate", 1)
         recipe.notes.append(f"scale_lr: the rate is {rate:g} on one process, as it is given here on any number")
-    recipe.say("learning_rate", rate)
+    recipe.say("learning_rate", rate, usual)
 
 
 def _optimizer(asked: Asked, recipe: Recipe) -> None:
@@ -121,7 +121,9 @@ def _lora(asked: Asked, recipe: Recipe) -> None:
     recipe.say("targets", None, "attention")
     if recipe.program == "lora":
         recipe.say("dropout", asked.number("lora_dropout"))
-    recipe.say("dora", asked.flag("use_dora") or None)
+    if asked.flag("use_dora"):
+        recipe.say("dora", True)
+        recipe.notes.append(f"use_dora: {shared.LENGTHS}")
 
 
 def _subject(asked: Asked, recipe: Recipe, *, method: str) -> None:

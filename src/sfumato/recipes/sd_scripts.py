@@ -28,6 +28,7 @@ _IDLE = frozenset((
     "tokenizer_cache_dir",
 ))  # fmt: skip
 """What changes nothing of what is learned, or belongs to another setting."""
+_RATE = 2e-6
 _LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
 _PRESETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
 
@@ -104,24 +105,25 @@ def _network(asked: Asked, recipe: Recipe) -> None:
     recipe.say("dropout", asked.number("network_dropout"))
     recipe.say("max_norm", asked.number("scale_weight_norms"))
     recipe.say("init_from", asked.text("network_weights"))
-    rate = asked.number("learning_rate", 2e-6)
-    _text_encoders(asked, recipe, asked.number("unet_lr", rate), rate, learns=not asked.flag("network_train_unet_only"))
+    rate = asked.number("learning_rate")
+    recipe.say("learning_rate", asked.number("unet_lr", rate), _RATE)
+    if not asked.flag("network_train_unet_only"):
+        _text_encoders(asked, recipe, rate)
     recipe.notes += [
         f"network_args {key}={value}: has no counterpart here and is left out" for key, value in args.items()
     ]
 
 
-def _text_encoders(asked: Asked, recipe: Recipe, unet: float | None, rate: float | None, *, learns: bool) -> None:
-    """The rates; sd-scripts trains the text encoders unless it is told not to."""
-    recipe.say("learning_rate", unet)
+def _text_encoders(asked: Asked, recipe: Recipe, rate: float | None) -> None:
+    """Their rate, where that is not 0; sd-scripts trains them unless it is told not to."""
     given = asked.several("text_encoder_lr")
     rates = {asked.as_number("text_encoder_lr", each) for each in given} | {
         each for each in (asked.number("text_encoder_lr1"), asked.number("text_encoder_lr2")) if each is not None
     }
-    if not learns or rates == {0.0}:
+    if rates == {0.0}:
         return
     recipe.say("train_text_encoder", None, True)
-    recipe.say("text_learning_rate", max(rates) if rates else rate)
+    recipe.say("text_learning_rate", max(rates, default=rate), _RATE)
     if len(rates) > 1:
         recipe.notes.append(
             f"text_encoder_lr = {' '.join(given)}: both text encoders have one rate, the highest of these"
@@ -143,23 +145,26 @@ def _lycoris(asked: Asked, recipe: Recipe, args: dict[str, str]) -> None:
         recipe.say("conv_rank", asked.as_whole("conv_dim", dim) if dim else None, asked.whole("network_dim", 4))
         given = asked.as_number("conv_alpha", alpha) if alpha else None
         recipe.say("conv_alpha", given, asked.number("network_alpha", 1.0))
-    recipe.say("dora", True if args.pop("dora_wd", "false").lower() == "true" else None)
+    if args.pop("dora_wd", "false").lower() == "true":
+        recipe.say("dora", True)
+        if args.pop("wd_on_output", "true").lower() == "true":
+            recipe.notes.append(f"network_args dora_wd=True: {shared.LENGTHS}")
     factor = asked.as_whole("factor", args.pop("factor", "-1"))
     recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
 
 
 def _whole(asked: Asked, recipe: Recipe) -> None:
-    rate = asked.number("learning_rate", 2e-6)
+    rate = asked.number("learning_rate")
     recipe.say("method", None, "full")
     recipe.say("prior", None, "pictures" if asked.text("reg_data_dir") else "none")
     recipe.say("prior_weight", asked.number("prior_loss_weight") if asked.text("reg_data_dir") else None)
     stop = asked.whole("stop_text_encoder_training")
     if stop is not None and stop > 0:
         recipe.notes.append(f"stop_text_encoder_training = {stop}: the text encoder learns to the end, or not at all")
-    recipe.say("learning_rate", rate)
+    recipe.say("learning_rate", rate, _RATE)
     if stop is None or stop > 0:
         recipe.say("train_text_encoder", None, True)
-        recipe.say("text_learning_rate", asked.number("learning_rate_te", rate))
+        recipe.say("text_learning_rate", asked.number("learning_rate_te", rate), _RATE)
     recipe.ask = ("class_name",)
     recipe.notes.append('--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"')
 
@@ -178,7 +183,7 @@ def _word(asked: Asked, recipe: Recipe) -> None:
     if "templates" not in recipe.told:
         recipe.say("caption", None, "{caption}")  # the files' own captions, which hold the word
     recipe.say("keep_scale", None, False)
-    recipe.say("learning_rate", asked.number("learning_rate"), 2e-6)
+    recipe.say("learning_rate", asked.number("learning_rate"), _RATE)
 
 
 def _loss(asked: Asked, recipe: Recipe) -> None:

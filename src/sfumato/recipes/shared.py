@@ -29,6 +29,10 @@ _SAME = frozenset(("decouple", "relative_step", "warmup_init", "amsgrad"))
 """Settings of which only what is always so here has a counterpart."""
 
 
+LENGTHS = "one length is learned for each input here, which web interfaces read, and one for each output there"
+"""Of a DoRA."""
+
+
 def optimizer(asked: Asked, recipe: Recipe, name: str, told: Mapping[str, str], usual: Mapping[str, str]) -> None:
     """The optimizer with its settings. usual: those that the other tool gives it where nothing is told."""
     short = re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower())
