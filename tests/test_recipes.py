@@ -169,6 +169,20 @@ def test_the_other_scripts_of_sd_scripts(home):
     assert found["learning_rate"] == found["text_learning_rate"] == 1e-6
 
 
+def test_the_weight_of_regularization_images_counts_once(home):
+    """It stands in their source."""
+    shutil.copytree(TEDDY, home / "reg/1_bear")
+    text = 'pretrained_model_name_or_path = "a"\ntrain_data_dir = "img"\nreg_data_dir = "reg"\nprior_loss_weight = 0.5'
+    training = convert(written(home / "whole.toml", text), home / "i.toml")
+    assert "prior_weight" not in training.recipe.values
+    assert [source.get("weight") for source in tomllib.loads(training.images.text)["source"]] == [None, 0.5]
+
+
+def test_no_note_has_a_secret(home):
+    _, _, notes = converted(home, f"{NETWORK.rstrip()} --wandb_api_key=secret --huggingface_token=secret")
+    assert "secret" not in str(notes)
+
+
 def written(path, text):
     path.write_text(text)
     return path

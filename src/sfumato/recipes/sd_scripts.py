@@ -15,17 +15,20 @@ DATA = frozenset((
     "caption_suffix", "caption_tag_dropout_rate", "class_tokens", "color_aug", "conditioning_data_dir",
     "dataset_config", "debug_dataset", "enable_bucket", "enable_wildcard", "face_crop_aug_range", "flip_aug",
     "in_json", "keep_tokens", "keep_tokens_separator", "masked_loss", "max_bucket_reso", "max_resolution",
-    "min_bucket_reso", "random_crop", "reg_data_dir", "secondary_separator", "shuffle_caption", "token_warmup_min",
-    "token_warmup_step", "train_data_dir", "validation_seed", "weighted_captions",
+    "min_bucket_reso", "prior_loss_weight", "random_crop", "reg_data_dir", "secondary_separator", "shuffle_caption",
+    "token_warmup_min", "token_warmup_step", "train_data_dir", "validation_seed", "weighted_captions",
 ))  # fmt: skip
 """What `sfumato.data.foreign` converts, or has a note on."""
 _IDLE = frozenset((
-    "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "config_file", "console_log_file",
-    "console_log_level", "console_log_simple", "ddp_timeout", "disable_mmap_load_safetensors", "dynamo_backend",
-    "huber_c", "log_prefix", "logging_dir", "lowram", "lr_scheduler_power", "metadata_title",
-    "multires_noise_discount", "network_train_text_encoder_only", "output_config", "output_dir", "resume",
-    "save_state", "save_state_on_train_end", "sdxl", "skip_cache_check", "text_encoder_batch_size",
-    "tokenizer_cache_dir",
+    "async_upload", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "config_file",
+    "console_log_file", "console_log_level", "console_log_simple", "ddp_gradient_as_bucket_view",
+    "ddp_static_graph", "ddp_timeout", "disable_mmap_load_safetensors", "dynamo_backend", "huber_c",
+    "huggingface_path_in_repo", "huggingface_repo_type", "huggingface_repo_visibility", "huggingface_token",
+    "log_config", "log_prefix", "log_tracker_config", "logging_dir", "logit_mean", "logit_std", "lowram",
+    "lr_scheduler_power", "metadata_title", "mode_scale", "multires_noise_discount",
+    "network_train_text_encoder_only", "output_config", "output_dir", "resume", "sample_at_first",
+    "save_last_n_epochs_state", "save_state", "save_state_on_train_end", "save_state_to_huggingface", "sdxl",
+    "skip_cache_check", "text_encoder_batch_size", "tokenizer_cache_dir", "wandb_api_key", "weighting_scheme",
 ))  # fmt: skip
 """What changes nothing of what is learned, or belongs to another setting."""
 _RATE = 2e-6
@@ -157,7 +160,6 @@ def _whole(asked: Asked, recipe: Recipe) -> None:
     rate = asked.number("learning_rate")
     recipe.say("method", None, "full")
     recipe.say("prior", None, "pictures" if asked.text("reg_data_dir") else "none")
-    recipe.say("prior_weight", asked.number("prior_loss_weight") if asked.text("reg_data_dir") else None)
     stop = asked.whole("stop_text_encoder_training")
     if stop is not None and stop > 0:
         recipe.notes.append(f"stop_text_encoder_training = {stop}: the text encoder learns to the end, or not at all")
@@ -209,6 +211,7 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     recipe.say("license", asked.text("metadata_license"))
     recipe.say("push_to_hub", asked.text("huggingface_repo_id"))
     recipe.say("sample_every", asked.whole("sample_every_n_steps"))
+    recipe.say("measure_every", asked.whole("validate_every_n_steps"))
     recipe.say("validation_split", asked.number("validation_split") or None)
     if recipe.program != "dreambooth":
         recipe.say("save_every", asked.whole("save_every_n_steps"))
