@@ -40,7 +40,7 @@ PIPELINES = {
     "memory": ("sfumato.pipelines.memory", "how much memory training and generating take, before anything is loaded"),
     "caption": ("sfumato.pipelines.caption", "write captions for images that have none"),
     "dataset": ("sfumato.pipelines.dataset_config", "convert another tool's data set config to a dataset.toml"),
-    "recipe": ("sfumato.pipelines.recipe", "convert a training of sd-scripts or diffusers' scripts to a config"),
+    "recipe": ("sfumato.pipelines.recipe", "convert another tool's training to a config of a trainer"),
     "generate": ("sfumato.pipelines.generate", "make images with any base model and any mix of adapters"),
     "grid": ("sfumato.pipelines.grid", "make an XY plot over weights, prompts, adapters or seeds, to compare images"),
     "inspect": ("sfumato.pipelines.inspect_file", "show what a weight file contains, without loading it"),

@@ -267,7 +267,7 @@ def test_a_whole_training_s_concepts_are_read_with_its_masks(home):
         "resolution = 768",
         "unmasked_weight = 0.1",
         "text_encoder.dropout_probability = 0.05",
-        "settings of the training itself are not converted; sfumato train lora --help lists its own",
+        "settings of the training itself are not converted; sfumato recipe converts them, and the images with them",
     ]
     first, _ = read_folder(home / "dataset.toml")
     assert (first.path.name, first.mask) == ("a.png", home / "dogs" / "a-masklabel.png")

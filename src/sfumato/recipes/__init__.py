@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.data.foreign import Converted, convert_values
-from sfumato.data.foreign.kohya import OF_TRAINING
+from sfumato.data.foreign.settings import OF_TRAINING
 from sfumato.data.foreign.settings import read as read_data
 from sfumato.errors import ConfigError
-from sfumato.recipes import diffusers_scripts, sd_scripts
+from sfumato.recipes import diffusers_scripts, onetrainer, sd_scripts
 from sfumato.recipes.asked import Asked, Recipe
-from sfumato.recipes.reading import SD_SCRIPTS, read
+from sfumato.recipes.reading import ONETRAINER, SD_SCRIPTS, read
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ def convert(path: Path, images: Path) -> Training:
     Raises ConfigError for a file that is no known training, and for one that has no counterpart.
     """
     asked = read(path)
+    data = None
     if asked.script in SD_SCRIPTS:
-        data = _images(asked, images)
-        recipe = sd_scripts.convert(asked)
-        recipe.say("images", None if data is None else images.as_posix())
+        data, recipe = _images(asked, images), sd_scripts.convert(asked)
+    elif asked.script == ONETRAINER:
+        data, recipe = _concepts(asked, images), onetrainer.convert(asked)
     else:
-        data, recipe = None, diffusers_scripts.convert(asked)
+        recipe = diffusers_scripts.convert(asked)
+    recipe.say("images", None if data is None else images.as_posix())
     if "images" not in recipe.told:
         recipe.ask = ("images", *recipe.ask)
     of_images = [] if data is None else [n for n in data.notes if n != OF_TRAINING and not asked.is_settled(n)]
@@ -85,3 +87,15 @@ def _images(asked: Asked, target: Path) -> Converted | None:
     if not asked.text("train_data_dir"):
         return None
     return convert_values(asked.values, asked.name, asked.folder, target)
+
+
+def _concepts(asked: Asked, target: Path) -> Converted | None:
+    """The pictures of a training of OneTrainer, None where their file is not here."""
+    concepts, folder = asked.get("concepts"), asked.folder
+    if concepts is None and (given := asked.text("concept_file_name")):
+        file = asked.find(given)
+        concepts = None if file is None else read_data(file)
+    if not concepts:
+        return None
+    values = {"concepts": concepts, "masked_training": asked.flag("masked_training")}
+    return convert_values(values, asked.name, folder, target)

@@ -1,7 +1,8 @@
-"""A file with a training of another tool -> its settings: a config of sd-scripts, or a command in a script."""
+"""A file with another tool's training -> its settings: sd-scripts' or OneTrainer's config, or a command in a script."""
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -20,6 +21,7 @@ DIFFUSERS = (
     "train_dreambooth_lora.py", "train_dreambooth_lora_sdxl.py", "textual_inversion.py", "textual_inversion_sdxl.py",
 )  # fmt: skip
 SCRIPTS = (*SD_SCRIPTS, *DIFFUSERS)
+ONETRAINER = "OneTrainer"
 _ENDS = (".toml", ".sh", ".bat", ".ps1", ".txt", ".command", "")
 
 
@@ -32,13 +34,25 @@ def read(path: Path) -> Asked:
         raise ConfigError(f"{path}: not readable as text ({reason}). Name a training of another tool.") from None
     ending = path.suffix.lower()
     if ending == ".json":
-        raise ConfigError(
-            f"{path.name}: kohya_ss's and OneTrainer's .json are not read. kohya_ss writes a config_lora-DATE.toml "
-            "beside its results; name that. `sfumato dataset` reads the images of either."
-        )
+        return _of_onetrainer(path, text)
     if ending not in _ENDS:
-        raise ConfigError(f"{path.name}: wanted a .toml of sd-scripts, or a .sh, .bat or .txt with a command.")
+        raise ConfigError(
+            f"{path.name}: wanted a .toml of sd-scripts, a .json of OneTrainer, or a .sh, .bat or .txt with a command."
+        )
     return _of_config(path, text) if ending == ".toml" else _of_command(path, text)
+
+
+def _of_onetrainer(path: Path, text: str) -> Asked:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path.name}: not readable as JSON ({' '.join(str(error).split())}); mend it.") from None
+    if not isinstance(values, dict) or not {"training_method", "base_model_name"} & values.keys():
+        raise ConfigError(
+            f"{path.name}: no training_method in it, so it is no training of OneTrainer. Of kohya_ss name the "
+            "config_lora-DATE.toml that it writes beside its results."
+        )
+    return Asked(path.name, ONETRAINER, values, path.resolve().parent)
 
 
 def _of_config(path: Path, text: str) -> Asked:

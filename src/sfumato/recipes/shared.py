@@ -23,6 +23,7 @@ _THERE: Mapping[str, Mapping[str, str]] = {
         "betas": "0.9,0.999", "weight_decay": "0", "use_bias_correction": "False", "safeguard_warmup": "False",
     },
     "adafactor": {"weight_decay": "0", "scale_parameter": "True"},
+    "muon": {"momentum": "0.95", "weight_decay": "0"},
 }  # fmt: skip
 """The defaults of the optimizers' own packages, which the other tools leave as they are."""
 _SAME = frozenset(("decouple", "relative_step", "warmup_init", "amsgrad"))
@@ -33,18 +34,29 @@ LENGTHS = "one length is learned for each input here, which web interfaces read,
 """Of a DoRA."""
 
 
+def settings_of(name: str) -> frozenset[str]:
+    """The settings of the optimizer of this name elsewhere that have a counterpart."""
+    ours = ours_of(name)
+    return frozenset(("weight_decay", *DEFAULTS[ours], *_SAME)) if ours in DEFAULTS else frozenset()  # type: ignore[index]
+
+
+def ours_of(name: str) -> str:
+    """What an optimizer is called here, or its name in small letters."""
+    short = re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower())
+    return "prodigy" if short.startswith("dadapt") else _LIKE.get(short, short)
+
+
 def optimizer(asked: Asked, recipe: Recipe, name: str, told: Mapping[str, str], usual: Mapping[str, str]) -> None:
     """The optimizer with its settings. usual: those that the other tool gives it where nothing is told."""
-    short = re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower())
-    ours = "prodigy" if short.startswith("dadapt") else _LIKE.get(short, short)
+    ours = ours_of(name)
     if ours not in _THERE:
         recipe.notes.append(f"optimizer {name}: has no counterpart; adamw takes its place")
         ours = "adamw"
-    elif ours != short:
+    elif ours != re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower()):
         recipe.notes.append(f"optimizer {name}: {ours} takes its place")
     recipe.say("optimizer", ours)
     defaults = {**_THERE[ours], **usual}
-    if ours == "adafactor" and told.get("relative_step", "True") != "False":
+    if ours == "adafactor" and {**usual, **told}.get("relative_step") != "False":
         recipe.notes.append(
             "optimizer Adafactor without relative_step=False: it sets its own rate; learning_rate counts here"
         )

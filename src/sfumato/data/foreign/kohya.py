@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.data.foreign.folders import find, notes_on, of_several_lines
-from sfumato.data.foreign.settings import Sources, left_over, non_default, parsed_scalars, suffix, tables
+from sfumato.data.foreign.settings import OF_TRAINING, Sources, left_over, non_default, parsed_scalars, suffix, tables
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 
@@ -67,9 +67,6 @@ _TRAINING_ONLY = (
     "bucket_no_upscale",
 )
 """Settings of a training that change what is seen of its pictures and have no counterpart."""
-OF_TRAINING = (
-    "settings of the training itself are not converted; sfumato recipe converts them, and the images with them"
-)
 _TEXTS = frozenset(
     (
         *("image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix"),

@@ -12,6 +12,7 @@ from sfumato.data.foreign.folders import find, notes_on, of_several_lines, with_
 from sfumato.data.foreign.settings import (
     BY_THE_BASE,
     FROM_NAMES,
+    OF_TRAINING,
     Sources,
     left_over,
     non_default,
@@ -99,7 +100,7 @@ def _training_notes(training: Mapping[str, Any]) -> Iterator[str]:
     encoder = training.get("text_encoder")
     if isinstance(encoder, dict) and (chance := encoder.get("dropout_probability")):
         yield f"text_encoder.dropout_probability = {chance}: --caption-dropout"
-    yield "settings of the training itself are not converted; sfumato train lora --help lists its own"
+    yield OF_TRAINING
 
 
 def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,9 @@ BY_THE_BASE = (
     "its images are learned as those of a class, beside each batch and at --prior-weight; to learn what the base "
     "predicts instead, leave them out and pass their captions as --prior-prompts"
 )
+OF_TRAINING = (
+    "settings of the training itself are not converted; sfumato recipe converts them, and the images with them"
+)
 FROM_NAMES = (
     "spaces stand for - and _ in names of files, and a .txt or metadata.jsonl beside the images comes before them; "
     "move it away"

@@ -1,0 +1,290 @@
+"""OneTrainer: a training's config, of which LORA is `lora`, EMBEDDING `textual_inversion`, FINE_TUNE `dreambooth`.
+
+Names and defaults are those of modules/util/config/TrainConfig.py there, and of its optimizers in optimizer_util.py.
+Its window saves every setting, so that only those are named in notes which are not as it has them from the start.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from sfumato.errors import ConfigError
+from sfumato.recipes import shared
+from sfumato.recipes.asked import Asked, Recipe
+from sfumato.text_files import decode
+
+_PROGRAMS = {"LORA": "lora", "EMBEDDING": "textual_inversion", "FINE_TUNE": "dreambooth"}
+_BASES = re.compile(r"STABLE_DIFFUSION_(15|20|20_BASE|21|21_BASE|XL_10_BASE)")
+_TARGETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
+_FORMATS = {"FLOAT_32": "fp32", "TFLOAT_32": "fp32", "FLOAT_16": "fp16", "BFLOAT_16": "bf16"}
+_SCHEDULES = {
+    "CONSTANT": "constant", "LINEAR": "linear", "COSINE": "cosine", "COSINE_WITH_RESTARTS": "cosine_with_restarts",
+    "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts",
+}  # fmt: skip
+_NEUTRAL: dict[str, Any] = {
+    "learning_rate_min_factor": 0.0, "mse_strength": 1.0, "mae_strength": 0.0, "log_cosh_strength": 0.0,
+    "huber_strength": 0.0, "generalized_offset_noise": False, "perturbation_noise_weight": 0.0,
+    "timestep_distribution": "UNIFORM", "noising_weight": 0.0, "noising_bias": 0.0, "loss_scaler": "NONE",
+    "learning_rate_scaler": "NONE", "force_circular_padding": False, "layer_filter_regex": False,
+    "masked_prior_preservation_weight": 0.0, "normalize_masked_area_loss": False, "multi_gpu": False,
+    "custom_conditioning_image": False, "force_epsilon_prediction": False,
+}  # fmt: skip
+"""Settings without a counterpart, and the value with which they do nothing."""
+_OPTIMIZER = ("eps", "d0", "d_coef", "growth_rate", "use_bias_correction", "safeguard_warmup", "clip_threshold",
+              "decay_rate", "scale_parameter", "relative_step", "momentum", "weight_decay")  # fmt: skip
+
+
+def convert(asked: Asked) -> Recipe:
+    """The recipe of a config. Raises ConfigError for one that has no counterpart."""
+    method = asked.text("training_method", "FINE_TUNE") or ""
+    kind = asked.text("model_type", "STABLE_DIFFUSION_15") or ""
+    if not _BASES.fullmatch(kind):
+        raise ConfigError(f"{asked.name}: model_type is {kind:.40}; wanted SD 1.5, 2.x or SDXL, without inpainting.")
+    if method not in _PROGRAMS:
+        raise ConfigError(f"{asked.name}: training_method is {method:.40}; wanted {', '.join(_PROGRAMS)}.")
+    recipe = Recipe(_PROGRAMS[method])
+    _of_base(asked, recipe)
+    {"lora": _adapter, "dreambooth": _whole, "textual_inversion": _word}[recipe.program](asked, recipe)
+    _optimizer(asked, recipe)
+    _steps(asked, recipe)
+    _loss(asked, recipe)
+    _told_while_it_runs(asked, recipe)
+    values = asked.values
+    recipe.notes += [
+        f"{key} = {values[key]}: has no counterpart here and is left out"
+        for key, neutral in _NEUTRAL.items()
+        if key in values and values[key] not in (neutral, None)
+    ]
+    return recipe
+
+
+def _part(asked: Asked, name: str) -> Asked:
+    """The settings of a part of the model, or of another group of settings."""
+    found = asked.get(name, {})
+    return Asked(f"{asked.name}: {name}", asked.script, found if isinstance(found, dict) else {}, asked.folder)
+
+
+def _of_base(asked: Asked, recipe: Recipe) -> None:
+    unet = _part(asked, "unet")
+    if not unet.get("train", True) and recipe.program != "textual_inversion":
+        raise ConfigError(f"{asked.name}: its U-Net does not learn (unet.train), which `{recipe.program}` always does.")
+    recipe.say("base", asked.text("base_model_name"), "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    recipe.say("vae", _part(asked, "vae").text("model_name"))
+    recipe.say("precision", _FORMATS.get(asked.text("train_dtype") or ""))
+    recipe.say("attention", "xformers" if asked.text("attention_mechanism") == "XFORMERS" else None)
+    checkpointed = unet.get("gradient_checkpointing")
+    recipe.say("gradient_checkpointing", None if checkpointed is None else bool(checkpointed), True)
+    recipe.say("prediction_type", "v_prediction" if asked.flag("force_v_prediction") else None)
+    recipe.say("zero_terminal_snr", asked.flag("rescale_noise_scheduler_to_zero_terminal_snr") or None)
+    recipe.say("clip_skip", asked.whole("text_encoder_layer_skip") or None)
+    recipe.say("caption_dropout", _part(asked, "text_encoder").number("dropout_probability") or None)
+    recipe.say("save_precision", _FORMATS.get(asked.text("output_dtype") or ""))
+
+
+def _adapter(asked: Asked, recipe: Recipe) -> None:
+    kind = asked.text("peft_type", "LORA") or ""
+    algo = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}.get(kind)
+    if algo is None:
+        raise ConfigError(f"{asked.name}: peft_type {kind:.40} has no counterpart; LORA, LOHA and LOKR have.")
+    recipe.say("algo", algo if algo != "lora" else None)
+    preset = asked.text("layer_filter_preset", "full") or "full"
+    targets = _TARGETS.get(preset)
+    if targets is None:
+        recipe.notes.append(
+            f"layer_filter = {asked.text('layer_filter')}: --targets takes a regular expression; everything is adapted"
+        )
+    recipe.say("targets", None, targets or "everything")
+    recipe.say("rank", asked.whole("lokr_dim" if algo == "lokr" else "lora_rank"), 16)
+    recipe.say("alpha", asked.number("lora_alpha"), 1.0)
+    recipe.say("dropout", asked.number("dropout_probability") or None)
+    if asked.flag("lokr_weight_decompose" if algo == "lokr" else "lora_decompose"):
+        recipe.say("dora", True)
+        if asked.flag("lora_decompose_output_axis") or (algo == "lokr" and asked.get("lokr_dora_on_output", True)):
+            recipe.notes.append(f"{'lokr_weight' if algo == 'lokr' else 'lora'}_decompose: {shared.LENGTHS}")
+    factor = asked.whole("lokr_decompose_factor", -1) or -1
+    recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
+    recipe.say("init_from", asked.text("lora_model_name"))
+    _rates(asked, recipe)
+    words = [
+        each for each in asked.get("additional_embeddings", []) if isinstance(each, dict) and each.get("train", True)
+    ]
+    if words:
+        _pivotal(asked, recipe, words)
+
+
+def _pivotal(asked: Asked, recipe: Recipe, words: list[dict[str, Any]]) -> None:
+    recipe.say("train_words", [str(each.get("placeholder", "<embedding>")).lower() for each in words])
+    counts = {asked.as_whole("token_count", each.get("token_count") or 1) for each in words}
+    if len(counts) > 1:
+        recipe.notes.append(
+            "token_count of additional_embeddings differs: all words have as many vectors, the most of these"
+        )
+    recipe.say("word_vectors", max(counts))
+    starts = [str(each.get("initial_embedding_text") or "*") for each in words]
+    recipe.say("initial_words", starts if all(start != "*" for start in starts) else None)
+    recipe.say("word_learning_rate", asked.number("embedding_learning_rate"), recipe.values["learning_rate"])
+    recipe.say("bundle", None, True)
+    if asked.get("bundle_additional_embeddings", True) is False:
+        recipe.usual.pop("bundle")
+
+
+def _rates(asked: Asked, recipe: Recipe) -> None:
+    """Those of the U-Net and of the text encoders, which learn unless they are told not to."""
+    rate = asked.number("learning_rate")
+    recipe.say("learning_rate", _part(asked, "unet").number("learning_rate", rate), 3e-6)
+    is_xl = (asked.text("model_type") or "").endswith("XL_10_BASE")
+    encoders = [_part(asked, name) for name in ("text_encoder", *(("text_encoder_2",) if is_xl else ()))]
+    learn = [each for each in encoders if each.get("train", True)]
+    if not learn:
+        return
+    recipe.say("train_text_encoder", None, True)
+    recipe.say("text_learning_rate", learn[0].number("learning_rate", rate), 3e-6)
+    stop = learn[0].whole("stop_training_after", 30)
+    if learn[0].text("stop_training_after_unit", "EPOCH") != "NEVER" and stop:
+        unit = (learn[0].text("stop_training_after_unit", "EPOCH") or "").lower()
+        recipe.notes.append(
+            f"text_encoder.stop_training_after = {stop} {unit}: the text encoders learn to the end, or not at all"
+        )
+    if len(learn) < len(encoders):
+        recipe.notes.append("of SDXL's text encoders only one learns there; here both do, or neither")
+
+
+def _whole(asked: Asked, recipe: Recipe) -> None:
+    recipe.say("method", None, "full")
+    recipe.say("prior", None, "none")
+    _rates(asked, recipe)
+    recipe.ask = ("class_name",)
+    recipe.notes.append('--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"')
+
+
+def _word(asked: Asked, recipe: Recipe) -> None:
+    word = _part(asked, "embedding")
+    recipe.say("placeholder", [(word.text("placeholder", "<embedding>") or "").lower()])
+    recipe.say("vectors", word.whole("token_count"), 1)
+    start = word.text("initial_embedding_text", "*")
+    recipe.say("initial_words", [start] if start != "*" else None)
+    recipe.say("keep_scale", None, False)
+    recipe.say("keep_scale", asked.flag("preserve_embedding_norm") or None)
+    recipe.say("caption", None, "{caption}")  # the files' own captions, which hold the word
+    recipe.say("learning_rate", asked.number("embedding_learning_rate", asked.number("learning_rate")), 3e-6)
+
+
+def _optimizer(asked: Asked, recipe: Recipe) -> None:
+    own = _part(asked, "optimizer")
+    name = own.text("optimizer", "ADAMW") or "ADAMW"
+    told = {key: str(own.get(key)) for key in _OPTIMIZER if own.values.get(key) is not None}
+    if (one := own.number("beta1")) is not None and (two := own.number("beta2")) is not None:
+        told["betas"] = f"{one:g},{two:g}"
+    if name == "ADAFACTOR":
+        told["eps"] = f"{own.number('eps', 1e-30):g},{own.number('eps2', 1e-3):g}"
+    settings = shared.settings_of(name)
+    usual = {"relative_step": "False", "scale_parameter": "False"} if name == "ADAFACTOR" else {}
+    shared.optimizer(asked, recipe, name, {key: value for key, value in told.items() if key in settings}, usual)
+    recipe.say("clip", asked.number("clip_grad_norm"))
+    if "clip_grad_norm" in asked.values and asked.values["clip_grad_norm"] is None:
+        recipe.say("clip", 0.0)
+
+
+def _steps(asked: Asked, recipe: Recipe) -> None:
+    recipe.say("epochs", asked.whole("epochs"), 100)
+    recipe.say("batch", asked.whole("batch_size"), 1)
+    accumulate = asked.whole("gradient_accumulation_steps")
+    recipe.say("accumulate", accumulate)
+    given = str(asked.get("resolution", "512"))
+    sides = [each for each in given.split(",") if each.strip()]
+    if len(sides) > 1:
+        recipe.notes.append(f"resolution = {given}: images are learned at one size, the first of these")
+    asked.values["resolution"] = sides[0].strip() if sides else "512"
+    shared.resolution(asked, recipe, 512)
+    name = asked.text("learning_rate_scheduler", "CONSTANT") or "CONSTANT"
+    schedule = _SCHEDULES.get(name, "cosine")
+    if name not in _SCHEDULES:
+        recipe.notes.append(f"learning_rate_scheduler = {name}: has no counterpart; cosine takes its place")
+    ours = schedule.removesuffix("_with_restarts")
+    recipe.say("schedule", ours if "learning_rate_scheduler" in asked.values else None, ours)
+    cycles = asked.number("learning_rate_cycles", 1.0) or 1.0
+    if name.endswith("RESTARTS") and cycles > 1:
+        recipe.say("cycles", max(1, round(cycles)))
+        if name == "COSINE_WITH_RESTARTS":
+            recipe.notes.append(
+                f"learning_rate_scheduler = {name}: the rate starts at its peak again, as with HARD_RESTARTS"
+            )
+    count = asked.number("learning_rate_warmup_steps")
+    if count is not None and 0 < count <= 1:
+        recipe.notes.append(
+            f"learning_rate_warmup_steps = {count:g}: a share of steps that only epochs count; give --warmup STEPS"
+        )
+        return
+    # They count batches there.
+    recipe.say("warmup", None if count is None else int(count / (accumulate or 1)), int(200 / (accumulate or 1)))
+
+
+def _loss(asked: Asked, recipe: Recipe) -> None:
+    weight = asked.text("loss_weight_fn", "CONSTANT")
+    if weight == "MIN_SNR_GAMMA":
+        recipe.say("min_snr", asked.number("loss_weight_strength", 5.0))
+    elif weight == "DEBIASED_ESTIMATION":
+        recipe.say("debiased", True)
+    else:
+        recipe.say("min_snr", None, 0.0)
+        if weight != "CONSTANT":
+            recipe.notes.append(f"loss_weight_fn = {weight}: has no counterpart; all timesteps weigh the same")
+    recipe.say("noise_offset", asked.number("offset_noise_weight") or None)
+    low, high = asked.number("min_noising_strength", 0.0) or 0.0, asked.number("max_noising_strength", 1.0)
+    recipe.say("min_timestep", int(1000 * low) or None)
+    recipe.say("max_timestep", int(1000 * high) if high is not None and high < 1 else None)
+    if asked.text("ema", "OFF") != "OFF":
+        recipe.say("ema", asked.number("ema_decay", 0.999))
+        if recipe.program == "dreambooth":
+            recipe.say("ema_on_cpu", asked.text("ema") == "CPU" or None)
+        every = asked.whole("ema_update_step_interval", 5)
+        if every and every > 1:
+            recipe.notes.append(
+                f"ema_update_step_interval = {every}: the mean is updated at each step, so it is shorter"
+            )
+    if asked.flag("masked_training"):
+        recipe.notes.append(
+            "masked_training: what a mask leaves out is not learned at all (unmasked_weight, unmasked_probability)"
+        )
+
+
+def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
+    destination = (asked.text("output_model_destination") or "").replace("\\", "/")
+    name = asked.text("save_filename_prefix") or PurePosixPath(destination).stem or None
+    recipe.say("name", name if name != "model" else None)  # which it calls every one, and a run a folder of its own
+    if asked.text("save_every_unit") == "STEP" and recipe.program != "dreambooth":
+        recipe.say("save_every", asked.whole("save_every"))
+    elif (asked.text("save_every_unit") or "NEVER") != "NEVER":
+        unit = (asked.text("save_every_unit") or "").lower()
+        recipe.notes.append(
+            f"save_every = {asked.get('save_every')} {unit}: --save-every counts steps, and only adapters"
+        )
+    if asked.text("sample_after_unit") == "STEP":
+        recipe.say("sample_every", asked.whole("sample_after"))
+    recipe.say("tensorboard", True if asked.get("tensorboard") else None)
+    recipe.say("sample_prompts", [_prompt(each) for each in _samples(asked) if each.get("prompt")] or None)
+
+
+def _samples(asked: Asked) -> list[dict[str, Any]]:
+    """Its samples, from the config or from the file that it names, as far as that is here."""
+    found = asked.get("samples")
+    if found is None and (given := asked.text("sample_definition_file_name")):
+        file = asked.find(given)
+        try:
+            found = None if file is None else json.loads(decode(file.read_bytes()))
+        except (OSError, ValueError):
+            found = None
+    samples = [each for each in found or [] if isinstance(each, dict)] if isinstance(found, list) else []
+    return [each for each in samples if each.get("enabled", True)]
+
+
+def _prompt(sample: dict[str, Any]) -> str:
+    """The prompt with its settings, as sd-scripts writes them."""
+    flags = {"n": "negative_prompt", "w": "width", "h": "height", "s": "diffusion_steps", "l": "cfg_scale"}
+    if not sample.get("random_seed"):
+        flags["d"] = "seed"
+    told = [f"--{flag} {sample[key]}" for flag, key in flags.items() if sample.get(key) not in (None, "")]
+    return " ".join([str(sample["prompt"]), *told])
