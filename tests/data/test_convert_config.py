@@ -406,3 +406,9 @@ def test_what_a_config_says_does_not_command_the_terminal(tmp_path, capsys):
     said = capsys.readouterr().err
     assert r"color\x1b[2J = \x07: has no counterpart" in said
     assert "\x1b" not in said
+
+
+def test_what_is_wrong_with_a_config_is_told_with_its_name(tmp_path):
+    (tmp_path / "kohya.toml").write_text("[[datasets]]\nresolution = 512\n")
+    with pytest.raises(ConfigError, match=r"^kohya\.toml: a data set has no subsets"):
+        convert(tmp_path / "kohya.toml")

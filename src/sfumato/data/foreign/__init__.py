@@ -50,7 +50,10 @@ def convert_values(values: Any, name: str, folder: Path, target: Path) -> Conver
     home = target.resolve().parent
     notes: list[str] = []
     read_by = ((tool, sources(values, folder, notes)) for tool, sources in _TOOLS.items())
-    tool, entries = next(((tool, found) for tool, found in read_by if found is not None), ("", None))
+    try:
+        tool, entries = next(((tool, found) for tool, found in read_by if found is not None), ("", None))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
     if entries is None:
         raise ConfigError(
             f"{name}: neither kohya's [[datasets]] or train_data_dir, ai-toolkit's config.process[].datasets, "
