@@ -393,6 +393,24 @@ def test_a_model_that_wants_another_library_is_one_line(blip, tmp_path):
         load_captioner(str(model), CPU, CaptionSettings())
 
 
+def test_a_model_that_lacks_weights_is_refused_instead_of_filled_with_random_ones(blip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = changed(blip, tmp_path, {})
+    weights = load_file(model / "model.safetensors")
+    first, second, *_ = sorted(weights)
+    weights[second] = weights[second][:-1]
+    save_file({name: weight for name, weight in weights.items() if name != first}, model / "model.safetensors")
+    with pytest.raises(FileError, match=rf"blip: 2 weights of blip missing or of another shape, first {first}\. Down"):
+        load_captioner(str(model), CPU, CaptionSettings())
+
+
+def test_microsofts_own_florence_is_told_from_that_of_transformers(florence, tmp_path):
+    model = changed(florence, tmp_path, {"text_config": {"model_type": "florence2_language"}})
+    with pytest.raises(FileError, match=r"cannot be loaded .* knows is florence-community/Florence-2-base\.$"):
+        load_captioner(str(model), CPU, CaptionSettings())
+
+
 def changed(model, tmp_path, settings):
     """A copy of the model, with these settings in its config."""
     folder = Path(shutil.copytree(model, tmp_path / "blip"))

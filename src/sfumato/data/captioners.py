@@ -21,6 +21,7 @@ from PIL import Image
 
 from sfumato import shell
 from sfumato.errors import ConfigError, FileError
+from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.precision import Precision
@@ -62,6 +63,8 @@ _PROVIDERS: Mapping[str, str] = MappingProxyType(
     {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "mps": "CoreMLExecutionProvider"}
 )
 """onnxruntime's names of our devices."""
+_FLORENCE = "The Florence-2 that transformers knows is florence-community/Florence-2-base."
+"""Microsoft's own folders are for a program that they bring, with a config and weights of other names."""
 _WANTED = ("*.json", "*.txt", "*.safetensors", "model.onnx", "selected_tags.csv")
 
 
@@ -104,7 +107,7 @@ def load_captioner(model: str, precision: Precision, wishes: CaptionSettings) ->
         return _Tagger(folder, wishes)
     kind = _config(folder).get("model_type")
     if kind not in ("blip", "florence2"):
-        hint = " The Florence-2 that transformers knows is florence-community/Florence-2-base." if kind else ""
+        hint = f" {_FLORENCE}" if kind else ""
         raise FileError(
             f"{model}: its config says {kind!r}; blip, florence2 and WD taggers (model.onnx) are known.{hint}"
         )
@@ -172,21 +175,31 @@ class _Describer:
             raise FileError(f"{folder.name}: holds a peft adapter (adapter_config.json); name a folder without one.")
         logging.disable_progress_bar()
         self.kind, self.wishes, self.precision = kind, wishes, precision
+        other = f"Download it again.{f' {_FLORENCE}' if kind == 'florence2' else ''}"
         try:
             here = {"local_files_only": True, "trust_remote_code": False}
             self.processor = AutoProcessor.from_pretrained(str(folder), **here)
             config = AutoConfig.from_pretrained(str(folder), **here)
             config._attn_implementation = None  # what the file names may be a program on the hub
-            self.model = AutoModelForImageTextToText.from_pretrained(
+            self.model, loaded = AutoModelForImageTextToText.from_pretrained(
                 str(folder),
                 config=config,
                 **here,
                 use_safetensors=True,
                 dtype=precision.storage,
+                ignore_mismatched_sizes=True,  # an exception of its own otherwise
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise FileError(f"{folder.name}: the model cannot be loaded ({reason}). Download it again.") from None
+            raise FileError(f"{folder.name}: the model cannot be loaded ({reason}). {other}") from None
+        # transformers fills what it does not find with random numbers.
+        lacking = sorted([*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])])
+        if lacking:
+            raise FileError(
+                f"{folder.name}: {pluralize(len(lacking), 'weight')} of {kind} missing or of another shape, first "
+                f"{lacking[0]}. {other}"
+            )
         self.model.eval().to(precision.device)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
