@@ -411,6 +411,11 @@ def test_microsofts_own_florence_is_told_from_that_of_transformers(florence, tmp
         load_captioner(str(model), CPU, CaptionSettings())
 
 
+def test_a_caption_without_end_stops_where_the_model_has_no_more_positions(florence):
+    (caption,) = load_captioner(str(florence), CPU, CaptionSettings(longest=200))([noise_picture(seed=0)])
+    assert caption  # the positions are 128, and random weights say no end
+
+
 def changed(model, tmp_path, settings):
     """A copy of the model, with these settings in its config."""
     folder = Path(shutil.copytree(model, tmp_path / "blip"))

@@ -200,6 +200,7 @@ class _Describer:
                 f"{folder.name}: {pluralize(len(lacking), 'weight')} of {kind} missing or of another shape, first "
                 f"{lacking[0]}. {other}"
             )
+        self.longest = min(wishes.longest, config.text_config.max_position_embeddings)
         self.model.eval().to(precision.device)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
@@ -209,7 +210,7 @@ class _Describer:
         inputs = self.processor(images=list(pictures), return_tensors="pt", padding=bool(texts), **texts)
         inputs = {name: self._placed(value) for name, value in inputs.items()}
         with torch.no_grad(), self.precision.autocast():
-            ids = self.model.generate(**inputs, max_new_tokens=self.wishes.longest, num_beams=3, do_sample=False)
+            ids = self.model.generate(**inputs, max_new_tokens=self.longest, num_beams=3, do_sample=False)
         return [clean(text) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def _placed(self, value: Any) -> Any:
