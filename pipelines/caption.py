@@ -15,6 +15,7 @@ from sfumato.cli import run
 from sfumato.command_line.terminal import escape_control, say
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
+from sfumato.files.atomic import beside, sync
 from sfumato.numerals import pluralize, some
 
 if TYPE_CHECKING:
@@ -176,18 +177,29 @@ def captions(
 
 def write_new(path: Path, caption: str) -> None:
     """Write a new caption file, complete or not at all. Raises DataError if one exists by now."""
+    temporary = beside(path, path.suffix)
     try:
-        file = path.open("x", encoding="utf-8")  # fails where something is, even a broken link
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(caption + "\n")
+        sync(temporary)
+        _into_place(temporary, path)
     except FileExistsError:
         raise DataError(f"{path.name}: a caption appeared meanwhile; it is not written over. Start again.") from None
     except OSError as error:
         raise DataError(f"{path}: the caption cannot be written ({error.strerror}). See to it, and go on.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _into_place(temporary: Path, path: Path) -> None:
+    """Give a file its name. Raises FileExistsError where something is by that name, even a broken link."""
     try:
-        with file:
-            file.write(caption + "\n")
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise DataError(f"{path}: the caption cannot be written ({error.strerror}). See to it, and go on.") from None
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, such as a memory stick's
+        path.open("x").close()
+        temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,29 @@ def test_a_caption_for_which_there_is_no_room_leaves_no_empty_file(bare, monkeyp
     assert files(bare) == {"0.txt": "mine"}
 
 
+def test_a_caption_is_there_whole_or_not_at_all(bare, monkeypatch):
+    def cut_off(file):
+        assert file.read_text() == "new\n"
+        assert not (bare / "1.txt").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sfumato.pipelines.caption.sync", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_new(bare / "1.txt", "new")
+    assert files(bare) == {"0.txt": "mine"}
+
+
+def test_captions_are_written_where_a_file_system_has_no_links(bare, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    write_new(bare / "1.txt", "new")
+    with pytest.raises(DataError, match=r"0\.txt: a caption appeared meanwhile"):
+        write_new(bare / "0.txt", "new")
+    assert files(bare) == {"0.txt": "mine", "1.txt": "new\n"}
+
+
 def test_where_a_link_leads_nowhere_nothing_is_written(bare):
     (bare / "1.txt").symlink_to("elsewhere.txt")
     wanted, captioned, silent = pictures_without(bare)
