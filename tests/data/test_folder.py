@@ -228,6 +228,9 @@ def test_ai_toolkit_s_placeholder_becomes_the_trigger(pictures):
     (pictures / "crab.txt").write_text("[trigger] on a beach")
     folder = read_folder(pictures, caption_template="{caption}", trigger="zwx")
     assert "zwx on a beach" in [example.caption for example in folder]
+    folder = read_folder(pictures, caption_template="[trigger], {caption}", trigger="zwx")
+    (crab,) = (example for example in folder if example.path.name == "crab.png")
+    assert (crab.caption, crab.template) == ("zwx, zwx on a beach", "{trigger}, {caption}")
 
 
 def test_skipping_all_is_refused(tmp_path):

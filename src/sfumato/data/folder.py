@@ -176,6 +176,8 @@ def example_of(
     options: Options,
 ) -> Example:
     """A listed picture as one to learn from."""
+    if template and trigger:
+        template = template.replace(PLACEHOLDER, "{trigger}")
     texts = found.caption.text.split("\n") if by_line else [found.caption.text]
     filled = [without_marks(_filled(text, found.path, template, trigger), options) for text in texts]
     caption, *further = dict.fromkeys(text for text, _ in filled)
