@@ -3,6 +3,7 @@
 import copy
 from functools import cache
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -289,6 +290,13 @@ def test_a_phrase_is_found_in_capitals_as_the_text_encoder_reads_it():
     folder = ExampleSet((Example(Path("a.png"), "Sks otter in fog"), Example(Path("b.png"), "a SKS otter")))
     captions = [example.caption for example in insert_placeholders(folder, ["<x>"], ["sks Otter"])]
     assert captions == ["<x> in fog", "a <x>"]
+
+
+@pytest.mark.parametrize(("written", "said"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_phrase_is_found_whether_its_accents_are_apart_or_not(written, said):
+    folder = ExampleSet((Example(Path("a.png"), normalize(written, "a café cat in fog")),))
+    (example,) = insert_placeholders(folder, ["<x>"], [normalize(said, "café cat")])
+    assert example.caption == "a <x> in fog"
 
 
 def test_a_phrase_that_is_in_no_caption_is_refused_also_where_the_template_has_the_word():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from unicodedata import normalize
 
 from sfumato.data.folder import Example, ExampleSet
 from sfumato.errors import DataError
@@ -31,7 +32,7 @@ def _renaming(placeholders: Sequence[str], stands_for: Sequence[str]) -> Callabl
     """What puts the placeholders into a text."""
     # A placeholder in capitals stands for itself: by the spelling that was given diffusers finds all of its vectors.
     meant = [*zip(placeholders, placeholders, strict=True), *zip(stands_for, placeholders, strict=False)]
-    names = {phrase.lower(): token for phrase, token in meant}
+    names = {normalize("NFC", phrase).lower(): token for phrase, token in meant}
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
     # "{caption}" is what a template is filled at, also where a word stands for "caption".
     # "Otter" is an otter, too, since text encoders read small letters alone.
@@ -39,7 +40,8 @@ def _renaming(placeholders: Sequence[str], stands_for: Sequence[str]) -> Callabl
     phrases = re.compile("|".join(parts), re.IGNORECASE)
 
     def rename(text: str) -> str:
-        return phrases.sub(lambda found: names.get(found[0].lower(), found[0]), text)
+        # As `has_phrase` finds them, and as the tokenizer reads a caption: with each accent in its letter.
+        return phrases.sub(lambda found: names.get(found[0].lower(), found[0]), normalize("NFC", text))
 
     return rename
 
