@@ -143,8 +143,8 @@ def pictures_without(images: Path) -> tuple[dict[Path, ListedPicture], int, list
             there = [file.name for file in files if os.path.lexists(file)]
             if found.caption.text and found.caption.origin != "folder name":
                 captioned.add(place)
-            elif there:
-                silent[place] = there[0]
+            elif there or found.caption.error:
+                silent[place] = there[0] if there else found.caption.origin  # NAME.TXT, which is found, too
             else:
                 wanted.setdefault(files[0], found)
     if not wanted and not captioned and not silent:

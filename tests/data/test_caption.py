@@ -154,6 +154,13 @@ def test_an_empty_caption_file_stays_and_is_named(blip, bare, name, capsys):
     assert "2 images had one already" in printed.err
 
 
+def test_an_unreadable_caption_stays_the_caption_where_its_ending_is_in_capitals(bare):
+    (bare / "1.TXT").write_bytes(b" " * 1_000_001)
+    wanted, captioned, silent = pictures_without(bare)
+    assert ([file.name for file in wanted], captioned) == (["2.txt"], 1)
+    assert [name.lower() for name in silent] == ["1.txt"]
+
+
 def test_a_bad_picture_is_named_and_the_others_are_done(blip, bare, capsys):
     (bare / "1.png").write_bytes(b"nothing")
     assert main([str(bare), str(blip), "--longest", "6", "--write", "--json"]) == 1
