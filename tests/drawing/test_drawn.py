@@ -128,6 +128,11 @@ def test_words_that_no_file_brings_are_told(base):
     assert [line.split(":")[0] for line in lines] == ["<otter>"]
 
 
+def test_two_pairs_of_angle_brackets_may_be_one_word(base):
+    lines = unknown_words(["a <s0><s1> dog, <S0><S1>", "<otters> <s0>"], ["<s0><s1>", "otter"], base)
+    assert [line.split(":")[0] for line in lines] == ["<otters>", "<s0>"]
+
+
 def test_what_a_file_says_does_not_reach_the_terminal(base):
     told = {"l": {"sfumato.config": json.dumps({"clip_skip": HOSTILE, "steps": 1, "train_words": [HOSTILE]})}}
     lines = learned_otherwise(told, base)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato.files.metadata import clip_skip_of, prediction_of, words_beside
 from sfumato.numerals import plain, pluralize
 from sfumato.prompts.syntax import escaped, unescaped
-from sfumato.words.placeholders import holds
+from sfumato.words.placeholders import holds, pattern
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -162,7 +162,10 @@ def unknown_words(prompts: Sequence[str], known: Iterable[str], base: Base) -> l
 
     known: the new words in use. Those of the base's own vocabulary are no new ones.
     """
-    found = dict.fromkeys(word for text in prompts for word in re.findall(r"<[^\s<>:|]+>", text))
+    known = list(known)
+    loaded = "|".join(map(pattern, known)) or r"(?!)"  # <s0><s1> may be one word
+    unread = [re.sub(loaded, " ", text, flags=re.IGNORECASE) for text in prompts]
+    found = dict.fromkeys(word for text in unread for word in re.findall(r"<[^\s<>:|]+>", text))
     spelt = [word for word in found if re.search(r"\w", word)]
     own = base.tokenizers[0].get_vocab() if spelt else {}  # a large table, for which the tokenizer takes its time
     return [
