@@ -265,6 +265,8 @@ def train_unet(config: Config, precision: Precision) -> Path:
     check_style(config, manifest["styles"])
     words = [] if config.init else read_words(config.data)
     pictures, named = seen_pictures(config.data, config.others_share)
+    partners = partners_of(pictures, config.crossed_overlap)
+    check_partners(config, partners)
     vae = read_vae(config.vae, device) if config.vae else None
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
@@ -281,7 +283,6 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run_unet = precision.compiled(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
     unet.register_to_config(sample_size=cache.means.shape[-1])
-    partners = partners_of(pictures, config.crossed_overlap)
     lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
     states_of = caption_states(config, text_encoder, tokenizer, device)
     trained = trained_of(learning, config, device, first_share=config.init_share)
@@ -313,6 +314,15 @@ def check_style(config: Config, styles: Sequence[str]) -> None:
     if config.plain_style not in (None, *styles):
         known = ", ".join(styles)
         raise ConfigError(f"--plain-style {config.plain_style}: {config.data} has no such style; it has {known}.")
+
+
+def check_partners(config: Config, partners: Sequence[Sequence[int]]) -> None:
+    """Refuse a --crossed-share where no image has another to be crossed with."""
+    if config.crossed_share and not any(partners):
+        least = f" that overlap by --crossed-overlap {config.crossed_overlap}" if config.crossed_overlap else ""
+        raise ConfigError(
+            f"--crossed-share {config.crossed_share}: {config.data} has nothing in two styles{least}; leave it out."
+        )
 
 
 def facts_of(

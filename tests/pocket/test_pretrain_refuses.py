@@ -1,5 +1,7 @@
 """`pretrain` refuses what makes no sense before anything is written."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -37,6 +39,17 @@ def test_only_a_vae_with_a_base_has_a_decoder_to_go_on_with(data, tmp_path):
 def test_a_plain_style_that_the_pictures_lack_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match="--plain-style oil"):
         train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", plain_style="oil"))
+    assert not (tmp_path / "on").exists()
+
+
+@pytest.mark.parametrize(("least", "said"), [(0.0, "two styles; "), (1.0, r"two styles .* --crossed-overlap 1\.0; ")])
+def test_a_share_of_crossed_images_wants_things_in_two_styles(least, said, data, tmp_path):
+    if not least:
+        told = json.loads((data / "manifest.json").read_text())
+        (data / "manifest.json").write_text(json.dumps({**told, "styles": ["noto"], "withheld": []}))
+    asked = {"crossed_share": 0.5, "crossed_overlap": least}
+    with pytest.raises(ConfigError, match=f"--crossed-share 0.5: .* has nothing in {said}"):
+        train(Config(stage="unet", init="pocket", data=data, output=tmp_path / "on", steps=1, **asked))
     assert not (tmp_path / "on").exists()
 
 
