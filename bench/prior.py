@@ -75,7 +75,7 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for option in ("subjects", "seeds"):
+    for option in ("subjects", "unrelated", "seeds"):
         if getattr(config, option) < 1:
             raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least 1.")
     files = cells_of(config.data, (*config.styles, *config.hands))

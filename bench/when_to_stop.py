@@ -27,7 +27,7 @@ from bench.real import print_report
 from bench.style_fidelity import Config as StyleConfig
 from bench.style_fidelity import read_real
 from bench.style_runs import Workshop, reconstruct
-from sfumato import Adapter, cli, compose, data, load_base, randomness
+from sfumato import Adapter, cli, compose, data, load_base, randomness, shell
 from sfumato.bases import Base
 from sfumato.data import Dataset
 from sfumato.errors import ConfigError, DataError
@@ -69,9 +69,9 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for name in ("images", "held_out", "every"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1.")
+    for name, least in (("images", 1), ("held_out", 1), ("every", 1), ("concepts", 2)):  # a distance wants two
+        if getattr(config, name) < least:
+            raise ConfigError(f"{shell.option(name)} is {getattr(config, name)}; it must be at least {least}.")
     drawn = config.held_out + config.concepts
     pictures, others = read_real(
         StyleConfig(data=config.data, styles=config.styles, images=config.images, concepts=drawn)

@@ -386,9 +386,10 @@ def test_the_style_bench_refuses_wrong_use_before_anything_is_learned(changed, s
     assert not (tmp_path / "work").exists()
 
 
-def test_the_prior_bench_wants_subjects(data):
-    with pytest.raises(ConfigError, match="--subjects is 0; it must be at least 1"):
-        prior.measure(prior.Config(data=data, subjects=0))
+@pytest.mark.parametrize("option", ["subjects", "unrelated", "seeds"])
+def test_the_prior_bench_wants_something_to_draw(option, data):
+    with pytest.raises(ConfigError, match=f"--{option} is 0; it must be at least 1"):
+        prior.measure(prior.Config(data=data, **{option: 0}))
 
 
 def test_the_package_s_base_is_not_replaced_where_the_manifest_is_another_s(data, pocket_folder, tmp_path):

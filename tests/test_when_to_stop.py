@@ -44,6 +44,7 @@ def test_each_adapter_has_its_losses_beside_what_it_draws(config):
     ("changed", "said"),
     [
         ({"held_out": 0}, "--held-out is 0; it must be at least 1"),
+        ({"concepts": 1}, "--concepts is 1; it must be at least 2"),
         ({"styles": ("oil",)}, "--styles oil: .* has flat, noto, twemoji"),
         ({"concepts": 4}, "7 concepts in all of its styles; wanted 8"),
     ],
