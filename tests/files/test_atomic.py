@@ -114,6 +114,17 @@ def test_a_disk_that_takes_no_model_is_one_line_and_the_earlier_one_stays(error,
     assert list(tmp_path.iterdir()) == [place]
 
 
+def test_whoever_may_read_a_models_configs_may_read_its_weights(tmp_path):
+    with model_folder(tmp_path / "model") as temporary:
+        (temporary / "unet").mkdir()
+        (temporary / "unet/config.json").write_text("{}")
+        (temporary / "unet/weights.safetensors").touch(0o600)
+    config, weights = (
+        (tmp_path / "model/unet" / name).stat().st_mode for name in ("config.json", "weights.safetensors")
+    )
+    assert weights == config
+
+
 def test_a_rename_that_windows_denies_is_tried_again(tmp_path, monkeypatch):
     """A virus scanner has what has just been written open, for a moment or for good."""
     replace, denied = os.replace, []

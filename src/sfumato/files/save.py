@@ -203,6 +203,8 @@ def model_folder(path: Path) -> Iterator[Path]:
     try:
         with atomic_folder(path) as temporary:
             yield temporary
+            for written in temporary.rglob("*.safetensors"):  # since 0.8 safetensors lets their owner alone read them
+                written.chmod(temporary.stat().st_mode & 0o666)
     except (OSError, SafetensorError) as error:  # a full disk is the second, while tensors are written
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(
