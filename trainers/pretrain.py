@@ -44,7 +44,7 @@ class Config(PretrainOptions):
     stage: Literal["vae", "unet"] = "vae"
     """What to train: the VAE, or the U-Net with its text encoder. The U-Net needs a trained VAE."""
     output: Path = Path("runs/pocket-vae")
-    """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
+    """Folder of the run: checkpoints, log, plot, samples, and at the end `model/`."""
     vae: Path | None = None
     """Folder of the trained VAE, for --stage unet."""
     init: str | None = None
@@ -193,6 +193,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
         if not config.decoder_only:
             vae.register_to_config(scaling_factor=_scaling_factor(vae, named, precision.device))
         path = save_model(vae, config.output / "model")
+    run.plot()
     run.close()
     return path
 
@@ -305,6 +306,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         trained.learn(step, loss)
     with trained.result():
         path = save_model(pipeline, config.output / "model")
+    run.plot()
     run.close()
     return path
 

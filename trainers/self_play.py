@@ -31,7 +31,7 @@ class Config(PretrainOptions):
     base: str = "pocket"
     """Base model to train further: pocket, or the folder of one that pretrain made."""
     output: Path = Path("runs/pocket-self-play")
-    """Folder of the run: the model's own images, checkpoints, log, samples, and at the end `model/`."""
+    """Folder of the run: the model's own images, checkpoints, log, plot, samples, and at the end `model/`."""
     batch: int = 16
     """Images per step; each comes with one of the model's own."""
     learning_rate: float | None = None
@@ -125,6 +125,7 @@ def train(config: Config) -> Path:
         trained.learn(step, discriminative_loss(real, of_own, config.sharpness))
     with trained.result():
         path = save_model(pipeline, config.output / "model")
+    run.plot()
     run.close()
     return path
 

@@ -26,7 +26,7 @@ class Config(PretrainOptions):
     base: str = "pocket"
     """Base model whose text encoder is trained: pocket, or the folder of one that pretrain made."""
     output: Path = Path("runs/pocket-style-emphasis")
-    """Folder of the run: checkpoints, log, samples, and at the end `model/`."""
+    """Folder of the run: checkpoints, log, plot, samples, and at the end `model/`."""
     batch: int = 16
     """Things that are named in each step, each in all its styles."""
     style_emphasis: float = 0.5
@@ -77,6 +77,7 @@ def train(config: Config) -> Path:
         trained.learn(step, (said.float() - wanted).square().mean())
     with trained.result():
         path = save_model(pipeline, config.output / "model")
+    run.plot()
     run.close()
     return path
 

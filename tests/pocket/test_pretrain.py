@@ -36,6 +36,11 @@ def test_pictures_of_another_size_make_a_base_of_that_size(resized, pocket_folde
     assert load_base(model, precision=CPU).resolution == 32
 
 
+def test_a_run_that_ends_leaves_its_curves(data, tmp_path):
+    train(Config(data=data, output=tmp_path / "on", steps=1, batch=2, sample_every=0, device="cpu", precision="fp32"))
+    assert (tmp_path / "on/plot.png").exists()
+
+
 def test_a_vae_of_another_factor_goes_on(data, family_folder, tmp_path):
     settings = {"steps": 1, "batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32"}
     folder = family_folder("sd1")

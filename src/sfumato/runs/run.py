@@ -283,6 +283,10 @@ class Run:
             advice = "Close what has it open" if isinstance(error, PermissionError) else "Make room"
             raise RunError(f"{error.filename or self.folder}: {error.strerror}. {advice}{elsewhere}.") from None
 
+    def plot(self) -> None:
+        """Draw the log as it is so far."""
+        self._looks.plot()
+
     # For `Step`
 
     def check_numbers(self, number: int, named: dict[str, float | Tensor]) -> bool:
