@@ -50,6 +50,16 @@ def test_labels_stay_in_their_column_however_long():
     assert (np.asarray(sheet)[:, right + 1 : left - 1] == 255).all()
 
 
+def test_labels_of_rows_do_not_lie_on_each_other_however_long():
+    """As prompts are before and after: between two rows there is white, and none is cut."""
+    cells, labels = [[plain((255, 0, 0), 16)]] * 2, ["a crab on a beach, in noto style " * 12] * 2
+    alone = np.asarray(contact_sheet(cells[:1], row_labels=labels[:1]))
+    both = np.asarray(contact_sheet(cells, row_labels=labels))
+    assert (both != 255).any(axis=(1, 2)).sum() == 2 * (alone != 255).any(axis=(1, 2)).sum()
+    _, top, _, bottom = boxes(alone, (255, 0, 0))
+    assert abs(top + bottom - alone.shape[0]) <= 1
+
+
 def test_a_label_that_is_one_long_word_takes_few_looks(monkeypatch):
     """As Chinese and Japanese captions are, which the samples of a training are labelled with."""
     looked = []

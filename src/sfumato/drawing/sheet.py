@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -74,7 +75,8 @@ def contact_sheet(
     """An RGB sheet of the pictures, each row one list; None leaves a cell white, and rows may differ in length.
 
     Small pictures are enlarged by whole numbers to 128 px and large ones reduced to 512 px, or further where there are
-    hundreds. Labels are wrapped to the cells' width. Raises ValueError without any picture.
+    hundreds. Labels are wrapped to the cells' width, and a row is no lower than its label. Raises ValueError without
+    any picture.
     """
     pictures = [picture for row in cells for picture in row if picture is not None]
     if not pictures:
@@ -87,16 +89,17 @@ def contact_sheet(
     _write(draw, at.titles, (at.gap, at.gap), at.line_px, at.font)
     for column, lines in enumerate(at.heads):
         # Short labels stand on their pictures, whatever the longest one needs.
-        corner = at.left + column * (at.cell[0] + at.gap), at.top - at.gap // 2 - len(lines) * at.line_px
+        corner = at.left + column * (at.cell[0] + at.gap), at.tops[0] - at.gap // 2 - len(lines) * at.line_px
         _write(draw, lines, corner, at.line_px, at.font)
     for number, row in enumerate(cells):
-        y = at.top + number * (at.cell[1] + at.gap)
+        middle = (at.tops[number] + at.tops[number + 1] - at.gap) // 2
         if number < len(at.sides):
             lines = at.sides[number]
-            _write(draw, lines, (at.gap, y + (at.cell[1] - len(lines) * at.line_px) // 2), at.line_px, at.font)
+            _write(draw, lines, (at.gap, middle - len(lines) * at.line_px // 2), at.line_px, at.font)
         for column, picture in enumerate(row):
             if picture is not None:
-                sheet.paste(_resized(picture, at.scale), (at.left + column * (at.cell[0] + at.gap), y))
+                corner = at.left + column * (at.cell[0] + at.gap), middle - at.cell[1] // 2
+                sheet.paste(_resized(picture, at.scale), corner)
     return sheet
 
 
@@ -107,8 +110,8 @@ def sheet_size(picture: tuple[int, int], *, row_labels: Sequence[str], column_la
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where all is on a sheet, in pixels. scale: of the pictures. cell: the size of one. left, top: where the first is.
-    titles, heads, sides: the lines of the labels."""
+    """Where all is on a sheet, in pixels. scale: of the pictures. cell: the size of one. left: where the first is.
+    tops: of the rows, and of one below the last. titles, heads, sides: the lines of the labels."""
 
     scale: float
     cell: tuple[int, int]
@@ -116,7 +119,7 @@ class _Layout:
     gap: int
     line_px: int
     left: int
-    top: int
+    tops: list[int]
     titles: list[str]
     heads: list[list[str]]
     sides: list[list[str]]
@@ -146,8 +149,9 @@ def _layout(
     titles = _wrap(title, font, width - 2 * gap) if title else []
     head_top = gap + (len(titles) * line_px + gap if titles else 0)
     top = head_top + (max((len(lines) for lines in heads), default=0) * line_px + gap // 2 if heads else 0)
-    size = width, top + rows * (cell[1] + gap)
-    return _Layout(scale, cell, font, gap, line_px, left, top, titles, heads, sides, size)
+    highs = [max(cell[1], len(lines) * line_px) for lines in sides] + [cell[1]] * (rows - len(sides))
+    tops = list(accumulate((high + gap for high in highs), initial=top))
+    return _Layout(scale, cell, font, gap, line_px, left, tops, titles, heads, sides, (width, tops[-1]))
 
 
 def _scale(side: int, count: int) -> float:
