@@ -130,6 +130,14 @@ def test_pictures_that_are_not_square_lie_below_each_other_in_their_own_height(s
     assert bottom < below[1] < bottom + 50
 
 
+@pytest.mark.parametrize("size", [(8, 8192), (8192, 8)])
+def test_a_very_narrow_picture_keeps_a_pixel(size):
+    picture = Image.new("RGB", size, "red")
+    assert sorted(as_on_a_sheet(picture, 8192, 2).size) == [1, 512]
+    left, top, right, bottom = boxes(contact_sheet([[picture]]), (255, 0, 0))
+    assert sorted((right - left, bottom - top)) == [1, 512]
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(50, 50), (5, 1000), (100, 100)])
 def test_a_sheet_of_very_many_is_one_that_programs_open(rows, columns):
     labels = {"row_labels": ["0.5"] * rows, "column_labels": ["a"] * columns}

@@ -136,7 +136,7 @@ def _layout(
     """Of a sheet of so many rows and columns; picture: the largest width and height."""
     rows, columns = shape
     scale = _scale(max(picture), rows * columns)
-    cell = round(picture[0] * scale), round(picture[1] * scale)
+    cell = _scaled(picture, scale)
     size_px = min(28, max(14, cell[0] // 10))
     font = label_font(size_px, "".join([title, *column_labels, *row_labels]))
     gap = max(10, cell[0] // 20)
@@ -171,7 +171,12 @@ def _resized(picture: Image.Image, scale: float) -> Image.Image:
     rgb = picture.convert("RGB")
     if scale == 1:
         return rgb
-    return rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
+    return rgb.resize(_scaled(rgb.size, scale), Image.Resampling.LANCZOS)
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Of a picture at this scale; one of 8 x 8192 pixels would have no width."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _named(text: str, font: Font) -> str:
