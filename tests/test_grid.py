@@ -449,6 +449,15 @@ def test_a_file_on_both_axes_counts_twice(grid, y, weight):
     ]
 
 
+def test_files_of_one_name_are_labelled_with_the_folders_that_differ():
+    """As diffusers' trainers call all of theirs."""
+    files = [f"out/checkpoint-{step}/pytorch_lora_weights.safetensors" for step in (500, 1000)]
+    names = ["checkpoint-500/pytorch_lora_weights", "checkpoint-1000/pytorch_lora_weights"]
+    assert parse_axis(f"adapter={','.join(files)}", []).labels == names
+    assert parse_axis(f"adapter={files[0]},{files[0]}", []).labels == ["pytorch_lora_weights"] * 2
+    assert parse_axis("adapter=a/line.safetensors:0.5,b/line.safetensors:1", []).labels == ["line 0.5", "line 1"]
+
+
 def test_files_of_an_axis_are_called_by_their_names(grid, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     shutil.copy("line.safetensors", "other/line.safetensors")

@@ -67,7 +67,7 @@ class Axis:
         if self.kind == "prompt":
             return [str(value) for value in self.values]
         if self.kind == "adapter":
-            return [Path(value).name.replace(".safetensors", "").replace(":", " ") for value in self.values]
+            return _file_names(self.values)
         if self.kind == "method":
             return list(self.values)
         if self.kind == "weight":
@@ -111,6 +111,16 @@ def parse_axis(text: str, labels: Sequence[str], syntax: Syntax = "plain") -> Ax
         if name in CHECKS:
             CHECKS[name](value)
     return Axis(name, values)
+
+
+def _file_names(specs: Sequence[str]) -> list[str]:
+    """The files' names with their weights; where several are called the same, with the folders that tell them apart."""
+    paths = [Path(spec.replace(".safetensors", "")).parts for spec in specs]
+    for count in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return [name.replace(":", " ") for name in names]
 
 
 def _outside_brackets(text: str) -> list[str]:
