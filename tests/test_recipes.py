@@ -259,6 +259,51 @@ def test_scripts_of_windows_are_read(home):
     assert read(written(home / "train.ps1", text)).values == {"pretrained_model_name_or_path": "a"}
 
 
+BASE = "--pretrained_model_name_or_path"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "base"),
+    [
+        ("a.sh", f"args=(\n  {BASE} 'a b' # (the base)\n)\nargs+=(--seed 3)\n$RUN \"${{args[@]}}\"", "a b"),
+        ("a.sh", f"CUDA_VISIBLE_DEVICES=0 $RUN {BASE}=a --seed 3 2>&1 | tee log", "a"),
+        ("a.sh", f'M=${{M:-a b}}\nN=$M\nS="${{1:-3}}"\n$RUN {BASE}="$N" --seed $S && echo done', "a b"),
+        ("a.sh", f"export M=a S=3; (cd x && $RUN {BASE}=$M --seed $S)", "a"),
+        ("a.sh", f"M=a # the base\n$RUN {BASE}=$M \\\n  --seed 3 \\\n  # --v2 \\\n", "a"),
+        ("a.sh", f"wget https://x/train_network.py\n$RUN {BASE}=a\\ b --seed=3", "a b"),
+        ("a.txt", f'$RUN \n  {BASE}="a b"\n  --seed 3\n', "a b"),
+        ("a.ps1", f'$M = "a b" # the base\n$RUN {BASE}=$m --seed 3', "a b"),
+        ("a.bat", f"set M=a b\nset MORE=--seed 3 {BASE}\n$RUN %more% %m%", "a b"),
+    ],
+)  # fmt: skip
+def test_variables_comments_and_pipes_of_scripts_are_as_the_shell_has_them(name, text, base, home):
+    found = read(written(home / name, text.replace("$RUN", "python train_network.py"))).values
+    assert found == {"pretrained_model_name_or_path": base, "seed": "3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "unset"),
+    [
+        ("a.sh", "python train_network.py --seed $NOWHERE_SET", "NOWHERE_SET"),
+        ("a.sh", "for S in 1 2; do\n  python train_network.py --seed $S\ndone", "S"),
+        ("a.sh", "S=1\nif [ x ]; then\n  S=2\nfi\npython train_network.py --seed $S", "S"),
+        ("a.sh", "S=1\nif [ x ]; then S=2; fi\npython train_network.py --seed $S", "S"),
+        ("a.sh", "python train_network.py --seed $(date +%s)", "$(date +%s)"),
+        ("a.bat", "set S=1\nif x==y set S=2\npython train_network.py --seed %S%", "S"),
+        ("a.ps1", "$S = [Collections.ArrayList]::new()\npython train_network.py --seed $S", "S"),
+    ],
+)
+def test_what_only_a_running_shell_knows_is_refused(name, text, unset, home):
+    with pytest.raises(ConfigError) as refused:
+        read(written(home / name, text))
+    assert str(refused.value).startswith(f"{name}: {unset} of its command has no value that can be read without")
+
+
+def test_of_several_trainings_the_first_is_converted_and_a_note_says_so(home):
+    _, _, notes = converted(home, f"train_network.py {BASE}=a\ntrain_network.py {BASE}=b\n")
+    assert notes == ("train.sh: the first of its 2 trainings; the others need files of their own",)
+
+
 def test_configs_that_a_command_names_are_read(home):
     (home / "config.toml").write_text('[a]\npretrained_model_name_or_path = "a"\n[b]\nnetwork_dim = 8\nseed = 1')
     (home / "data.toml").write_text(

@@ -65,7 +65,9 @@ def convert(path: Path, images: Path) -> Training:
     if "images" not in recipe.told:
         recipe.ask = ("images", *recipe.ask)
     of_images = [] if data is None else [n for n in data.notes if n != OF_TRAINING and not asked.is_settled(n)]
-    return Training(recipe, f"{asked.script} in {path.name}", data, (*dict.fromkeys([*of_images, *recipe.notes]),))
+    return Training(
+        recipe, f"{asked.script} in {path.name}", data, (*dict.fromkeys([*asked.notes, *of_images, *recipe.notes]),)
+    )
 
 
 def _images(asked: Asked, target: Path) -> Converted | None:

@@ -15,13 +15,14 @@ from sfumato.foreign_options import ABSENT, OPTIONS, UNASKED
 @dataclass
 class Asked:
     """script: the other tool's program, such as train_network.py. folder: where its paths count from, besides the
-    present one. taken: settings that were looked at."""
+    present one. taken: settings that were looked at. notes: what its file says besides."""
 
     name: str
     script: str
     values: dict[str, Any]
     folder: Path
     taken: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
     def get(self, key: str, otherwise: Any = None) -> Any:
         """The setting as it is there, or `otherwise` where it is unset."""

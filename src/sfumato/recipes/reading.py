@@ -10,6 +10,7 @@ from typing import Any
 
 from sfumato.errors import ConfigError
 from sfumato.recipes.asked import Asked
+from sfumato.recipes.scripts import UNSET, commands
 from sfumato.text_files import decode
 
 SD_SCRIPTS = (
@@ -81,26 +82,25 @@ def _of_config(path: Path, text: str) -> Asked:
 
 
 def _of_command(path: Path, text: str) -> Asked:
-    """The first command that runs one of the scripts, over several lines too, its variables filled in where the file
-    sets them."""
-    lines = re.sub(r"[ \t]*[\\^`][ \t]*\r?\n[ \t]*", " ", text).splitlines()
-    variables: dict[str, str] = {}
-    for line in (line for line in lines if not re.match(r"\s*(#|::|rem\b)", line, re.IGNORECASE)):
-        if found := re.match(r"\s*(?:export\s+|set\s+|\$(?:env:)?)?\"?(\w+)\s*=\s*(.*?)\"?\s*$", line, re.IGNORECASE):
-            variables[found[1]] = found[2].strip().strip("\"'")
-            continue
-        words = _words(line, variables)
-        called = next((place for place, word in enumerate(words) if _script(word) in SCRIPTS), None)
-        if called is None:
-            continue
-        asked = Asked(path.name, _script(words[called]), _options(words[called + 1 :]), path.resolve().parent)
-        if given := asked.values.get("config_file"):
-            whole = _in_config(asked, str(given))
-            return Asked(path.name, asked.script, {**whole.values, **asked.values, "config_file": None}, whole.folder)
-        if "mixed_precision" not in asked.values:  # which may be told to accelerate
-            asked.values.update({k: v for k, v in _options(words[:called]).items() if k == "mixed_precision"})
-        return asked
-    raise ConfigError(f"{path.name}: no command in it that is known; wanted one that runs {', '.join(SCRIPTS)}.")
+    """The first command that runs one of the scripts."""
+    runs = [words for words in commands(text, path.suffix.lower()) if _place(words) is not None]
+    if not runs:
+        raise ConfigError(f"{path.name}: no command in it that is known; wanted one that runs {', '.join(SCRIPTS)}.")
+    words, called = runs[0], _place(runs[0]) or 0
+    if unset := re.search(f"{UNSET}(.+?){UNSET}", " ".join(words)):
+        raise ConfigError(
+            f"{path.name}: {unset[1]} of its command has no value that can be read without running the file; write the "
+            "value in its place."
+        )
+    asked = Asked(path.name, _script(words[called]), _options(words[called + 1 :]), path.resolve().parent)
+    if given := asked.text("config_file"):
+        whole = _in_config(asked, given)
+        asked = Asked(path.name, asked.script, {**whole.values, **asked.values, "config_file": None}, whole.folder)
+    elif "mixed_precision" not in asked.values:  # which may be told to accelerate
+        asked.values.update({k: v for k, v in _options(words[:called]).items() if k == "mixed_precision"})
+    if len(runs) > 1:
+        asked.notes.append(f"{path.name}: the first of its {len(runs)} trainings; the others need files of their own")
+    return asked
 
 
 def _in_config(asked: Asked, given: str) -> Asked:
@@ -114,12 +114,10 @@ def _script(word: str) -> str:
     return re.split(r"[\\/]", word)[-1]
 
 
-def _words(line: str, variables: dict[str, str]) -> list[str]:
-    for name, value in variables.items():
-        line = re.sub(rf"\$\{{{name}\}}|\$(?:env:)?{name}\b|%{name}%", lambda _, value=value: value, line)  # type: ignore[misc]
-    # Not as shlex has it, to whom the \ of Windows' paths is a sign.
-    words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", line)
-    return [re.sub(r""""([^"]*)"|'([^']*)'""", lambda found: found[1] or found[2] or "", word) for word in words]
+def _place(words: list[str]) -> int | None:
+    """Where the script stands in a command that runs one; None of another, such as one that downloads it."""
+    place = next((place for place, word in enumerate(words) if _script(word) in SCRIPTS), None)
+    return place if place is not None and _options(words[place + 1 :]) else None
 
 
 def _options(words: list[str]) -> dict[str, Any]:
