@@ -59,7 +59,7 @@ def convert(asked: Asked) -> Recipe:
 
 
 def _base_and_steps(asked: Asked, recipe: Recipe) -> None:
-    recipe.say("base", asked.text("pretrained_model_name_or_path"))
+    shared.base(asked, recipe)
     recipe.say("vae", asked.text("pretrained_vae_model_name_or_path"))
     kind = asked.text("prediction_type")
     recipe.say("prediction_type", kind if kind in ("epsilon", "v_prediction") else None)

@@ -115,8 +115,8 @@ class _Script:
     def set(self, name: str, words: list[str] | None, *, in_branch: bool, more: bool = False) -> None:
         """Set a variable, or say that it is unknown."""
         before = self.variables.get(self.called(name), []) if more else []
-        is_known = words is not None and not in_branch
-        self.variables[self.called(name)] = [*before, *words] if is_known else [f"{UNSET}{name}{UNSET}"]
+        known = None if in_branch or words is None else [*before, *words]
+        self.variables[self.called(name)] = [f"{UNSET}{name}{UNSET}"] if known is None else known
 
     def called(self, name: str) -> str:
         return name if self.shell == "bash" and not self.has_percent else name.lower()

@@ -56,7 +56,7 @@ def convert(asked: Asked) -> Recipe:
 
 
 def _of_base(asked: Asked, recipe: Recipe, *, is_sdxl: bool) -> None:
-    recipe.say("base", asked.text("pretrained_model_name_or_path"))
+    shared.base(asked, recipe)
     recipe.say("vae", asked.text("vae"))
     if asked.flag("v_parameterization"):
         recipe.say("prediction_type", "v_prediction")
