@@ -315,6 +315,33 @@ def test_configs_that_a_command_names_are_read(home):
     assert told["images"].endswith("mine-images.toml")
 
 
+def test_a_config_of_data_sets_counts_before_the_command_which_counts_where_it_says_nothing(home):
+    """BlueprintGenerator.generate of sd-scripts' library/config_util.py."""
+    data = "[general]\nkeep_tokens = 2\n[[datasets]]\nbatch_size = 4\nresolution = [512, 512]\n"
+    data += "[[datasets.subsets]]\nimage_dir = 'img/10_sks bear'\n"
+    written(home / "data.toml", data)
+    command = f"train_network.py {BASE}=a --dataset_config=data.toml --train_batch_size=1 --resolution=768 "
+    command += "--shuffle_caption --caption_extension=.txt --keep_tokens=1 --caption_dropout_rate=0.1 --masked_loss"
+    training = convert(written(home / "a.sh", command), home / "i.toml")
+    assert (training.recipe.told["batch"], training.recipe.told["resolution"]) == (4, 512)
+    (source,) = tomllib.loads(training.images.text)["source"]
+    assert source == {"path": "img/10_sks bear", "shuffle_tags": True, "keep_tags": 2, "caption_dropout": 0.1}
+    assert training.notes == ("masked_loss = True: --mask files, with the masks in masks/ of each image folder",)
+
+
+def test_data_sets_of_different_sizes_are_noted(home):
+    data = "".join(
+        f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = 'img/10_sks bear'\n"
+        for side in (512, 768)
+    )
+    written(home / "data.toml", data)
+    told, _, notes = converted(
+        home, f"train_network.py {BASE}=a --dataset_config=data.toml --train_batch_size=3 --caption_extension=.txt"
+    )
+    assert (told["resolution"], told["batch"]) == (512, 3)
+    assert notes == ("resolution of its data sets: 512, 768; all have the first of these",)
+
+
 ONETRAINER = {
     **{"training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE", "base_model_name": "xl.safetensors"},
     **{

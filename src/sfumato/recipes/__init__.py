@@ -77,18 +77,29 @@ def _images(asked: Asked, target: Path) -> Converted | None:
         config = asked.find(given)
         if config is None:
             raise ConfigError(f"{asked.name}: its dataset_config {given} is neither beside it nor in this folder.")
-        values = read_data(config)
-        datasets = values.get("datasets") if isinstance(values, dict) else None
-        if isinstance(datasets, list) and datasets and isinstance(datasets[0], dict):
-            own = {**values.get("general", {}), **datasets[0]}
-            asked.values = {
-                "resolution": own.get("resolution"),
-                "train_batch_size": own.get("batch_size"),
-            } | asked.values
+        values = _with_general(asked, read_data(config))
         return convert_values(values, config.name, config.resolve().parent, target)
     if not asked.text("train_data_dir"):
         return None
     return convert_values(asked.values, asked.name, asked.folder, target)
+
+
+def _with_general(asked: Asked, values: Any) -> Any:
+    """The config of data sets with what the training itself says of all, which counts where the config says nothing.
+    The training gets the batch and size of the first data set."""
+    if not isinstance(values, dict) or not isinstance(general := values.get("general", {}), dict):
+        return values
+    said = {key: asked.values[key] for key in sd_scripts.OF_SUBSETS if asked.values.get(key) is not None}
+    datasets = values.get("datasets")
+    datasets = [each for each in datasets if isinstance(each, dict)] if isinstance(datasets, list) else []
+    for key, there in (("resolution", "resolution"), ("train_batch_size", "batch_size")):
+        found = [{there: asked.values.get(key), **general, **each}.get(there) for each in datasets]
+        asked.taken.add(there)
+        if found:
+            asked.values[key] = found[0]
+        if any(each != found[0] for each in found):
+            asked.notes.append(f"{there} of its data sets: {', '.join(map(str, found))}; all have the first of these")
+    return {**values, "general": {**said, **general}}
 
 
 def _concepts(asked: Asked, target: Path) -> Converted | None:

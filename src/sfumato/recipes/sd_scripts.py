@@ -19,6 +19,8 @@ DATA = frozenset((
     "token_warmup_min", "token_warmup_step", "train_data_dir", "validation_seed", "weighted_captions",
 ))  # fmt: skip
 """What `sfumato.data.foreign` converts, or has a note on."""
+OF_SUBSETS = DATA - {"dataset_config", "in_json", "max_resolution", "reg_data_dir", "train_data_dir"}
+"""What holds for those subsets of a config of data sets that say nothing of it."""
 _IDLE = frozenset((
     "async_upload", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "config_file",
     "console_log_file", "console_log_level", "console_log_simple", "ddp_gradient_as_bucket_view",

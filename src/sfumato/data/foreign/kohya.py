@@ -101,7 +101,7 @@ def _subsets(values: Mapping[str, Any], folder: Path, notes: list[str]) -> Itera
             notes.extend(notes_on(own["image_dir"], folder))
             notes.extend(_unlike_lines(own["image_dir"], folder, own))
             notes.extend(_unread(own, folder))
-            notes.extend(left_over(own, _USED, _ELSEWHERE))
+            notes.extend(left_over(own, _USED, _TRAINING_ELSEWHERE))
 
 
 def _source(own: Mapping[str, Any]) -> dict[str, Any]:
