@@ -14,6 +14,7 @@ from sfumato.recipes.reading import read
 
 ROOT = Path(__file__).resolve().parents[1]
 TEDDY = ROOT / "datasets/teddy-bear"
+BASE = "--pretrained_model_name_or_path"
 NETWORK = r"""#!/bin/bash
 export MODEL="runwayml/stable-diffusion-v1-5"
 # train_db.py --pretrained_model_name_or_path=nothing
@@ -246,6 +247,34 @@ def test_a_lora_of_a_style_and_a_word_of_diffusers(home):
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "rate"),
+    [
+        ("train_dreambooth.py --learning_rate=2e-6 --scale_lr --train_batch_size=2", 4e-6),
+        ("train_dreambooth_lora_sdxl.py --instance_prompt=a", 5e-6),
+        ("train_dreambooth_lora_sdxl.py --instance_prompt=a --text_encoder_lr=1e-5", 1e-5),
+        ("train_dreambooth_lora_sdxl.py --optimizer=prodigy --learning_rate=1 --text_encoder_lr=1e-5", 1.0),
+        ("train_text_to_image_lora_sdxl.py --train_data_dir=img --learning_rate=2e-5", 2e-5),
+    ],
+)
+def test_text_encoders_have_the_rate_that_diffusers_scripts_give_them(line, rate, home):
+    training = convert(written(home / "a.sh", f"{line} {BASE}=a --train_text_encoder"), home / "i.toml")
+    found = training.recipe.values
+    assert (found["train_text_encoder"], found["text_learning_rate"]) == (True, rate)
+
+
+@pytest.mark.parametrize(
+    ("line", "side"),
+    [
+        ("textual_inversion_sdxl.py --placeholder_token=x", 512),
+        ("train_dreambooth_lora_sdxl.py --instance_prompt=a", 1024),
+        ("train_text_to_image_lora_sdxl.py --train_data_dir=img", 1024),
+    ],
+)
+def test_the_size_of_diffusers_scripts_for_sdxl(line, side, home):
+    assert converted(home, f"{line} {BASE}=a")[1]["resolution"] == side
+
+
 def test_scripts_of_windows_are_read(home):
     text = "set MODEL=C:\\my models\\a.safetensors\r\npython train_network.py ^\r\n --network_dim=8 ^\r\n"
     text += ' --pretrained_model_name_or_path="%MODEL%" --output_name="it\'s"\r\n'
@@ -257,9 +286,6 @@ def test_scripts_of_windows_are_read(home):
     }
     text = '$model = "a"\npython train_network.py `\n  --pretrained_model_name_or_path $model'
     assert read(written(home / "train.ps1", text)).values == {"pretrained_model_name_or_path": "a"}
-
-
-BASE = "--pretrained_model_name_or_path"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def convert(asked: Asked) -> Recipe:
         recipe = Recipe("lora")
         _style(asked, recipe)
     _base_and_steps(asked, recipe)
+    if asked.flag("train_text_encoder"):
+        _text_encoders(asked, recipe)
     _optimizer(asked, recipe)
     shared.schedule(asked, recipe, cycles="lr_num_cycles", power="lr_power", warmup=500)
     recipe.say("min_snr", asked.number("snr_gamma"), 0.0)
@@ -76,12 +78,21 @@ def _base_and_steps(asked: Asked, recipe: Recipe) -> None:
         recipe.say("epochs", epochs, 1 if recipe.program == "dreambooth" else 100)
     recipe.say("batch", asked.whole("train_batch_size"), 4 if recipe.program == "dreambooth" else 16)
     recipe.say("accumulate", asked.whole("gradient_accumulation_steps"))
-    shared.resolution(asked, recipe, 1024 if asked.script.endswith("_sdxl.py") else 512)
+    shared.resolution(asked, recipe, 1024 if asked.script.endswith("_lora_sdxl.py") else 512)
     rate, usual = asked.number("learning_rate"), _RATES[asked.script]
     if asked.flag("scale_lr"):
         rate = (rate or usual) * recipe.values["batch"] * recipe.values.get("accumulate", 1)
         recipe.notes.append(f"scale_lr: the rate is {rate:g} on one process, as it is given here on any number")
     recipe.say("learning_rate", rate, usual)
+
+
+def _text_encoders(asked: Asked, recipe: Recipe) -> None:
+    """They learn at the U-Net's rate, but for one script, which has a rate for them that Prodigy does not look at."""
+    recipe.say("train_text_encoder", True)
+    rate = asked.number("text_encoder_lr", 5e-6) if asked.script == "train_dreambooth_lora_sdxl.py" else None
+    if not rate or (asked.text("optimizer") or "").lower() == "prodigy":
+        rate = recipe.values["learning_rate"]
+    recipe.say("text_learning_rate", None, rate)
 
 
 def _optimizer(asked: Asked, recipe: Recipe) -> None:
@@ -110,7 +121,6 @@ def _style(asked: Asked, recipe: Recipe) -> None:
         )
     recipe.say("images", folder)
     _lora(asked, recipe)
-    recipe.say("train_text_encoder", asked.flag("train_text_encoder") or None)
     recipe.say("flip", asked.flag("random_flip") or None)
     recipe.say("crop", None, None if asked.flag("center_crop") else "random")
 
@@ -143,11 +153,6 @@ def _subject(asked: Asked, recipe: Recipe, *, method: str) -> None:
         recipe.say("class_count", asked.whole("num_class_images"), 100)
         recipe.say("prior_weight", asked.number("prior_loss_weight"))
     recipe.say("prior", None, "pictures" if asked.flag("with_prior_preservation") else "none")
-    recipe.say("train_text_encoder", asked.flag("train_text_encoder") or None)
-    if asked.flag("train_text_encoder"):
-        recipe.say(
-            "text_learning_rate", asked.number("text_encoder_lr"), asked.number("learning_rate", _RATES[asked.script])
-        )
     recipe.say("flip", asked.flag("random_flip") or None)
     recipe.say("crop", None, None if asked.flag("center_crop") else "random")
 
