@@ -156,6 +156,17 @@ def test_what_has_no_counterpart_is_named(line, note, home):
     assert [each[: len(note)] for each in notes] == [note]
 
 
+def test_what_sample_prompts_say_and_has_no_counterpart_is_named(home):
+    (home / "prompts.txt").write_text("a dog, sitting --n bad, blurry --ss euler_a --w 512 --l 7.5 --g 2")
+    command = f"train_network.py {BASE}=a --sample_prompts=prompts.txt"
+    assert cli.main(["recipe", str(written(home / "a.sh", command)), "-o", "mine.toml"]) == 0
+    told, _, notes = converted(home, command)
+    assert told["sample_prompts"] == ["a dog, sitting --n bad, blurry --w 512 --l 7.5"]
+    assert notes == tuple(
+        f"sample_prompts: --{flag} has no counterpart and is left out" for flag in ("ss euler_a", "g 2")
+    )
+
+
 def test_the_other_scripts_of_sd_scripts(home):
     word = 'pretrained_model_name_or_path = "a"\ntoken_string = "<Fox>"\ninit_word = "fox"\nnum_vectors_per_token = 4'
     training = convert(written(home / "word.toml", word), home / "i.toml")

@@ -165,4 +165,13 @@ def sample_prompts(asked: Asked, recipe: Recipe, key: str) -> None:
         recipe.notes.append(f"{key} = {given}: no .txt with prompts is there; give them as --sample-prompts")
         return
     lines = [line.strip() for line in decode(file.read_bytes()).splitlines()]
-    recipe.say("sample_prompts", [line for line in lines if line and not line.startswith("#")] or None)
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    recipe.say("sample_prompts", [_with_known_flags(prompt, key, recipe.notes) for prompt in prompts] or None)
+
+
+def _with_known_flags(prompt: str, key: str, notes: list[str]) -> str:
+    """The prompt without those settings of its own that have no counterpart, such as a sampler (--ss)."""
+    text, *flags = prompt.split(" --")
+    known = [flag for flag in flags if re.fullmatch(r"[whds] \d+|l \d+(\.\d*)?|n .+", flag.strip(), re.IGNORECASE)]
+    notes += [f"{key}: --{flag:.40} has no counterpart and is left out" for flag in flags if flag not in known]
+    return " --".join([text, *known])
