@@ -110,6 +110,8 @@ def test_of_what_sd_scripts_is_not_told_its_defaults_are_written(home):
             {},
         ),
         ("--optimizer_type DAdaptAdam", {"optimizer": "prodigy"}, {}),
+        ("--optimizer_type prodigyplus.ProdigyPlusScheduleFree", {"optimizer": "prodigy"}, {}),
+        ("--optimizer_args 'betas=(0.9, 0.95)'", {"optimizer_args": ["betas=(0.9, 0.95)"]}, {}),
         (
             "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False",
             {"optimizer": "adafactor", "optimizer_args": None},
@@ -522,6 +524,14 @@ def test_words_and_whole_models_of_onetrainer(home):
             "a.sh: networks.oft has no counterpart; networks.lora",
         ),
         ("a.sh", f"train_network.py {BASE}=a --network_dim=many", "a.sh: network_dim is 'many'; wanted a number."),
+        ("a.sh", f"train_network.py {BASE}=a --network_dim", "a.sh: network_dim is True; wanted a number."),
+        ("a.sh", f"train_network.py {BASE}=a b", "a.sh: pretrained_model_name_or_path is ['a', 'b']; wanted a text."),
+        ("a.json", '{"training_method": [1]}', "a.json: training_method is [1]; wanted a text."),
+        (
+            "a.json",
+            '{"training_method": "LORA", "additional_embeddings": true, "epochs": []}',
+            "a.json: epochs is []; wanted a number.",
+        ),
         ("a.sh", f"train_network.py {BASE}=a --network_dim=1.5", "a.sh: network_dim is 1.5; wanted a whole number."),
         ("a.sh", f"train_network.py {BASE}=a --resolution=big", "a.sh: resolution is 'big'; wanted a number."),
         ("a.sh", f"train_network.py {BASE}=a --network_train_text_encoder_only", "a.sh: trains no U-Net"),

@@ -36,9 +36,11 @@ class Asked:
         return next((place / spelt for place in (self.folder, Path.cwd()) if (place / spelt).exists()), None)
 
     def text(self, key: str, otherwise: str | None = None) -> str | None:
-        """A setting that is a text, also where it looks like a number."""
+        """A setting that is a text, also where it looks like a number. Raises ConfigError for what is none."""
         value = self.get(key, otherwise)
-        return None if value is None or value == "" else str(value)
+        if value is True or isinstance(value, (list, dict)):
+            raise ConfigError(f"{self.name}: {key} is {value!r:.40}; wanted a text.")
+        return None if value in (None, "", False) else str(value)
 
     def number(self, key: str, otherwise: float | None = None) -> float | None:
         """A setting that is a number. Raises ConfigError for what is none."""
@@ -53,7 +55,7 @@ class Asked:
     def as_number(self, key: str, value: Any) -> float:
         """The value of a setting, which is to be a number. Raises ConfigError for what is none."""
         try:
-            if math.isfinite(number := float(value)):
+            if value is not True and math.isfinite(number := float(value)):
                 return number
         except (TypeError, ValueError, OverflowError):
             pass
@@ -71,9 +73,9 @@ class Asked:
         return value.lower() not in ("", "false", "0", "no") if isinstance(value, str) else bool(value)
 
     def several(self, key: str) -> list[str]:
-        """A setting of several texts; a single one may have spaces between them."""
+        """A setting of several texts, or of one."""
         value = self.get(key, [])
-        return [str(each) for each in value] if isinstance(value, list) else str(value).split()
+        return [str(each) for each in (value if isinstance(value, list) else [value]) if each != ""]
 
     def pairs(self, key: str) -> dict[str, str]:
         """A setting of several NAME=VALUE."""

@@ -108,9 +108,12 @@ def _adapter(asked: Asked, recipe: Recipe) -> None:
     recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
     recipe.say("init_from", asked.text("lora_model_name"))
     _rates(asked, recipe)
-    words = [
-        each for each in asked.get("additional_embeddings", []) if isinstance(each, dict) and each.get("train", True)
-    ]
+    given = asked.get("additional_embeddings", [])
+    words = (
+        [each for each in given if isinstance(each, dict) and each.get("train", True)]
+        if isinstance(given, list)
+        else []
+    )
     if words:
         _pivotal(asked, recipe, words)
 

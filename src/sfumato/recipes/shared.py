@@ -51,7 +51,8 @@ def settings_of(name: str) -> frozenset[str]:
 def ours_of(name: str) -> str:
     """What an optimizer is called here, or its name in small letters."""
     short = re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower())
-    return "prodigy" if short.startswith("dadapt") else _LIKE.get(short, short)
+    # All of these set their own rate, beside which theirs is 1.
+    return "prodigy" if short.startswith("dadapt") or "prodigy" in short else _LIKE.get(short, short)
 
 
 def optimizer(asked: Asked, recipe: Recipe, name: str, told: Mapping[str, str], usual: Mapping[str, str]) -> None:
