@@ -478,6 +478,38 @@ def test_what_onetrainer_s_window_saves_and_has_no_counterpart_is_named_where_it
         assert str(refused.value) == f"one.json: {said}"
 
 
+def test_what_else_of_onetrainer_has_no_counterpart_is_named(home):
+    changes = {"peft_type": "LOKR", "lokr_full_matrix": True, "text_encoder_2_layer_skip": 1}
+    unet = {"stop_training_after": 3, "stop_training_after_unit": "EPOCH"}
+    assert set(of_onetrainer(home, **changes, unet=unet).notes) >= {
+        "lokr_full_matrix = True: has no counterpart here and is left out",
+        "text_encoder_2_layer_skip = 1: has no counterpart here and is left out",
+        "unet.stop_training_after = 3: the U-Net learns to the end",
+    }
+    assert "lokr" not in str(of_onetrainer(home, lokr_full_matrix=True).notes)
+    recipe = of_onetrainer(home, training_method="EMBEDDING", embedding={"model_name": "a.pt"}).recipe
+    assert "embedding.model_name = a.pt: it starts from --initial-words, not from a file" in recipe.notes
+
+
+def test_configs_of_older_onetrainers(home):
+    """TrainConfig.py there renames these settings when it loads them."""
+    former = {
+        "layer_filter_preset": None,
+        "lora_layer_preset": "attn-only",
+        "gradient_checkpointing": "OFF",
+        "unet": {},
+    }
+    former |= {"save_after": 100, "save_after_unit": "STEP"}
+    kept = {key: value for key, value in {**ONETRAINER, **former}.items() if value is not None}
+    training = convert(written(home / "one.json", json.dumps(kept)), home / "i.toml")
+    found = training.recipe.values
+    assert (found["targets"], found["gradient_checkpointing"], found["save_every"]) == ("attention", False, 100)
+    for old in ({"optimizer": "PRODIGY"}, {"train_text_encoder": False}):
+        with pytest.raises(ConfigError) as refused:
+            of_onetrainer(home, **old)
+        assert str(refused.value).startswith("one.json: was saved by an old OneTrainer; load it in a new one")
+
+
 def test_words_and_whole_models_of_onetrainer(home):
     word = {"placeholder": "<fox>", "token_count": 4, "initial_embedding_text": "fox"}
     recipe = of_onetrainer(home, training_method="EMBEDDING", embedding=word, preserve_embedding_norm=True).recipe

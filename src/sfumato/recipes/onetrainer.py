@@ -24,13 +24,23 @@ _SCHEDULES = {
     "CONSTANT": "constant", "LINEAR": "linear", "COSINE": "cosine", "COSINE_WITH_RESTARTS": "cosine_with_restarts",
     "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts",
 }  # fmt: skip
+_FORMER = {
+    "lora_layers": "layer_filter", "lora_layer_preset": "layer_filter_preset",
+    "lora_layers_regex": "layer_filter_regex", "save_after": "save_every",
+    "save_after_unit": "save_every_unit",
+}  # fmt: skip
+"""What older versions called some settings."""
+_OF_THE_OLDEST = frozenset(
+    ("train_unet", "train_text_encoder", "unet_learning_rate", "text_encoder_learning_rate", "min_snr_gamma")
+)
 _NEUTRAL: dict[str, Any] = {
     "learning_rate_min_factor": 0.0, "mse_strength": 1.0, "mae_strength": 0.0, "log_cosh_strength": 0.0,
     "huber_strength": 0.0, "generalized_offset_noise": False, "perturbation_noise_weight": 0.0,
     "timestep_distribution": "UNIFORM", "noising_weight": 0.0, "noising_bias": 0.0, "loss_scaler": "NONE",
     "learning_rate_scaler": "NONE", "force_circular_padding": False, "layer_filter_regex": False,
     "masked_prior_preservation_weight": 0.0, "normalize_masked_area_loss": False, "multi_gpu": False,
-    "custom_conditioning_image": False, "force_epsilon_prediction": False,
+    "custom_conditioning_image": False, "force_epsilon_prediction": False, "text_encoder_2_layer_skip": 0,
+    "lokr_full_matrix": False, "lokr_decompose_both": False, "lokr_use_tucker": False,
 }  # fmt: skip
 """Settings without a counterpart, and the value with which they do nothing."""
 _OPTIMIZER = ("eps", "d0", "d_coef", "growth_rate", "use_bias_correction", "safeguard_warmup", "clip_threshold",
@@ -39,6 +49,12 @@ _OPTIMIZER = ("eps", "d0", "d_coef", "growth_rate", "use_bias_correction", "safe
 
 def convert(asked: Asked) -> Recipe:
     """The recipe of a config. Raises ConfigError for one that has no counterpart."""
+    values = asked.values
+    if isinstance(values.get("optimizer"), str) or _OF_THE_OLDEST & values.keys():
+        raise ConfigError(
+            f"{asked.name}: was saved by an old OneTrainer; load it in a new one, save it there, and name that."
+        )
+    values |= {new: values[old] for old, new in _FORMER.items() if old in values and new not in values}
     method = asked.text("training_method", "FINE_TUNE") or ""
     kind = asked.text("model_type", "STABLE_DIFFUSION_15") or ""
     if not _BASES.fullmatch(kind):
@@ -52,11 +68,12 @@ def convert(asked: Asked) -> Recipe:
     _steps(asked, recipe)
     _loss(asked, recipe)
     _told_while_it_runs(asked, recipe)
-    values = asked.values
     recipe.notes += [
         f"{key} = {values[key]}: has no counterpart here and is left out"
         for key, neutral in _NEUTRAL.items()
         if key in values and values[key] not in (neutral, None)
+        if recipe.told.get("algo") == "lokr" or not key.startswith("lokr_")
+        if kind.endswith("XL_10_BASE") or key != "text_encoder_2_layer_skip"
     ]
     return recipe
 
@@ -71,12 +88,18 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
     unet = _part(asked, "unet")
     if not unet.get("train", True) and recipe.program != "textual_inversion":
         raise ConfigError(f"{asked.name}: its U-Net does not learn (unet.train), which `{recipe.program}` always does.")
+    if unet.text("stop_training_after_unit", "NEVER") != "NEVER" and unet.get("stop_training_after"):
+        recipe.notes.append(
+            f"unet.stop_training_after = {unet.get('stop_training_after')}: the U-Net learns to the end"
+        )
     recipe.say("base", asked.text("base_model_name"), "stable-diffusion-v1-5/stable-diffusion-v1-5")
     recipe.say("vae", _part(asked, "vae").text("model_name"))
     recipe.say("precision", _FORMATS.get(asked.text("train_dtype") or ""))
     recipe.say("attention", "xformers" if asked.text("attention_mechanism") == "XFORMERS" else None)
-    checkpointed = unet.get("gradient_checkpointing")
-    recipe.say("gradient_checkpointing", None if checkpointed is None else bool(checkpointed), True)
+    checkpointed = unet.get(
+        "gradient_checkpointing", asked.get("gradient_checkpointing")
+    )  # which was one for all parts
+    recipe.say("gradient_checkpointing", None if checkpointed is None else checkpointed not in (False, "OFF"), True)
     recipe.say("prediction_type", "v_prediction" if asked.flag("force_v_prediction") else None)
     recipe.say("zero_terminal_snr", asked.flag("rescale_noise_scheduler_to_zero_terminal_snr") or None)
     recipe.say("clip_skip", asked.whole("text_encoder_layer_skip") or None)
@@ -165,6 +188,8 @@ def _whole(asked: Asked, recipe: Recipe) -> None:
 
 def _word(asked: Asked, recipe: Recipe) -> None:
     word = _part(asked, "embedding")
+    if start := word.text("model_name"):
+        recipe.notes.append(f"embedding.model_name = {start}: it starts from --initial-words, not from a file")
     recipe.say("placeholder", [(word.text("placeholder", "<embedding>") or "").lower()])
     recipe.say("vectors", word.whole("token_count"), 1)
     start = word.text("initial_embedding_text", "*")
