@@ -149,6 +149,7 @@ def test_sdxl_s_script_does_not_look_at_clip_skip(home):
         ("--sample_prompts none.txt", "sample_prompts = none.txt: no .txt with prompts is there; give them as"),
         ("--lr_scheduler rex", "lr_scheduler = rex: has no counterpart; cosine takes its place"),
         ("--blocks_to_swap 4", "blocks_to_swap = 4: there is no counterpart; sfumato memory tells what fits"),
+        ("--loss_type huber --huber_scale 2", "huber_scale = 2: has no counterpart here and is left out"),
         ("--made_up 4", "made_up = 4: has no counterpart here and is left out"),
         ("--resolution 512,768", "resolution = 512,768: 624, of which images get about the square's pixels"),
     ],
@@ -191,6 +192,12 @@ def test_the_weight_of_regularization_images_counts_once(home):
     training = convert(written(home / "whole.toml", text), home / "i.toml")
     assert "prior_weight" not in training.recipe.values
     assert [source.get("weight") for source in tomllib.loads(training.images.text)["source"]] == [None, 0.5]
+
+
+def test_what_kohya_ss_writes_and_does_nothing_needs_no_note(home):
+    text = 'pretrained_model_name_or_path = "a"\nnetwork_dim = 8\nepoch = 10\nnoise_offset_type = "Original"\n'
+    text += 'loss_type = "l2"\nhuber_c = 0.1\nhuber_scale = 1\nhuber_schedule = "snr"\nlr_scheduler_args = []\n'
+    assert converted(home, text, "kohya.toml")[2] == ()
 
 
 def test_no_note_has_a_secret(home):

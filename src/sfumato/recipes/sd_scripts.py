@@ -24,11 +24,11 @@ OF_SUBSETS = DATA - {"dataset_config", "in_json", "max_resolution", "reg_data_di
 _IDLE = frozenset((
     "async_upload", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "config_file",
     "console_log_file", "console_log_level", "console_log_simple", "ddp_gradient_as_bucket_view",
-    "ddp_static_graph", "ddp_timeout", "disable_mmap_load_safetensors", "dynamo_backend", "huber_c",
-    "huggingface_path_in_repo", "huggingface_repo_type", "huggingface_repo_visibility", "huggingface_token",
+    "ddp_static_graph", "ddp_timeout", "disable_mmap_load_safetensors", "dynamo_backend", "epoch", "huber_c",
+    "huber_schedule", "huggingface_path_in_repo", "huggingface_repo_type", "huggingface_repo_visibility", "huggingface_token",
     "log_config", "log_prefix", "log_tracker_config", "logging_dir", "logit_mean", "logit_std", "lowram",
     "lr_scheduler_power", "metadata_title", "mode_scale", "multires_noise_discount",
-    "network_train_text_encoder_only", "output_config", "output_dir", "resume", "sample_at_first",
+    "network_train_text_encoder_only", "noise_offset_type", "output_config", "output_dir", "resume", "sample_at_first",
     "save_last_n_epochs_state", "save_state", "save_state_on_train_end", "save_state_to_huggingface", "sdxl",
     "skip_cache_check", "text_encoder_batch_size", "tokenizer_cache_dir", "wandb_api_key", "weighting_scheme",
 ))  # fmt: skip
@@ -205,6 +205,9 @@ def _loss(asked: Asked, recipe: Recipe) -> None:
         recipe.say("huber", asked.number("huber_c", 0.1))
     elif loss != "l2":
         recipe.notes.append(f"loss_type = {loss}: has no counterpart; the errors are squared")
+    scale = asked.number("huber_scale", 1.0)
+    if "huber" in recipe.told and scale != 1:
+        recipe.notes.append(f"huber_scale = {scale:g}: has no counterpart here and is left out")
 
 
 def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
