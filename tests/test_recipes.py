@@ -589,6 +589,21 @@ def test_what_is_no_training_that_can_be_had_is_refused(name, text, said, home):
     assert str(refused.value).startswith(said)
 
 
+def test_files_that_are_no_text_are_refused(home):
+    (home / "prompts.txt").write_bytes(b"a dog \xe9")
+    (home / "config.toml").write_bytes(b'seed = "\xe9"')
+    for line, name in (
+        (f"{BASE}=a --sample_prompts=prompts.txt", "prompts.txt"),
+        ("--config_file=config", "config.toml"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            converted(home, f"train_network.py {line}")
+        assert str(refused.value).startswith(f"{home / name}: not readable as text (not UTF-8); ")
+    with pytest.raises(ConfigError) as refused:
+        converted(home, f"seed = {'[' * 9999}{']' * 9999}", "deep.toml")
+    assert str(refused.value).startswith("deep.toml: not readable as TOML (maximum recursion depth exceeded")
+
+
 def test_what_the_trainer_would_refuse_is_refused_and_nothing_is_written(home, capsys):
     (home / "a.sh").write_text(
         "train_network.py --pretrained_model_name_or_path=a --train_data_dir=img --ip_noise_gamma=-1"

@@ -28,11 +28,7 @@ _ENDS = (".toml", ".sh", ".bat", ".ps1", ".txt", ".command", "")
 
 def read(path: Path) -> Asked:
     """The training that a file asks for. Raises ConfigError for a file that asks for none that is known."""
-    try:
-        text = decode(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"{path}: not readable as text ({reason}). Name a training of another tool.") from None
+    text = text_of(path)
     ending = path.suffix.lower()
     if ending == ".json":
         return _of_onetrainer(path, text)
@@ -41,6 +37,15 @@ def read(path: Path) -> Asked:
             f"{path.name}: wanted a .toml of sd-scripts, a .json of OneTrainer, or a .sh, .bat or .txt with a command."
         )
     return _of_config(path, text) if ending == ".toml" else _of_command(path, text)
+
+
+def text_of(path: Path) -> str:
+    """The text of a file. Raises ConfigError for one that is not readable as text."""
+    try:
+        return decode(path.read_bytes())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"{path}: not readable as text ({reason}); name another file, or save it as UTF-8.") from None
 
 
 def _of_onetrainer(path: Path, text: str) -> Asked:
@@ -60,7 +65,7 @@ def _of_config(path: Path, text: str) -> Asked:
     """sd-scripts' --config_file: its sections mean nothing."""
     try:
         values: dict[str, Any] = tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name}: not readable as TOML ({' '.join(str(error).split())}); mend it.") from None
     if "datasets" in values:
         raise ConfigError(
@@ -107,7 +112,7 @@ def _in_config(asked: Asked, given: str) -> Asked:
     config = asked.find(f"{given.removesuffix('.toml')}.toml")
     if config is None:
         raise ConfigError(f"{asked.name}: its --config_file {given} is neither beside it nor in this folder.")
-    return _of_config(config, decode(config.read_bytes()))
+    return _of_config(config, text_of(config))
 
 
 def _script(word: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from sfumato.errors import ConfigError
 from sfumato.recipes.asked import Asked, Recipe
-from sfumato.text_files import decode
+from sfumato.recipes.reading import text_of
 from sfumato.training.optimizer_settings import DEFAULTS
 
 _LIKE = {
@@ -165,7 +165,7 @@ def sample_prompts(asked: Asked, recipe: Recipe, key: str) -> None:
     if file is None or not file.is_file() or file.suffix.lower() != ".txt":
         recipe.notes.append(f"{key} = {given}: no .txt with prompts is there; give them as --sample-prompts")
         return
-    lines = [line.strip() for line in decode(file.read_bytes()).splitlines()]
+    lines = [line.strip() for line in text_of(file).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     recipe.say("sample_prompts", [_with_known_flags(prompt, key, recipe.notes) for prompt in prompts] or None)
 
