@@ -234,7 +234,17 @@ def test_dreambooth_of_diffusers(home):
     assert notes == ()
     (home / "class").mkdir()
     shutil.copy(TEDDY / "flat.png", home / "class/a.png")
-    assert converted(home, DOG.format(script="train_dreambooth.py", more=more))[0]["class_images"] == "class"
+    told, _, _ = converted(home, DOG.format(script="train_dreambooth.py", more=more))
+    assert (told["class_images"], "class_count" in told) == ("class", False)
+    assert cli.main(["recipe", "train.sh", "-o", "mine.toml"]) == 0
+
+
+def test_what_lies_beside_a_script_is_found_from_another_folder(home, monkeypatch):
+    (home / "dog").mkdir()
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    told, _, _ = converted(home, DOG.format(script="train_dreambooth.py", more=""))
+    assert (told["images"], told["base"]) == ((home / "dog").as_posix(), "CompVis/stable-diffusion-v1-4")
 
 
 def test_a_lora_of_a_subject_of_diffusers(home):

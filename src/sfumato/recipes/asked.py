@@ -42,6 +42,12 @@ class Asked:
             raise ConfigError(f"{self.name}: {key} is {value!r:.40}; wanted a text.")
         return None if value in (None, "", False) else str(value)
 
+    def path(self, key: str) -> str | None:
+        """A setting that names a file or folder, as it is seen from here where it lies beside the other tool's file."""
+        given = self.text(key)
+        there = None if given is None or Path(given).exists() else self.find(given)
+        return given if there is None else there.as_posix()
+
     def number(self, key: str, otherwise: float | None = None) -> float | None:
         """A setting that is a number. Raises ConfigError for what is none."""
         value = self.get(key, otherwise)

@@ -62,7 +62,7 @@ def convert(asked: Asked) -> Recipe:
 
 def _base_and_steps(asked: Asked, recipe: Recipe) -> None:
     shared.base(asked, recipe)
-    recipe.say("vae", asked.text("pretrained_vae_model_name_or_path"))
+    recipe.say("vae", asked.path("pretrained_vae_model_name_or_path"))
     kind = asked.text("prediction_type")
     recipe.say("prediction_type", kind if kind in ("epsilon", "v_prediction") else None)
     shared.precision(asked, recipe)
@@ -113,7 +113,7 @@ def _optimizer(asked: Asked, recipe: Recipe) -> None:
 
 
 def _style(asked: Asked, recipe: Recipe) -> None:
-    folder = asked.text("train_data_dir")
+    folder = asked.path("train_data_dir")
     if folder is None:
         raise ConfigError(
             f"{asked.name}: its images are the hub's {asked.text('dataset_name') or 'data set'}; save them in a folder "
@@ -137,7 +137,7 @@ def _lora(asked: Asked, recipe: Recipe) -> None:
 
 
 def _subject(asked: Asked, recipe: Recipe, *, method: str) -> None:
-    recipe.say("images", asked.text("instance_data_dir"))
+    recipe.say("images", asked.path("instance_data_dir"))
     recipe.say("method", None, method)
     if method == "lora":
         _lora(asked, recipe)
@@ -150,7 +150,8 @@ def _subject(asked: Asked, recipe: Recipe, *, method: str) -> None:
         recipe.notes.append('--class-prompt is a prompt for what the subject is, such as "a photo of a dog"')
     if asked.flag("with_prior_preservation"):
         recipe.say("class_images", _filled(asked, "class_data_dir"))
-        recipe.say("class_count", asked.whole("num_class_images"), 100)
+        if "class_images" not in recipe.told:  # beside which nothing is drawn
+            recipe.say("class_count", asked.whole("num_class_images"), 100)
         recipe.say("prior_weight", asked.number("prior_loss_weight"))
     recipe.say("prior", None, "pictures" if asked.flag("with_prior_preservation") else "none")
     recipe.say("flip", asked.flag("random_flip") or None)
@@ -159,8 +160,8 @@ def _subject(asked: Asked, recipe: Recipe, *, method: str) -> None:
 
 def _filled(asked: Asked, key: str) -> str | None:
     """The folder, if it has files: into an empty one the script draws them, as a run does into its own."""
-    given = asked.text(key)
-    there = asked.find(given) if given else None
+    given = asked.path(key)
+    there = None if given is None else asked.find(given)
     return given if there is not None and there.is_dir() and any(there.iterdir()) else None
 
 
@@ -169,7 +170,7 @@ def _word(asked: Asked, recipe: Recipe) -> None:
     if placeholder is None:
         raise ConfigError(f"{asked.name}: no placeholder_token, the new word; give it one.")
     recipe.say("placeholder", [placeholder.lower()])
-    recipe.say("images", asked.text("train_data_dir"))
+    recipe.say("images", asked.path("train_data_dir"))
     words = asked.text("initializer_token")
     recipe.say("initial_words", None if words is None else [words])
     recipe.say("vectors", asked.whole("num_vectors"), 1)

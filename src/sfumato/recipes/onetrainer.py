@@ -92,8 +92,8 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
         recipe.notes.append(
             f"unet.stop_training_after = {unet.get('stop_training_after')}: the U-Net learns to the end"
         )
-    recipe.say("base", asked.text("base_model_name"), "stable-diffusion-v1-5/stable-diffusion-v1-5")
-    recipe.say("vae", _part(asked, "vae").text("model_name"))
+    recipe.say("base", asked.path("base_model_name"), "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    recipe.say("vae", _part(asked, "vae").path("model_name"))
     recipe.say("precision", _FORMATS.get(asked.text("train_dtype") or ""))
     recipe.say("attention", "xformers" if asked.text("attention_mechanism") == "XFORMERS" else None)
     checkpointed = unet.get(
@@ -129,7 +129,7 @@ def _adapter(asked: Asked, recipe: Recipe) -> None:
             recipe.notes.append(f"{'lokr_weight' if algo == 'lokr' else 'lora'}_decompose: {shared.LENGTHS}")
     factor = asked.whole("lokr_decompose_factor", -1) or -1
     recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
-    recipe.say("init_from", asked.text("lora_model_name"))
+    recipe.say("init_from", asked.path("lora_model_name"))
     _rates(asked, recipe)
     given = asked.get("additional_embeddings", [])
     words = (

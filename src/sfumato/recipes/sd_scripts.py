@@ -59,7 +59,7 @@ def convert(asked: Asked) -> Recipe:
 
 def _of_base(asked: Asked, recipe: Recipe, *, is_sdxl: bool) -> None:
     shared.base(asked, recipe)
-    recipe.say("vae", asked.text("vae"))
+    recipe.say("vae", asked.path("vae"))
     if asked.flag("v_parameterization"):
         recipe.say("prediction_type", "v_prediction")
     recipe.say("zero_terminal_snr", asked.flag("zero_terminal_snr") or None)
@@ -109,7 +109,7 @@ def _network(asked: Asked, recipe: Recipe) -> None:
     recipe.say("alpha", asked.number("network_alpha"), 1.0)
     recipe.say("dropout", asked.number("network_dropout"))
     recipe.say("max_norm", asked.number("scale_weight_norms"))
-    recipe.say("init_from", asked.text("network_weights"))
+    recipe.say("init_from", asked.path("network_weights"))
     rate = asked.number("learning_rate")
     recipe.say("learning_rate", asked.number("unet_lr", rate), _RATE)
     if not asked.flag("network_train_unet_only"):

@@ -36,7 +36,7 @@ LENGTHS = "one length is learned for each input here, which web interfaces read,
 
 def base(asked: Asked, recipe: Recipe) -> None:
     """The base model. Raises ConfigError where none is named, of which ours would train its own."""
-    name = asked.text("pretrained_model_name_or_path")
+    name = asked.path("pretrained_model_name_or_path")
     if name is None:
         raise ConfigError(f"{asked.name}: no pretrained_model_name_or_path, the base model; give it one.")
     recipe.say("base", name)
