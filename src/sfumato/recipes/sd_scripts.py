@@ -106,7 +106,8 @@ def _network(asked: Asked, recipe: Recipe) -> None:
         ratio = args.pop("loraplus_lr_ratio", None) or args.pop("loraplus_unet_lr_ratio", None)
         recipe.say("loraplus_ratio", None if ratio is None else asked.as_number("loraplus_lr_ratio", ratio))
     recipe.say("rank", asked.whole("network_dim"), 4)
-    recipe.say("alpha", asked.number("network_alpha"), 1.0)
+    alpha = asked.number("network_alpha")
+    recipe.say("alpha", recipe.values["rank"] if alpha == 0 else alpha, 1.0)  # 0 is the rank there
     recipe.say("dropout", asked.number("network_dropout"))
     recipe.say("max_norm", asked.number("scale_weight_norms"))
     recipe.say("init_from", asked.path("network_weights"))
