@@ -328,9 +328,9 @@ def test_scripts_of_windows_are_read(home):
         ("a.sh", f"export M=a S=3; (cd x && $RUN {BASE}=$M --seed $S)", "a"),
         ("a.sh", f"M=a # the base\n$RUN {BASE}=$M \\\n  --seed 3 \\\n  # --v2 \\\n", "a"),
         ("a.sh", f"wget https://x/train_network.py\n$RUN {BASE}=a\\ b --seed=3", "a b"),
-        ("a.txt", f'$RUN \n  {BASE}="a b"\n  --seed 3\n', "a b"),
+        ("a.txt", f'export M="a b"\n$RUN \n  {BASE}="$M"\n  --seed 3\n', "a b"),
         ("a.ps1", f'$M = "a b" # the base\n$RUN {BASE}=$m --seed 3', "a b"),
-        ("a.bat", f"set M=a b\nset MORE=--seed 3 {BASE}\n$RUN %more% %m%", "a b"),
+        ("a.bat", f"set M=a b\nset MORE=--seed 3 {BASE}\n$RUN %more% \"%m%\"", "a b"),
     ],
 )  # fmt: skip
 def test_variables_comments_and_pipes_of_scripts_are_as_the_shell_has_them(name, text, base, home):

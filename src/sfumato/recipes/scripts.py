@@ -14,167 +14,138 @@ UNSET = "\0"
 _CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*\r?\n[ \t]*")
 _PASTED = re.compile(r"[ \t]*\r?\n[ \t]*(?=--[a-zA-Z])")
 """As web pages have commands, whose ends of lines are lost."""
-_LINE = re.compile(
-    r"^[ \t]*(?:(?:export|declare|local|readonly)[ \t]+(?:-a[ \t]+)?)?(?P<array>\w+)(?P<more>\+?)=\("
-    r"""(?P<items>(?:"(?:[^"\\]|\\.)*"|'[^']*'|\$\([^()]*\)|(?<!\S)#[^\n]*|(?<=\S)#|[^"'#()])*)\)[ \t]*(?:#[^\n]*)?$"""
-    r"|^[^\n]*$",
-    re.MULTILINE | re.DOTALL,
-)
-_ASSIGNED = {
-    "cmd": re.compile(r'(?P<before>.*?)\bset\s+"?(?P<name>\w+)=(?P<value>.*?)"?\s*$', re.IGNORECASE),
-    "powershell": re.compile(r"(?P<before>.*?)\$(?:\w+:)?(?P<name>\w+)\s*\+?=(?P<value>.*)$"),
-}
-_OF_BASH = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
+_SHELLS = {".bat": "cmd", ".cmd": "cmd", ".ps1": "powershell", ".txt": "any"}
 _BRANCHES = {
+    "bash": (r"^\s*(if|for|while|until|case)\b", r"\b(fi|done|esac)\b"),
     "cmd": (r"\(\s*$", r"^\s*\)"),
     "powershell": (r"\{\s*$", r"^\s*\}"),
-    "bash": (r"(?:^|;)\s*(?:if|for|while|until|case)\b", r"(?:^|;)\s*(?:fi|done|esac)\b"),
 }
 """How a branch or loop begins and ends."""
-_LEADING = frozenset(("then", "do", "else", "export", "declare", "local", "readonly", "{", "!"))
-_ANSWER = r"\$\((?:[^()]|\([^()]*\))*\)"
-_WHOLE = rf"{_ANSWER}|\$\{{[^}}]*\}}"
-_OUTSIDE = r"""(?P<space>\s+)|(?P<file>\d?(?:>>?|<)\s*&?[^\s;|)]*)|'(?P<single>[^']*)'"""
-_PIECE = re.compile(
-    rf"""{_OUTSIDE}|(?P<end>&&?|\|\|?|[;()])|"(?P<double>(?:[^"\\]|\\.)*)"|"""
-    rf"""(?P<bare>(?:{_WHOLE}|\\.|[^\s"';|&<>()\\])+)|(?P<other>.)""",
-    re.DOTALL,
-)
-_PIECE_OF_WINDOWS = re.compile(  # whose \ is a part of paths
-    rf"""{_OUTSIDE}|(?P<end>&&?|\|\|?|;)|"(?P<double>[^"]*)"|(?P<bare>(?:{_WHOLE}|[^\s"';|&<>])+)|(?P<other>.)""",
-    re.DOTALL,
-)
-_DOLLAR = re.compile(
-    rf"(?P<answer>{_ANSWER}|`[^`]*`)|"
-    r"\$\{(?:env:)?(?P<braced>\w+|[@*])(?:\[[@*]\])?(?::?[-=](?P<otherwise>[^}]*)|(?P<other>[^}]*))\}|"
-    r"\$(?:env:)?(?P<bare>\w+|[@*])",
+_TOKEN = r"""(?P<comment>(?<!\S)#.*)|(?P<file>\d?[<>]+&?\s*\S+)|(?P<end>&&?|\|\|?|;)|(?P<bracket>[()])|"""
+_WHOLE = rf"""\$\([^()]*\)|\$\{{[^}}]*\}}|{UNSET}[^{UNSET}]*{UNSET}"""
+_WORD = {
+    True: re.compile(_TOKEN + rf"""(?P<word>(?:{_WHOLE}|"(?:[^"\\]|\\.)*"|'[^']*'|\\.|[^\s"'();|&<>\\])+)"""),
+    False: re.compile(_TOKEN + rf"""(?P<word>(?:{_WHOLE}|"[^"]*"|'[^']*'|[^\s"';|&<>])+)"""),
+}
+"""By whether \\ is a sign, and not a part of Windows' paths."""
+_QUOTED = re.compile(r""""((?:[^"\\]|\\.)*)"|'([^']*)'|\\(.)""", re.DOTALL)
+_QUOTED_IN_WINDOWS = re.compile(r""""([^"]*)"|'([^']*)'()""")
+_ASSIGNED = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
+_BEFORE_ASSIGNED = frozenset(("export", "declare", "local", "readonly", "-a", "then", "do", "else"))
+_LINE_THAT_SETS = {
+    "cmd": re.compile(r'(.*?)\bset\s+"?(\w+)=(.*?)"?\s*$', re.IGNORECASE),
+    "powershell": re.compile(r"(.*?)\$(?:env:)?(\w+)\s*=(.*)$", re.IGNORECASE),
+}
+_VARIABLE = re.compile(
+    r"(?P<answer>\$\([^()]*\)|`[^`]*`)|\"?\$\{(?P<array>\w+)\[@\]\}\"?|"
+    r"\$\{(?:env:)?(?P<braced>\w+|@)(?::?-(?P<otherwise>[^}]*))?\}|\$(?:env:)?(?P<bare>\w+|@)|%(?P<percent>\w+)%",
     re.IGNORECASE,
 )
-_PERCENT = re.compile(r"%(?P<bare>\w+)%")
-_ARRAY = re.compile(r"\$\{(\w+)\[@\]\}")
 
 
 def commands(text: str, ending: str) -> Iterator[list[str]]:
     """The words of each command. ending: of the script's name, which tells the shell; bash's where it tells none."""
-    if ending == ".txt":
-        text = _PASTED.sub(" ", _CONTINUED.sub(" ", text))
-    return _Script({".bat": "cmd", ".cmd": "cmd", ".ps1": "powershell"}.get(ending, "bash"), ending).read(text)
+    text = _CONTINUED.sub(" ", text)
+    return _Script(_SHELLS.get(ending, "bash")).read(_PASTED.sub(" ", text) if ending == ".txt" else text)
 
 
 class _Script:
-    """What was set so far of a script that is read line by line."""
+    """What was set so far of a script that is read line by line. variables: as they are written, for the text."""
 
-    def __init__(self, shell: str, ending: str) -> None:
+    def __init__(self, shell: str) -> None:
         self.shell = shell
-        self.has_escapes = shell == "bash" and ending != ".txt"  # in which a command of any shell may be kept
-        self.assigned = _ASSIGNED.get(shell) or (_ASSIGNED["cmd"] if ending == ".txt" else None)
-        self.has_percent = self.assigned is _ASSIGNED["cmd"]
-        self.variables: dict[str, list[str]] = {}
+        self.has_escapes = shell == "bash"
+        self.variables: dict[str, str] = {}
 
     def read(self, text: str) -> Iterator[list[str]]:
-        opens, closes = _BRANCHES[self.shell]
-        depth = 0
-        for found in _LINE.finditer(_CONTINUED.sub(" ", text).replace("\r\n", "\n")):
-            line = found[0]
+        opens, closes = _BRANCHES.get(self.shell, _BRANCHES["bash"])
+        depth, array = 0, ""
+        for line in text.splitlines():
             begins, ends = len(re.findall(opens, line)), len(re.findall(closes, line))
-            in_branch = depth + begins + ends > 0
+            self.in_branch = depth + begins + ends > 0
             depth = max(0, depth + begins - ends)
-            if found["array"]:
-                words = [word for each in found["items"].splitlines() for words in self.split(each) for word in words]
-                self.set(found["array"], words, in_branch=in_branch, more=bool(found["more"]))
-            elif re.match(r"\s*(?:#|::|@?rem\b)", line, re.IGNORECASE):
+            if re.match(r"\s*(::|@?rem\b)", line, re.IGNORECASE) or self.sets(line):
                 continue
-            elif self.assigned and (told := self.assigned.match(line)) and "--" not in told["before"]:
-                self.set(
-                    told["name"], self.value(told["value"]), in_branch=in_branch or bool(told["before"].strip(" @"))
-                )
-            else:
-                yield from self.run(line, in_branch=in_branch)
+            for command, bracket in self.split(line):
+                words = self.words(command)
+                if array or (bracket == "(" and words and re.fullmatch(r"[A-Za-z_]\w*\+?=", words[-1])):
+                    name = array or words[-1]
+                    items = words if array else []
+                    self.set(name.rstrip("+="), " ".join(map(_quoted, items)), more=bool(array) or "+" in name)
+                    array = "" if bracket == ")" else name
+                elif words:
+                    yield from self.run(words)
 
-    def run(self, line: str, *, in_branch: bool) -> Iterator[list[str]]:
-        """The commands of a line but for those that only set variables, which are set."""
-        for words in self.split(line):
-            while words and words[0] in _LEADING:
-                words = words[1:]
-            told = [found for word in words if self.shell == "bash" and (found := _OF_BASH.fullmatch(word))]
-            if len(told) < len(words):
-                yield words
-                continue
-            for each in told:
-                self.set(each[1], [each[3]], in_branch=in_branch, more=bool(each[2]))
+    def sets(self, line: str) -> bool:
+        """Whether a line of cmd or PowerShell sets a variable, which then is set."""
+        pattern = _LINE_THAT_SETS.get("cmd" if self.shell == "any" else self.shell)
+        told = pattern.match(line) if pattern else None
+        if told is None or "--" in told[1]:
+            return False
+        before, name, value = told.groups()
+        self.in_branch |= bool(before.strip(" @"))
+        if self.shell == "powershell":
+            words = self.words(value)
+            self.in_branch |= len(words) != 1 or "[" in value  # then it is computed
+            self.set(name, words[0] if words else "")
+        else:
+            self.set(name, self.filled(value.strip()))
+        return True
 
-    def value(self, written: str) -> list[str] | None:
-        """The value that a line of cmd or PowerShell gives; None for what is computed, or several values."""
-        if self.has_percent:
-            return [self.filled(written.strip().strip('"'))]
-        if re.match(r"\s*[\[@(&]", written):
-            return None
-        found = [*self.split(written)]
-        return found[0] if len(found) == 1 and len(found[0]) == 1 else None
+    def run(self, words: list[str]) -> Iterator[list[str]]:
+        """The command, but for one that only sets variables, which are set."""
+        told = [word for word in words if word not in _BEFORE_ASSIGNED]
+        if self.shell in ("bash", "any") and all(map(_ASSIGNED.fullmatch, told)):
+            for name, more, value in (found.groups() for word in told if (found := _ASSIGNED.fullmatch(word))):
+                self.set(name, value, more=bool(more))
+        else:
+            yield words
 
-    def set(self, name: str, words: list[str] | None, *, in_branch: bool, more: bool = False) -> None:
+    def set(self, name: str, value: str, *, more: bool = False) -> None:
         """Set a variable, or say that it is unknown."""
-        before = self.variables.get(self.called(name), []) if more else []
-        known = None if in_branch or words is None else [*before, *words]
-        self.variables[self.called(name)] = [f"{UNSET}{name}{UNSET}"] if known is None else known
+        before = f"{self.variables.get(self.called(name), '')} " if more else ""
+        self.variables[self.called(name)] = f"{UNSET}{name}{UNSET}" if self.in_branch else before + value
 
     def called(self, name: str) -> str:
-        return name if self.shell == "bash" and not self.has_percent else name.lower()
+        return name if self.has_escapes else name.lower()
 
-    def split(self, line: str) -> Iterator[list[str]]:
-        """The words of each command of a line."""
-        words: list[str] = []
-        word: str | None = None
-        for piece in (_PIECE if self.has_escapes else _PIECE_OF_WINDOWS).finditer(line):
-            kind, text = piece.lastgroup, piece[piece.lastgroup or 0]
-            if kind in ("space", "end", "file") or (kind == "bare" and word is None and text.startswith("#")):
-                words += [] if word is None else [word]
-                word = None
-                if kind == "bare":
-                    break
-                if kind == "end":
-                    yield words
-                    words = []
-            elif array := _ARRAY.fullmatch(text) if word is None and kind in ("double", "bare") else None:
-                words += self.variables.get(self.called(array[1]), [f"{UNSET}{array[1]}{UNSET}"])
-            elif kind == "double":
-                text = self.filled(text)
-                word = (word or "") + (re.sub(r'\\(["\\$`])', r"\1", text) if self.has_escapes else text)
-            elif kind == "bare":
-                filled = self.filled(text)
-                parts = [filled]
-                if self.shell != "bash":  # which hands on a value whole, unless it holds options
-                    parts = filled.split() if filled.startswith("-") and not text.startswith("-") else parts
-                elif word is not None or not _OF_BASH.match(text):
-                    parts = re.findall(r"(?:\\.|\S)+", filled)
-                parts = [re.sub(r"\\(.)", r"\1", part) for part in parts] if self.has_escapes else parts
-                if parts:
-                    *done, word = [(word or "") + parts[0], *parts[1:]]
-                    words += done
-            else:
-                word = (word or "") + text
-        words += [] if word is None else [word]
-        if words:
-            yield words
+    def split(self, line: str) -> Iterator[tuple[str, str]]:
+        """Each command of a line, or what is before a bracket, and that bracket."""
+        begin = 0
+        for found in _WORD[self.has_escapes].finditer(line):
+            if found.lastgroup in ("end", "bracket", "comment"):
+                yield line[begin : found.start()], found["bracket"] or ""
+                begin = len(line) if found["comment"] else found.end()
+        yield line[begin:], ""
+
+    def words(self, command: str) -> list[str]:
+        """The words of a command, without quotation marks and files that it reads and writes."""
+        unquoted = _QUOTED if self.has_escapes else _QUOTED_IN_WINDOWS
+        words = (found["word"] for found in _WORD[self.has_escapes].finditer(self.filled(command)))
+        return [unquoted.sub(lambda part: part[1] or part[2] or part[3] or "", word) for word in words if word]
 
     def filled(self, text: str) -> str:
         """The text with the values of its variables; of arguments that the script is given, none is there."""
-        if self.has_percent:
-            text = _PERCENT.sub(lambda found: " ".join(self.of(found["bare"])), text)
-        if self.shell == "cmd":
-            return text
-        return _DOLLAR.sub(self.of_dollar, text)
+        return _VARIABLE.sub(self.value, text)
 
-    def of_dollar(self, found: re.Match[str]) -> str:
-        name = found["braced"] or found["bare"]
-        if found["answer"] or found["other"]:
+    def value(self, found: re.Match[str]) -> str:
+        if found["answer"]:
             return f"{UNSET}{found[0]}{UNSET}"
-        if found["otherwise"] is not None and self.called(name) not in self.variables:
-            return os.environ.get(name) or self.filled(found["otherwise"].strip("\"'"))
-        return " ".join(self.of(name))
+        name = next(filter(None, found.group("array", "braced", "bare", "percent")))
+        if found["percent"] and self.shell not in ("cmd", "any"):
+            return found[0]
+        if name.isdecimal() or name == "@":
+            return found["otherwise"] or ""
+        known = self.variables.get(self.called(name), os.environ.get(name))
+        if known is None:
+            known = found["otherwise"]
+        if known is None:
+            return f"{UNSET}{name}{UNSET}"
+        before = found.string[: found.start()]
+        # PowerShell hands a value on whole, and bash gives it whole to another variable.
+        stays_whole = self.shell == "powershell" or re.search(r"(^|\s)[A-Za-z_]\w*=$", before)
+        return _quoted(known) if stays_whole and before.count('"') % 2 == 0 else known
 
-    def of(self, name: str) -> list[str]:
-        if name.isdecimal() or name in ("@", "*"):
-            return []
-        known = os.environ.get(name)
-        return self.variables.get(self.called(name), [f"{UNSET}{name}{UNSET}" if known is None else known])
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if re.search(r"\s", word) else word
