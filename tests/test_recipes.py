@@ -292,6 +292,7 @@ def test_text_encoders_have_the_rate_that_diffusers_scripts_give_them(line, rate
     training = convert(written(home / "a.sh", f"{line} {BASE}=a --train_text_encoder"), home / "i.toml")
     found = training.recipe.values
     assert (found["train_text_encoder"], found["text_learning_rate"]) == (True, rate)
+    assert any("on their MLPs, too" in note for note in training.notes) == ("lora" in line)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ _IDLE = frozenset((
     "allow_tf32", "cache_dir", "caption_column", "checkpointing_steps", "class_data_dir", "class_prompt",
     "dataloader_num_workers", "hub_token", "image_column", "image_interpolation_mode", "local_rank", "logging_dir",
     "lr_power", "no_safe_serialization", "num_class_images", "num_validation_images", "output_dir",
-    "output_kohya_format", "prior_generation_precision", "prior_loss_weight", "repeats", "resume_from_checkpoint",
+    "output_kohya_format", "prior_generation_precision", "prior_loss_weight", "prodigy_decouple",
+    "prodigy_safeguard_warmup", "prodigy_use_bias_correction", "repeats", "resume_from_checkpoint",
     "sample_batch_size", "save_as_full_pipeline", "set_grads_to_none", "skip_save_text_encoder", "tokenizer_name",
     "validation_scheduler", "variant",
 ))  # fmt: skip
@@ -89,6 +90,10 @@ def _base_and_steps(asked: Asked, recipe: Recipe) -> None:
 def _text_encoders(asked: Asked, recipe: Recipe) -> None:
     """They learn at the U-Net's rate, but for one script, which has a rate for them that Prodigy does not look at."""
     recipe.say("train_text_encoder", True)
+    if "lora" in asked.script:
+        recipe.notes.append(
+            "train_text_encoder: the LoRA of the text encoders is on their MLPs, too, not on attention alone"
+        )
     rate = asked.number("text_encoder_lr", 5e-6) if asked.script == "train_dreambooth_lora_sdxl.py" else None
     if not rate or (asked.text("optimizer") or "").lower() == "prodigy":
         rate = recipe.values["learning_rate"]
