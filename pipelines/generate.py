@@ -517,7 +517,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
 def _summary(pictures: Sequence[Mapping[str, Any]], sampler: tuple[str, str | None], base: Base) -> str:
     """How the images with these settings are generated, without what differs between them."""
     said = (
-        {f"{each['steps']} steps of {' '.join(filter(None, sampler))}" for each in pictures},
+        {f"{pluralize(each['steps'], 'step')} of {' '.join(filter(None, sampler))}" for each in pictures},
         {f"guidance {each['guidance']:g}" for each in pictures},
         {f"{each['width']}x{each['height']}" for each in pictures},
         {f"on {base.precision.device}"},

@@ -22,6 +22,7 @@ from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.drawing.cells import Cell, Setup, check_drawable, digest_of, filled, prepared
 from sfumato.errors import ConfigError, DataError
+from sfumato.numerals import pluralize
 from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.weighting.adapter import Adapter, Weight, checked_weight, with_unet_scaled
 
@@ -238,7 +239,7 @@ def draw_grid(config: Config) -> Path:
                 _save(config, setup, picture, paths[place], rows[place[1]][place[0]], how)
                 there.add(paths[place])
             _write_sheet(config, x, y, rows, paths, there)
-            say(f"{sum(path in there for path in paths.values())} of {len(paths)} images")
+            say(f"{sum(path in there for path in paths.values())} of {pluralize(len(paths), 'image')}")
     return config.output / "grid.png"
 
 

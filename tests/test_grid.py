@@ -64,6 +64,15 @@ def test_a_file_with_brackets_in_its_name_is_a_file_on_an_axis(tmp_path, monkeyp
     assert parse_axis("adapter=line [v2].safetensors", []).values == ("line [v2].safetensors",)
 
 
+def test_files_come_in_the_order_of_the_numbers_in_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"{run}/dog-step{step}.safetensors" for run in ("a", "b2", "b10") for step in ("50", "0500", "1000")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert parse_axis("adapter=*/*.safetensors", []).values == tuple(names)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -138,10 +138,15 @@ def _outside_brackets(text: str) -> list[str]:
 def _files(part: str, text: str) -> list[str]:
     part = at_home(part)
     is_pattern = any(sign in part for sign in "*?[") and not Path(part).exists()  # "line [v2].safetensors" is a file
-    found = sorted(glob.glob(part, recursive=True)) if is_pattern else [part]
+    found = sorted(glob.glob(part, recursive=True), key=_in_order) if is_pattern else [part]
     if not found:
         raise ConfigError(f"axis {text!r}: no file matches {part}.")
     return found
+
+
+def _in_order(name: str) -> list[tuple[str, int]]:
+    """What names are sorted by, with numbers by their size: checkpoint-500 before checkpoint-1000."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
 def coarse_to_fine(columns: int, rows: int) -> Iterator[list[tuple[int, int]]]:
