@@ -281,6 +281,11 @@ def test_a_file_of_windows_notepad_is_read(tmp_path):
         ("", ["--images=d", "--rank", ""], '--rank "": wanted a whole number.'),
         ('rank = "3"', ["--images", "d"], '{file}: rank is "3"; wanted a whole number, without quotes.'),
         ('[[source]]\npath = "d"', [], "{file}: this is a dataset.toml; pass it with --images."),
+        (
+            '[model]\npretrained_model_name_or_path = "d"\n[run]\noutput_dir = "o"',
+            [],
+            "{file}: [model] is a table; wanted",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_where_it_stands(tmp_path, text, argv, said):

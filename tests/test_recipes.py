@@ -667,3 +667,10 @@ def test_a_training_of_onetrainer_trains(home, pocket_folder, capsys):
     quiet = ["--sample-every", "0", "--measure-every", "0", "--device", "cpu", "--precision", "fp32", "--warmup", "0"]
     assert cli.main([*command[1:], *quiet]) == 0
     assert (home / "runs/mine/dog.safetensors").is_file()
+
+
+def test_a_trainer_that_is_given_a_config_of_sd_scripts_says_who_converts_it(home, capsys):
+    written(home / "kohya.toml", '[model]\npretrained_model_name_or_path = "a"\n[run]\noutput_dir = "out"\n')
+    assert cli.main(["train", "lora", "kohya.toml", "--output", "run"]) == 2
+    said = "kohya.toml: a training of sd-scripts; sfumato recipe kohya.toml -o mine.toml converts it."
+    assert capsys.readouterr().err == f"sfumato: {said}\n"

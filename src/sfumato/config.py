@@ -306,6 +306,11 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(config_type)]
     if "source" in values and "source" not in known and "images" in known:
         raise ConfigError(f"{path}: this is a dataset.toml; pass it with --images.")
+    in_sections = {key for value in values.values() if isinstance(value, dict) for key in value} | values.keys()
+    if "learning_rate" in known and in_sections >= {"pretrained_model_name_or_path", "output_dir"}:
+        raise ConfigError(
+            f"{path}: a training of sd-scripts; sfumato recipe {shell.quote(str(path))} -o mine.toml converts it."
+        )
     hints, paths = _hints(config_type), _fields_of(config_type, Path)
     found: dict[str, Any] = {}
     for key, value in values.items():

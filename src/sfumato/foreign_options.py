@@ -142,6 +142,7 @@ UNASKED: Mapping[str, str] = MappingProxyType(
 
 ABSENT: Mapping[str, str] = MappingProxyType(
     {
+        "config_file": "a config is the first argument; sfumato recipe converts those of sd-scripts",
         "network_args": "its conv_dim is --conv-rank, conv_alpha --conv-alpha, and LyCORIS's algo --algo, factor "
         "--factor and dora_wd --dora; the rest has no counterpart",
         "lycoris_config": "its algo is --algo, linear_dim --rank, linear_alpha --alpha and factor --factor",
