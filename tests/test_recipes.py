@@ -145,6 +145,7 @@ def test_sdxl_s_script_does_not_look_at_clip_skip(home):
     [
         ("--optimizer_type SGDNesterov", "optimizer SGDNesterov: has no counterpart; adamw takes its place"),
         ("--network_args rank_dropout=0.1", "network_args rank_dropout=0.1: has no counterpart here and is left out"),
+        ("--optimizer_args amsgrad=True", "optimizer_args amsgrad=True: has no counterpart here and is left out"),
         ("--optimizer_args foo=1", "optimizer_args foo=1: has no counterpart here and is left out"),
         ("--loss_type smooth_l1", "loss_type = smooth_l1: has no counterpart; the errors are squared"),
         ("--sample_prompts none.txt", "sample_prompts = none.txt: no .txt with prompts is there; give them as"),

@@ -26,10 +26,8 @@ _THERE: Mapping[str, Mapping[str, str]] = {
     "muon": {"momentum": "0.95", "weight_decay": "0"},
 }  # fmt: skip
 """The defaults of the optimizers' own packages, which the other tools leave as they are."""
-_SAME = frozenset(("decouple", "relative_step", "warmup_init", "amsgrad"))
-"""Settings of which only what is always so here has a counterpart."""
-
-
+_SAME: Mapping[str, str] = {"decouple": "true", "relative_step": "false", "warmup_init": "false", "amsgrad": "false"}
+"""Settings of which only what is always so here has a counterpart, and what that is."""
 LENGTHS = "one length is learned for each input here, which web interfaces read, and one for each output there"
 """Of a DoRA."""
 
@@ -50,9 +48,13 @@ def settings_of(name: str) -> frozenset[str]:
 
 def ours_of(name: str) -> str:
     """What an optimizer is called here, or its name in small letters."""
-    short = re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower())
+    short = _short(name)
     # All of these set their own rate, beside which theirs is 1.
     return "prodigy" if short.startswith("dadapt") or "prodigy" in short else _LIKE.get(short, short)
+
+
+def _short(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower())
 
 
 def optimizer(asked: Asked, recipe: Recipe, name: str, told: Mapping[str, str], usual: Mapping[str, str]) -> None:
@@ -61,7 +63,7 @@ def optimizer(asked: Asked, recipe: Recipe, name: str, told: Mapping[str, str], 
     if ours not in _THERE:
         recipe.notes.append(f"optimizer {name}: has no counterpart; adamw takes its place")
         ours = "adamw"
-    elif ours != re.sub(r"[^a-z0-9]", "", name.rpartition(".")[2].lower()):
+    elif ours != _short(name):
         recipe.notes.append(f"optimizer {name}: {ours} takes its place")
     recipe.say("optimizer", ours)
     defaults = {**_THERE[ours], **usual}
@@ -79,7 +81,7 @@ def optimizer(asked: Asked, recipe: Recipe, name: str, told: Mapping[str, str], 
     recipe.notes += [
         f"optimizer_args {key}={value}: has no counterpart here and is left out"
         for key, value in told.items()
-        if key not in known and key != "weight_decay" and key not in _SAME
+        if key not in known and key not in ("weight_decay", "relative_step") and value.lower() != _SAME.get(key)
     ]
 
 
