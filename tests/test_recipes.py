@@ -602,6 +602,11 @@ def test_what_is_no_training_that_can_be_had_is_refused(name, text, said, home):
     assert str(refused.value).startswith(said)
 
 
+def test_a_file_that_is_not_there_is_named(home):
+    with pytest.raises(ConfigError, match=r"trian\.sh: cannot be read \(No such file or directory\)\. Name another"):
+        read(home / "trian.sh")
+
+
 def test_files_that_are_no_text_are_refused(home):
     (home / "prompts.txt").write_bytes(b"a dog \xe9")
     (home / "config.toml").write_bytes(b'seed = "\xe9"')
@@ -611,7 +616,7 @@ def test_files_that_are_no_text_are_refused(home):
     ):
         with pytest.raises(ConfigError) as refused:
             converted(home, f"train_network.py {line}")
-        assert str(refused.value).startswith(f"{home / name}: not readable as text (not UTF-8); ")
+        assert str(refused.value) == f"{home / name}: not readable as text (not UTF-8). Save it as UTF-8."
     with pytest.raises(ConfigError) as refused:
         converted(home, f"seed = {'[' * 9999}{']' * 9999}", "deep.toml")
     assert str(refused.value).startswith("deep.toml: not readable as TOML (maximum recursion depth exceeded")

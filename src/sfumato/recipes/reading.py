@@ -43,9 +43,10 @@ def text_of(path: Path) -> str:
     """The text of a file. Raises ConfigError for one that is not readable as text."""
     try:
         return decode(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"{path}: not readable as text ({reason}); name another file, or save it as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another file.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not readable as text (not UTF-8). Save it as UTF-8.") from None
 
 
 def _of_onetrainer(path: Path, text: str) -> Asked:
