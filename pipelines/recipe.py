@@ -1,4 +1,4 @@
-"""Convert a training of sd-scripts, diffusers' scripts or OneTrainer to a config of the trainers."""
+"""Convert a training of sd-scripts, diffusers' scripts, OneTrainer, ai-toolkit or SimpleTuner to a config of ours."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 class Config:
     """Convert a training of another tool to a config of `sfumato train`, and its images to a dataset.toml.
 
-    Reads a config of kohya's sd-scripts (its --config_file, which kohya_ss writes, too) or of OneTrainer, or a script
-    with a command of sd-scripts or of diffusers' example scripts. The config also says what the other tool does by
-    default and sfumato does not. Settings without a counterpart are listed.
+    Reads a config of kohya's sd-scripts (its --config_file, which kohya_ss writes, too), of OneTrainer, ai-toolkit or
+    SimpleTuner, or a script with a command of sd-scripts or of diffusers' example scripts. The config also says what
+    the other tool does by default and sfumato does not. Settings without a counterpart are listed.
 
     Example: sfumato recipe train.sh -o mine.toml
     """
 
     file: Path
-    """The other tool's config (.toml, .json), or a script (.sh, .bat, .txt) with its command."""
+    """The other tool's config (.toml, .json, .yaml), or a script (.sh, .bat, .txt) with its command."""
     _: KW_ONLY
     output: Annotated[Path, Parameter(alias="-o")]
     """The config to write, such as mine.toml; images are listed in mine-images.toml beside it. Neither may exist."""

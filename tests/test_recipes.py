@@ -545,9 +545,15 @@ def test_words_and_whole_models_of_onetrainer(home):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.json", "{}", "a.json: no training_method in it, so it is no training of OneTrainer. Of kohya_ss name the"),
-        ("a.json", "{", "a.json: not readable as JSON"),
-        ("a.yaml", "", "a.yaml: wanted a .toml of sd-scripts, a .json of OneTrainer, or a .sh,"),
+        (
+            "a.json",
+            "{}",
+            "a.json: neither config.process of ai-toolkit, model_family of SimpleTuner nor training_method",
+        ),
+        ("a.json", "{", "a.json: cannot be parsed (Expecting property name"),
+        ("a.yaml", "", "a.yaml: neither config.process of ai-toolkit"),
+        ("a.yaml", "a: *b", "a.yaml: cannot be parsed (it has aliases, *name). Mend it."),
+        ("a.ini", "", "a.ini: wanted a .toml of sd-scripts, a .yaml of ai-toolkit, a .json of OneTrainer or"),
         ("a.toml", "steps = 1", "a.toml: no pretrained_model_name_or_path in it, so it is no training of sd-scripts."),
         (
             "a.toml",
@@ -680,3 +686,7 @@ def test_a_trainer_that_is_given_a_config_of_sd_scripts_says_who_converts_it(hom
     assert cli.main(["train", "lora", "kohya.toml", "--output", "run"]) == 2
     said = "kohya.toml: a training of sd-scripts; sfumato recipe kohya.toml -o mine.toml converts it."
     assert capsys.readouterr().err == f"sfumato: {said}\n"
+    for words in (["job.yaml"], ["--config", "job.yaml"]):
+        assert cli.main(["train", "lora", *words, "--output", "run"]) == 2
+        said = "a config is a .toml here; sfumato recipe job.yaml -o mine.toml converts a training of another tool."
+        assert capsys.readouterr().err == f"sfumato: job.yaml: {said}\n"

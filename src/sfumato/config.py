@@ -47,6 +47,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
 
     file, rest = split_off_file(list(argv), first_may_be_config=first_may_be_config)
     called = f"python -m {program}" if "." in program else f"sfumato {program}"
+    _refuse_config_of_others(config_type, str(file) if file else rest[0] if rest else "")
     in_file = {} if file is None else _read(config_type, file)
     for one, other in (EITHER, EITHER[::-1]):
         if any(word.partition("=")[0] == f"--{one}" for word in rest):
@@ -62,6 +63,15 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
     if config is None:
         raise SystemExit(0)
     return _with_paths_at_home(cast(Config, config))
+
+
+def _refuse_config_of_others(config_type: type[DataclassInstance], first: str) -> None:
+    is_trainer = "learning_rate" in {field.name for field in dataclasses.fields(config_type)}
+    if is_trainer and not first.startswith("--") and first.lower().endswith((".yaml", ".yml", ".json")):
+        raise ConfigError(
+            f"{first}: a config is a .toml here; sfumato recipe {shell.quote(first)} -o mine.toml converts a training "
+            "of another tool."
+        )
 
 
 def _app(

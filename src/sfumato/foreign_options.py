@@ -179,7 +179,9 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "block_lr_zero_threshold down_lr_weight mid_lr_weight up_lr_weight": "--targets chooses layers by a pattern",
         "fused_backward_pass": "dreambooth has it as --fused",
         "blocks_to_swap fp8_base": "there is no counterpart; sfumato memory tells what fits",
-        "save_last_n_steps save_last_n_epochs": "what --save-every kept stays until it is deleted",
+        "save_last_n_steps save_last_n_epochs max_step_saves_to_keep": (
+            "what --save-every kept stays until it is deleted"
+        ),
         "log_prefix log_tracker_name wandb_run_name wandb_api_key": "--tensorboard is the one tracker",
         "sample_sampler": "samples are drawn with the base's own sampler",
         "initial_step skip_until_initial_step": "sfumato resume RUN goes on with a run",

@@ -14,10 +14,14 @@ from typing import Any
 from sfumato.data.foreign import Converted, convert_values
 from sfumato.data.foreign.settings import OF_TRAINING
 from sfumato.data.foreign.settings import read as read_data
+from sfumato.data.foreign.simpletuner import OF_CONFIG
 from sfumato.errors import ConfigError
-from sfumato.recipes import diffusers_scripts, onetrainer, sd_scripts
+from sfumato.recipes import ai_toolkit, diffusers_scripts, onetrainer, sd_scripts, simpletuner
 from sfumato.recipes.asked import Asked, Recipe
-from sfumato.recipes.reading import ONETRAINER, SD_SCRIPTS, read
+from sfumato.recipes.reading import AI_TOOLKIT, ONETRAINER, SD_SCRIPTS, SIMPLETUNER, read
+
+_SETTLED = (OF_TRAINING, OF_CONFIG)
+"""Notes of data sets by themselves."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,22 @@ def convert(path: Path, images: Path) -> Training:
         data, recipe = _images(asked, images), sd_scripts.convert(asked)
     elif asked.script == ONETRAINER:
         data, recipe = _concepts(asked, images), onetrainer.convert(asked)
+    elif asked.script == AI_TOOLKIT:
+        recipe = ai_toolkit.convert(asked)
+        if asked.values.get("datasets"):
+            data = convert_values({"process": [asked.values]}, asked.name, asked.folder, images)
+        asked.taken |= ai_toolkit.OF_DATA
+    elif asked.script == SIMPLETUNER:
+        recipe = simpletuner.convert(asked)
+        backends = simpletuner.backends(asked)
+        data = convert_values(backends, asked.name, asked.folder, images) if backends else None
+        asked.taken |= simpletuner.OF_DATA
     else:
         recipe = diffusers_scripts.convert(asked)
     recipe.say("images", None if data is None else images.as_posix())
     if "images" not in recipe.told:
         recipe.ask = ("images", *recipe.ask)
-    of_images = [] if data is None else [n for n in data.notes if n != OF_TRAINING and not asked.is_settled(n)]
+    of_images = [] if data is None else [n for n in data.notes if n not in _SETTLED and not asked.is_settled(n)]
     return Training(
         recipe, f"{asked.script} in {path.name}", data, (*dict.fromkeys([*asked.notes, *of_images, *recipe.notes]),)
     )

@@ -23,6 +23,21 @@ class Asked:
     folder: Path
     taken: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    parts: dict[str, Asked] = field(default_factory=dict)
+
+    def part(self, key: str) -> Asked:
+        """The settings of a part of the model, or of another group of settings; none where it is unset."""
+        if key not in self.parts:
+            found = self.get(key)
+            values = found if isinstance(found, dict) else {}
+            self.parts[key] = Asked(f"{self.name}: {key}", self.script, values, self.folder)
+        return self.parts[key]
+
+    def with_parts(self) -> Iterator[Asked]:
+        """These settings, and those of the parts that were looked at."""
+        yield self
+        for part in self.parts.values():
+            yield from part.with_parts()
 
     def get(self, key: str, otherwise: Any = None) -> Any:
         """The setting as it is there, or `otherwise` where it is unset."""
@@ -31,9 +46,11 @@ class Asked:
         return otherwise if value is None else value
 
     def find(self, given: str) -> Path | None:
-        """The file or folder of a name, which counts from where the other tool is started: here, or beside the file."""
+        """The file or folder of a name, which counts from where the other tool is started: here, beside the file, or
+        above its folder, as with SimpleTuner's config/NAME/config.json."""
         spelt = given.replace("\\", "/")
-        return next((place / spelt for place in (self.folder, Path.cwd()) if (place / spelt).exists()), None)
+        places = (self.folder, Path.cwd(), *self.folder.parents[:2])
+        return next((place / spelt for place in places if (place / spelt).exists()), None)
 
     def text(self, key: str, otherwise: str | None = None) -> str | None:
         """A setting that is a text, also where it looks like a number. Raises ConfigError for what is none."""

@@ -78,14 +78,8 @@ def convert(asked: Asked) -> Recipe:
     return recipe
 
 
-def _part(asked: Asked, name: str) -> Asked:
-    """The settings of a part of the model, or of another group of settings."""
-    found = asked.get(name, {})
-    return Asked(f"{asked.name}: {name}", asked.script, found if isinstance(found, dict) else {}, asked.folder)
-
-
 def _of_base(asked: Asked, recipe: Recipe) -> None:
-    unet = _part(asked, "unet")
+    unet = asked.part("unet")
     if not unet.get("train", True) and recipe.program != "textual_inversion":
         raise ConfigError(f"{asked.name}: its U-Net does not learn (unet.train), which `{recipe.program}` always does.")
     if unet.text("stop_training_after_unit", "NEVER") != "NEVER" and unet.get("stop_training_after"):
@@ -93,7 +87,7 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
             f"unet.stop_training_after = {unet.get('stop_training_after')}: the U-Net learns to the end"
         )
     recipe.say("base", asked.path("base_model_name"), "stable-diffusion-v1-5/stable-diffusion-v1-5")
-    recipe.say("vae", _part(asked, "vae").path("model_name"))
+    recipe.say("vae", asked.part("vae").path("model_name"))
     recipe.say("precision", _FORMATS.get(asked.text("train_dtype") or ""))
     recipe.say("attention", "xformers" if asked.text("attention_mechanism") == "XFORMERS" else None)
     checkpointed = unet.get(
@@ -103,7 +97,7 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
     recipe.say("prediction_type", "v_prediction" if asked.flag("force_v_prediction") else None)
     recipe.say("zero_terminal_snr", asked.flag("rescale_noise_scheduler_to_zero_terminal_snr") or None)
     recipe.say("clip_skip", asked.whole("text_encoder_layer_skip") or None)
-    recipe.say("caption_dropout", _part(asked, "text_encoder").number("dropout_probability") or None)
+    recipe.say("caption_dropout", asked.part("text_encoder").number("dropout_probability") or None)
     recipe.say("save_precision", _FORMATS.get(asked.text("output_dtype") or ""))
 
 
@@ -160,9 +154,9 @@ def _pivotal(asked: Asked, recipe: Recipe, words: list[dict[str, Any]]) -> None:
 def _rates(asked: Asked, recipe: Recipe) -> None:
     """Those of the U-Net and of the text encoders, which learn unless they are told not to."""
     rate = asked.number("learning_rate")
-    recipe.say("learning_rate", _part(asked, "unet").number("learning_rate", rate), 3e-6)
+    recipe.say("learning_rate", asked.part("unet").number("learning_rate", rate), 3e-6)
     is_xl = (asked.text("model_type") or "").endswith("XL_10_BASE")
-    encoders = [_part(asked, name) for name in ("text_encoder", *(("text_encoder_2",) if is_xl else ()))]
+    encoders = [asked.part(name) for name in ("text_encoder", *(("text_encoder_2",) if is_xl else ()))]
     learn = [each for each in encoders if each.get("train", True)]
     if not learn:
         return
@@ -183,11 +177,11 @@ def _whole(asked: Asked, recipe: Recipe) -> None:
     recipe.say("prior", None, "none")
     _rates(asked, recipe)
     recipe.ask = ("class_name",)
-    recipe.notes.append('--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"')
+    recipe.notes.append(shared.CLASS_NAME)
 
 
 def _word(asked: Asked, recipe: Recipe) -> None:
-    word = _part(asked, "embedding")
+    word = asked.part("embedding")
     if start := word.text("model_name"):
         recipe.notes.append(f"embedding.model_name = {start}: it starts from --initial-words, not from a file")
     recipe.say("placeholder", [(word.text("placeholder", "<embedding>") or "").lower()])
@@ -201,7 +195,7 @@ def _word(asked: Asked, recipe: Recipe) -> None:
 
 
 def _optimizer(asked: Asked, recipe: Recipe) -> None:
-    own = _part(asked, "optimizer")
+    own = asked.part("optimizer")
     name = own.text("optimizer", "ADAMW") or "ADAMW"
     told = {key: str(own.get(key)) for key in _OPTIMIZER if own.values.get(key) is not None}
     if (one := own.number("beta1")) is not None and (two := own.number("beta2")) is not None:

@@ -1,14 +1,15 @@
-"""A file with another tool's training -> its settings: sd-scripts' or OneTrainer's config, or a command in a script."""
+"""A file with another tool's training -> its settings: a config of one of them, or a command in a script."""
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from sfumato.data.foreign.settings import read_whole, without_empty
 from sfumato.errors import ConfigError
+from sfumato.recipes import ai_toolkit
 from sfumato.recipes.asked import Asked
 from sfumato.recipes.scripts import UNSET, commands
 from sfumato.text_files import decode
@@ -23,19 +24,22 @@ DIFFUSERS = (
 )  # fmt: skip
 SCRIPTS = (*SD_SCRIPTS, *DIFFUSERS)
 ONETRAINER = "OneTrainer"
+AI_TOOLKIT = "ai-toolkit"
+SIMPLETUNER = "SimpleTuner"
 _ENDS = (".toml", ".sh", ".bat", ".ps1", ".txt", ".command", "")
 
 
 def read(path: Path) -> Asked:
     """The training that a file asks for. Raises ConfigError for a file that asks for none that is known."""
-    text = text_of(path)
     ending = path.suffix.lower()
-    if ending == ".json":
-        return _of_onetrainer(path, text)
+    if ending in (".json", ".yaml", ".yml"):
+        return _of_values(path, read_whole(path))
     if ending not in _ENDS:
         raise ConfigError(
-            f"{path.name}: wanted a .toml of sd-scripts, a .json of OneTrainer, or a .sh, .bat or .txt with a command."
+            f"{path.name}: wanted a .toml of sd-scripts, a .yaml of ai-toolkit, a .json of OneTrainer or SimpleTuner, "
+            "or a .sh, .bat or .txt with a command."
         )
+    text = text_of(path)
     return _of_config(path, text) if ending == ".toml" else _of_command(path, text)
 
 
@@ -49,17 +53,51 @@ def text_of(path: Path) -> str:
         raise ConfigError(f"{path}: not readable as text (not UTF-8). Save it as UTF-8.") from None
 
 
-def _of_onetrainer(path: Path, text: str) -> Asked:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name}: not readable as JSON ({' '.join(str(error).split())}); mend it.") from None
-    if not isinstance(values, dict) or not {"training_method", "base_model_name"} & values.keys():
+def _of_values(path: Path, values: Any) -> Asked:
+    """A config of OneTrainer, ai-toolkit or SimpleTuner, by what is in it."""
+    config = values.get("config") if isinstance(values, dict) else None
+    if isinstance(config, dict) and isinstance(config.get("process"), list):
+        return _of_ai_toolkit(path, without_empty(config))
+    plain = _plain(values) if isinstance(values, dict) else {}
+    if "model_family" in plain:
+        return Asked(path.name, SIMPLETUNER, plain, path.resolve().parent)
+    if not {"training_method", "base_model_name"} & plain.keys():
         raise ConfigError(
-            f"{path.name}: no training_method in it, so it is no training of OneTrainer. Of kohya_ss name the "
-            "config_lora-DATE.toml that it writes beside its results."
+            f"{path.name}: neither config.process of ai-toolkit, model_family of SimpleTuner nor training_method of "
+            "OneTrainer is in it. Of kohya_ss name the config_lora-DATE.toml that it writes beside its results."
         )
     return Asked(path.name, ONETRAINER, values, path.resolve().parent)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the dashes of a command, with which older configs of SimpleTuner name them."""
+    return {str(key).lstrip("-").replace("-", "_"): value for key, value in values.items()}
+
+
+def _of_ai_toolkit(path: Path, config: dict[str, Any]) -> Asked:
+    """The first of its processes that trains, with the name of the whole, which [name] stands for."""
+    processes = [each for each in config["process"] if isinstance(each, dict)]
+    trainings = [each for each in processes if each.get("type") in ai_toolkit.KINDS]
+    if not trainings:
+        kinds = ", ".join(str(each.get("type")) for each in processes)
+        raise ConfigError(
+            f"{path.name}: its process is {kinds or 'none'}, which has no counterpart; wanted one of "
+            f"{', '.join(sorted(ai_toolkit.KINDS))}."
+        )
+    name = str(config.get("name", ""))
+    values = _with_name({"name": name, **trainings[0]}, name)
+    asked = Asked(path.name, AI_TOOLKIT, values, path.resolve().parent)
+    if len(processes) > 1:
+        asked.notes.append(f"{path.name}: the first training of its {len(processes)} processes")
+    return asked
+
+
+def _with_name(values: Any, name: str) -> Any:
+    if isinstance(values, dict):
+        return {key: _with_name(value, name) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_with_name(value, name) for value in values]
+    return values.replace("[name]", name) if isinstance(values, str) else values
 
 
 def _of_config(path: Path, text: str) -> Asked:
@@ -68,6 +106,8 @@ def _of_config(path: Path, text: str) -> Asked:
         values: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name}: not readable as TOML ({' '.join(str(error).split())}); mend it.") from None
+    if "model_family" in _plain(values):
+        return Asked(path.name, SIMPLETUNER, _plain(values), path.resolve().parent)
     if "datasets" in values:
         raise ConfigError(
             f"{path.name}: a config of data sets; `sfumato dataset` converts it. Name that of the training."

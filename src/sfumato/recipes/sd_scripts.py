@@ -171,7 +171,7 @@ def _whole(asked: Asked, recipe: Recipe) -> None:
         recipe.say("train_text_encoder", None, True)
         recipe.say("text_learning_rate", asked.number("learning_rate_te", rate), _RATE)
     recipe.ask = ("class_name",)
-    recipe.notes.append('--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"')
+    recipe.notes.append(shared.CLASS_NAME)
 
 
 def _word(asked: Asked, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""What sd-scripts and diffusers' scripts call alike: optimizers, schedules, precision, resolution, prompts."""
+"""What several tools call alike: optimizers, schedules, precision, resolution, prompts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sfumato.training.optimizer_settings import DEFAULTS
 _LIKE = {
     "pagedadamw8bit": "adamw8bit", "pagedadamw": "adamw", "pagedadamw32bit": "adamw", "lion8bit": "lion",
     "pagedlion8bit": "lion", "adamwschedulefree": "adamw",
+    "adamw8": "adamw8bit", "adam8": "adamw8bit", "adam8bit": "adamw8bit", "adam": "adamw",
 }  # fmt: skip
 _THERE: Mapping[str, Mapping[str, str]] = {
     "adamw": {"betas": "0.9,0.999", "weight_decay": "0.01"},
@@ -30,6 +31,10 @@ _SAME: Mapping[str, str] = {"decouple": "true", "relative_step": "false", "warmu
 """Settings of which only what is always so here has a counterpart, and what that is."""
 LENGTHS = "one length is learned for each input here, which web interfaces read, and one for each output there"
 """Of a DoRA."""
+WHOLE = 10_000
+"""A rank that is more than any layer's width, with which a LoKr's factors are whole."""
+CLASS_NAME = '--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"'
+"""Of a whole model that learns."""
 
 
 def base(asked: Asked, recipe: Recipe) -> None:
@@ -169,10 +174,10 @@ def sample_prompts(asked: Asked, recipe: Recipe, key: str) -> None:
         return
     lines = [line.strip() for line in text_of(file).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
-    recipe.say("sample_prompts", [_with_known_flags(prompt, key, recipe.notes) for prompt in prompts] or None)
+    recipe.say("sample_prompts", [with_known_flags(prompt, key, recipe.notes) for prompt in prompts] or None)
 
 
-def _with_known_flags(prompt: str, key: str, notes: list[str]) -> str:
+def with_known_flags(prompt: str, key: str, notes: list[str]) -> str:
     """The prompt without those settings of its own that have no counterpart, such as a sampler (--ss)."""
     text, *flags = prompt.split(" --")
     known = [flag for flag in flags if re.fullmatch(r"[whds] \d+|l \d+(\.\d*)?|n .+", flag.strip(), re.IGNORECASE)]

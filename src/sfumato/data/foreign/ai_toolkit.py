@@ -42,6 +42,12 @@ _USED = frozenset(
         "loss_multiplier",
     ]
 )
+_NEUTRAL = {
+    "buckets": True, "cache_latents": False, "cache_latents_to_disk": False, "cache_text_embeddings": False,
+    "network_weight": 1, "num_frames": 1, "scale": 1, "shrink_video_to_frames": True,
+    "trim_auto_frame_count_tail": True,
+}  # fmt: skip
+"""Settings that its window saves, and the value with which they change nothing."""
 _TEXTS = frozenset(("folder_path", "dataset_path", "caption_ext", "trigger_word", "default_caption"))
 
 
@@ -113,4 +119,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
                 mask="alpha" if own.get("alpha_mask") else "none",
                 weight=own.get("loss_multiplier", 1.0),
             )
-        notes.extend(left_over(own, _USED, _ELSEWHERE))
+        in_effect = {key: value for key, value in own.items() if value != _NEUTRAL.get(key)}
+        if not own.get("mask_path"):
+            in_effect.pop("mask_min_value", None)
+        notes.extend(left_over(in_effect, _USED, _ELSEWHERE))

@@ -31,6 +31,11 @@ FROM_NAMES = (
 
 def read(path: Path) -> Any:
     """The file's values, without those that name nothing. Raises ConfigError for what is no TOML, YAML or JSON."""
+    return without_empty(read_whole(path))
+
+
+def read_whole(path: Path) -> Any:
+    """The file's values. Raises ConfigError for what is no TOML, YAML or JSON."""
     try:
         text = decode(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
@@ -38,17 +43,15 @@ def read(path: Path) -> Any:
         raise ConfigError(f"{path}: not readable as text ({reason}). Name the config of the other tool.") from None
     try:
         if path.suffix.lower() == ".toml":
-            values: Any = tomllib.loads(text)
-        elif path.suffix.lower() == ".json":
-            values = json.loads(text)
-        elif path.suffix.lower() in (".yaml", ".yml"):
-            values = _yaml(text)
-        else:
-            raise ConfigError(
-                f"{path.name}: wanted kohya's .toml or .json, ai-toolkit's .yaml or .json, or OneTrainer's or "
-                "SimpleTuner's .json."
-            )
-        return _without_empty(values)
+            return tomllib.loads(text)
+        if path.suffix.lower() == ".json":
+            return json.loads(text)
+        if path.suffix.lower() in (".yaml", ".yml"):
+            return _yaml(text)
+        raise ConfigError(
+            f"{path.name}: wanted kohya's .toml or .json, ai-toolkit's .yaml or .json, or OneTrainer's or "
+            "SimpleTuner's .json."
+        )
     except ConfigError:
         raise
     except Exception as error:  # each parser has its own
@@ -63,11 +66,11 @@ def _yaml(text: str) -> Any:
     return yaml.safe_load(text)
 
 
-def _without_empty(values: Any) -> Any:
+def without_empty(values: Any) -> Any:
     """The settings without those that name nothing, as a YAML file's `keep_tokens:` does: they are as if left out."""
     if isinstance(values, dict):
-        return {key: _without_empty(value) for key, value in values.items() if value is not None}
-    return [_without_empty(value) for value in values] if isinstance(values, list) else values
+        return {key: without_empty(value) for key, value in values.items() if value is not None}
+    return [without_empty(value) for value in values] if isinstance(values, list) else values
 
 
 def tables(values: Any, name: str) -> list[dict[str, Any]]:

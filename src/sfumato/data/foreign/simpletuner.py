@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ _USED = frozenset(
 _TEXTS = frozenset(("id", "instance_data_dir", "instance_data_root", "instance_prompt", "cache_dir_vae"))
 _SIDE_STEP = 64
 """Megapixels become sides that are a multiple of these pixels: 1.0 is 1024 px."""
+OF_CONFIG = "caption_dropout_probability is not in this file but in config.json: --caption-dropout"
+"""A note on what the list of data sets does not say."""
 
 
 def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
@@ -83,7 +85,7 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
     backends = [entry for own in tables(values, "the list") for entry in _backend(own, folder, notes)]
     found = with_whole_repeats(backends, "SimpleTuner", notes)
     if found:
-        notes.append("caption_dropout_probability is not in this file but in config.json: --caption-dropout")
+        notes.append(OF_CONFIG)
     return found
 
 
@@ -214,14 +216,33 @@ def _crop(own: Mapping[str, Any], notes: list[str]) -> str:
     return "random" if style == "random" else "center"
 
 
-def _size_notes(own: Mapping[str, Any]) -> Iterator[str]:
-    size, kind = own.get("resolution"), own.get("resolution_type", "pixel_area")
+def sides(backends: Iterable[Mapping[str, Any]]) -> list[int]:
+    """The sides, in pixels, at which the images of the data sets are learned, as far as they say. Raises ConfigError
+    for one that is none."""
+    read = [parsed_scalars(said, _TEXTS) for said in backends]
+    learned = (own for own in read if own.get("dataset_type", "image") == "image" and not _passed_over(own))
+    return [int(side) for own in learned if (side := _side(own)) is not None]
+
+
+def _side(own: Mapping[str, Any]) -> float | None:
+    size, kind = own.get("resolution"), _kind_of_size(own)
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size < math.inf:
+        raise ConfigError(f"resolution is {size!r:.40}; wanted a number above 0.")
+    return round((size * 1e6) ** 0.5 / _SIDE_STEP) * _SIDE_STEP if kind == "area" else size
+
+
+def _kind_of_size(own: Mapping[str, Any]) -> str:
+    kind = own.get("resolution_type", "pixel_area")
     if kind not in ("pixel", "area", "pixel_area"):
         raise ConfigError(f"resolution_type is {kind!r}; wanted pixel, area or pixel_area.")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size < math.inf):
-        raise ConfigError(f"resolution is {size!r:.40}; wanted a number above 0.")
-    if size is not None:
-        side = round((size * 1e6) ** 0.5 / _SIDE_STEP) * _SIDE_STEP if kind == "area" else size
+    return str(kind)
+
+
+def _size_notes(own: Mapping[str, Any]) -> Iterator[str]:
+    size, kind, side = own.get("resolution"), _kind_of_size(own), _side(own)
+    if side is not None:
         by = ", which is by area here, not the shorter side" if kind == "pixel" else ""
         yield f"resolution = {size}, {kind}: --resolution {side}{by}"
     downsampled = own.get("target_downsample_size")
