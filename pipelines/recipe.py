@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Config:
     """Convert a training of another tool to a config of `sfumato train`, and its images to a dataset.toml.
 
-    Reads a config of kohya's sd-scripts (its --config_file, which kohya_ss writes, too), of OneTrainer, ai-toolkit or
-    SimpleTuner, or a script with a command of sd-scripts or of diffusers' example scripts. The config also says what
-    the other tool does by default and sfumato does not. Settings without a counterpart are listed.
+    Reads a config of kohya_ss, sd-scripts (its --config_file), OneTrainer, ai-toolkit or SimpleTuner, or a script with
+    a command of sd-scripts or of diffusers' example scripts. The config also says what the other tool does by default
+    and sfumato does not. Settings without a counterpart are listed.
 
     Example: sfumato recipe train.sh -o mine.toml
     """

@@ -49,7 +49,7 @@ def test_a_command_of_sd_scripts_is_a_config_of_lora(home):
         **{"base": "runwayml/stable-diffusion-v1-5", "clip_skip": 1, "precision": "bf16", "attention": "xformers"},
         **{"seed": 42, "steps": 1000, "batch": 2, "resolution": 512, "rank": 16, "alpha": 8.0, "min_snr": 5.0},
         **{"learning_rate": 1e-4, "text_learning_rate": 5e-5, "optimizer": "adamw8bit", "name": "dog"},
-        **{"optimizer_args": ["betas=0.9,0.999"], "schedule": "cosine", "cycles": 3, "warmup": 100},
+        **{"optimizer_args": ["betas=0.9,0.999"], "schedule": "cosine", "cycles": 3, "warmup": 0.1},
         **{"sample_prompts": ["sks dog --w 512 --d 7", "sks dog's house"]},
         "images": (home / "mine-images.toml").as_posix(),
     }
@@ -548,7 +548,7 @@ def test_words_and_whole_models_of_onetrainer(home):
         (
             "a.json",
             "{}",
-            "a.json: neither config.process of ai-toolkit, model_family of SimpleTuner nor training_method",
+            "a.json: neither config.process of ai-toolkit, model_family of SimpleTuner, training_",
         ),
         ("a.json", "{", "a.json: cannot be parsed (Expecting property name"),
         ("a.yaml", "", "a.yaml: neither config.process of ai-toolkit"),

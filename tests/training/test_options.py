@@ -95,6 +95,20 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         resolve(replace(CONFIG, steps=10, warmup=20), BASE, pictures_of(16), 1)
 
 
+def test_a_warm_up_below_one_is_a_share_of_the_steps():
+    """As in sd-scripts' get_scheduler_fix, which cuts off what is left of a step."""
+    for share, steps in ((0.1, 10), (0.1, 19), (0.99, 10), (0.001, 10)):
+        found = resolve(replace(CONFIG, steps=steps, warmup=share), BASE, pictures_of(16), 1)[0]
+        assert repr(found.warmup) == str(int(share * steps))
+    by_epochs = resolve(replace(CONFIG, epochs=5, steps=None, batch=4, warmup=0.25), BASE, pictures_of(16), 1)[0]
+    assert (by_epochs.steps, by_epochs.warmup) == (20, 5)
+    assert resolve(replace(CONFIG, steps=10, warmup=1), BASE, pictures_of(16), 1)[0].warmup == 1
+    with pytest.raises(
+        ConfigError, match=r"--warmup 1\.5: wanted whole steps, or below 1 a share of the run's steps\."
+    ):
+        check_trainer(replace(CONFIG, warmup=1.5))
+
+
 def test_more_falls_of_the_rate_than_the_steps_hold_are_refused():
     """Of as many cycles as steps each would stay at its peak."""
     for warmup, most in ((0, 5), (3, 3)):

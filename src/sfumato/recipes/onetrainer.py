@@ -235,10 +235,8 @@ def _steps(asked: Asked, recipe: Recipe) -> None:
                 f"learning_rate_scheduler = {name}: the rate starts at its peak again, as with HARD_RESTARTS"
             )
     count = asked.number("learning_rate_warmup_steps")
-    if count is not None and 0 < count <= 1:
-        recipe.notes.append(
-            f"learning_rate_warmup_steps = {count:g}: a share of steps that only epochs count; give --warmup STEPS"
-        )
+    if count is not None and 0 < count <= 1:  # a share, of which 1 is a step here
+        recipe.say("warmup", min(count, 0.999))
         return
     # They count batches there.
     recipe.say("warmup", None if count is None else int(count / (accumulate or 1)), int(200 / (accumulate or 1)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from sfumato.data.foreign.settings import read_whole, without_empty
 from sfumato.errors import ConfigError
-from sfumato.recipes import ai_toolkit
+from sfumato.recipes import ai_toolkit, kohya_ss
 from sfumato.recipes.asked import Asked
 from sfumato.recipes.scripts import UNSET, commands
 from sfumato.text_files import decode
@@ -54,19 +55,32 @@ def text_of(path: Path) -> str:
 
 
 def _of_values(path: Path, values: Any) -> Asked:
-    """A config of OneTrainer, ai-toolkit or SimpleTuner, by what is in it."""
+    """A config of OneTrainer, ai-toolkit, SimpleTuner or kohya_ss, by what is in it."""
     config = values.get("config") if isinstance(values, dict) else None
     if isinstance(config, dict) and isinstance(config.get("process"), list):
         return _of_ai_toolkit(path, without_empty(config))
     plain = _plain(values) if isinstance(values, dict) else {}
     if "model_family" in plain:
         return Asked(path.name, SIMPLETUNER, plain, path.resolve().parent)
+    if kohya_ss.is_saved(plain):
+        return _of_kohya_ss(path, plain)
     if not {"training_method", "base_model_name"} & plain.keys():
         raise ConfigError(
-            f"{path.name}: neither config.process of ai-toolkit, model_family of SimpleTuner nor training_method of "
-            "OneTrainer is in it. Of kohya_ss name the config_lora-DATE.toml that it writes beside its results."
+            f"{path.name}: neither config.process of ai-toolkit, model_family of SimpleTuner, training_method of "
+            "OneTrainer nor what kohya_ss saves is in it. Name the config of a training."
         )
     return Asked(path.name, ONETRAINER, values, path.resolve().parent)
+
+
+def _of_kohya_ss(path: Path, values: dict[str, Any]) -> Asked:
+    """What one of its windows saves, with the options that it adds to the command."""
+    script, settings = kohya_ss.settings(values, path.name)
+    more = str(values.get("additional_parameters") or "")
+    try:
+        settings |= _options(shlex.split(more))
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: additional_parameters {more!r:.60}: {error}.") from None
+    return Asked(path.name, script, settings, path.resolve().parent)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

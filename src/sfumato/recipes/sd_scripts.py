@@ -113,7 +113,9 @@ def _network(asked: Asked, recipe: Recipe) -> None:
     recipe.say("init_from", asked.path("network_weights"))
     rate = asked.number("learning_rate")
     recipe.say("learning_rate", asked.number("unet_lr", rate), _RATE)
-    if not asked.flag("network_train_unet_only"):
+    if asked.flag("network_train_unet_only"):
+        asked.taken.add("text_encoder_lr")
+    else:
         _text_encoders(asked, recipe, rate)
     recipe.notes += [
         f"network_args {key}={value}: has no counterpart here and is left out" for key, value in args.items()
@@ -167,9 +169,10 @@ def _whole(asked: Asked, recipe: Recipe) -> None:
     if stop is not None and stop > 0:
         recipe.notes.append(f"stop_text_encoder_training = {stop}: the text encoder learns to the end, or not at all")
     recipe.say("learning_rate", rate, _RATE)
-    if stop is None or stop > 0:
+    of_text = asked.number("learning_rate_te", rate)
+    if (stop is None or stop > 0) and of_text != 0:
         recipe.say("train_text_encoder", None, True)
-        recipe.say("text_learning_rate", asked.number("learning_rate_te", rate), _RATE)
+        recipe.say("text_learning_rate", of_text, _RATE)
     recipe.ask = ("class_name",)
     recipe.notes.append(shared.CLASS_NAME)
 
@@ -193,8 +196,11 @@ def _word(asked: Asked, recipe: Recipe) -> None:
 
 def _loss(asked: Asked, recipe: Recipe) -> None:
     recipe.say("clip", asked.number("max_grad_norm"))
-    recipe.say("debiased", asked.flag("debiased_estimation_loss") or None)
-    recipe.say("min_snr", asked.number("min_snr_gamma"), None if "debiased" in recipe.told else 0.0)
+    gamma, is_debiased = asked.number("min_snr_gamma"), asked.flag("debiased_estimation_loss")
+    if gamma and is_debiased:
+        recipe.notes.append("debiased_estimation_loss beside min_snr_gamma: timesteps are weighed once, by the latter")
+    recipe.say("debiased", True if is_debiased and not gamma else None)
+    recipe.say("min_snr", gamma, None if is_debiased else 0.0)
     recipe.say("noise_offset", asked.number("noise_offset"))
     if asked.whole("multires_noise_iterations"):
         recipe.say("pyramid_noise", asked.number("multires_noise_discount", 0.3))

@@ -121,20 +121,11 @@ def schedule(asked: Asked, recipe: Recipe, *, cycles: str, power: str, warmup: i
     turns = asked.whole(cycles, 1) or 1
     if name == "cosine_with_restarts" and turns > 1:
         recipe.say("cycles", turns)
-    if 0 < count < 1:  # a share of the steps, as sd-scripts has it, too
-        steps = recipe.values.get("steps")
-        if steps is None:
-            recipe.notes.append(
-                f"lr_warmup_steps = {count:g}: a share of steps that only epochs count; give --warmup STEPS"
-            )
-            count = 0
-        else:
-            count = int(count * steps)
     steps = recipe.values.get("steps")
     if steps is not None and count > steps:
         recipe.notes.append(f"lr_warmup_steps = {count:g}: more than the {steps} steps, which all of them are here")
         count = steps
-    recipe.say("warmup", int(count) or None)
+    recipe.say("warmup", (count if count < 1 else int(count)) or None)  # a share is one here, too
 
 
 def precision(asked: Asked, recipe: Recipe) -> None:
@@ -164,16 +155,18 @@ def resolution(asked: Asked, recipe: Recipe, usual: int | None) -> None:
 
 
 def sample_prompts(asked: Asked, recipe: Recipe, key: str) -> None:
-    """The lines of the file of prompts, but for comments."""
-    given = asked.text(key)
-    if given is None:
+    """The lines of the file of prompts, or those that stand there themselves, but for comments."""
+    if isinstance(asked.get(key), list):
+        lines = asked.several(key)
+    elif (given := asked.text(key)) is None:
         return
-    file = asked.find(given)
-    if file is None or not file.is_file() or file.suffix.lower() != ".txt":
-        recipe.notes.append(f"{key} = {given}: no .txt with prompts is there; give them as --sample-prompts")
-        return
-    lines = [line.strip() for line in text_of(file).splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    else:
+        file = asked.find(given)
+        if file is None or not file.is_file() or file.suffix.lower() != ".txt":
+            recipe.notes.append(f"{key} = {given}: no .txt with prompts is there; give them as --sample-prompts")
+            return
+        lines = text_of(file).splitlines()
+    prompts = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     recipe.say("sample_prompts", [with_known_flags(prompt, key, recipe.notes) for prompt in prompts] or None)
 
 

@@ -72,6 +72,8 @@ def check_trainer(config: TrainerOptions) -> None:
             "--optimizer adamw."
         )
     optimizer_settings.settings(config.optimizer, config.optimizer_args)
+    if config.warmup > 1 and config.warmup % 1:
+        raise ConfigError(f"--warmup {config.warmup:g}: wanted whole steps, or below 1 a share of the run's steps.")
     if config.schedule == "constant":
         only_with(config, "--schedule cosine or linear", "cycles")
     if config.debiased and config.min_snr:

@@ -48,6 +48,8 @@ def resolve(
         config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
     config, filled = fill(config, known)
     config.noising(base)
+    if config.warmup < 1:  # a share
+        config = dataclasses.replace(config, warmup=int(config.warmup * (config.steps or 0)))
     assert config.steps is not None
     if config.warmup > config.steps:
         raise ConfigError(
@@ -80,7 +82,7 @@ def check_cycles(config: TrainerOptions, steps: int) -> None:
 
     Not where a run goes on, which may have begun with an earlier version.
     """
-    most = max(1, (steps - config.warmup) // 2)
+    most = max(1, (steps - int(config.warmup)) // 2)
     if config.cycles > most and not config.resume:
         after = f" after --warmup {config.warmup}" if config.warmup else ""
         raise ConfigError(

@@ -116,7 +116,7 @@ def _split(group: dict[str, Any], faster: set[int], ratio: float) -> list[dict[s
     return [{"params": params, "lr": rate} for params, rate in zip(parts, rates, strict=True)]
 
 
-def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: int, cycles: int = 1) -> float:
+def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: float, cycles: int = 1) -> float:
     """What the learning rate is multiplied with at `step` (from 0) of `steps`.
 
     Rises linearly over `warmup` steps, then stays, or falls to 0 as half a cosine or a line, `cycles` times from its
@@ -141,7 +141,7 @@ class Schedule:
         optimizer: torch.optim.Optimizer,
         name: ScheduleName,
         steps: int,
-        warmup: int,
+        warmup: float,
         *,
         cycles: int = 1,
         second: int = 0,

@@ -271,8 +271,8 @@ class StepOptions:
     line."""
     cycles: int = 1
     """How often the learning rate falls in a run. Each fall begins at the peak again (cosine with restarts)."""
-    warmup: int = 0
-    """Steps over which the learning rate rises from 0 to its peak."""
+    warmup: float = 0
+    """Steps over which the learning rate rises from 0 to its peak; below 1, a share of the run's steps."""
     clip: float = 1.0
     """Largest norm of the gradient over all trained weights; a longer gradient is scaled down to it. 0 turns clipping
     off."""

@@ -18,6 +18,7 @@ _ELSEWHERE = {
     "enable_bucket": "buckets are always on",
     "min_bucket_reso": "buckets follow --resolution",
     "max_bucket_reso": "buckets follow --resolution",
+    "bucket_no_upscale": "small images are enlarged, and sfumato check names them",
     "bucket_reso_steps": "buckets follow the base",
     "max_token_length": "--max-tokens",
     "conditioning_data_dir": 'masks go to masks/ in the image folder, with mask = "files" in its source',
@@ -64,7 +65,6 @@ _TRAINING_ONLY = (
     "token_warmup_step",
     "weighted_captions",
     "secondary_separator",
-    "bucket_no_upscale",
 )
 """Settings of a training that change what is seen of its pictures and have no counterpart."""
 _TEXTS = frozenset(

@@ -1,0 +1,141 @@
+"""kohya_ss: what one of its windows saves -> the script of sd-scripts that it starts, and that script's settings.
+
+Names and meanings are those of kohya_gui/lora_gui.py, dreambooth_gui.py and textual_inversion_gui.py there.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from sfumato.errors import ConfigError
+
+_PASSED_ON = frozenset((
+    "adaptive_noise_scale", "bucket_no_upscale", "bucket_reso_steps", "caption_dropout_every_n_epochs",
+    "caption_dropout_rate", "caption_extension", "clip_skip", "color_aug", "dataset_config",
+    "debiased_estimation_loss", "dim_from_weights", "flip_aug", "fp8_base", "full_bf16", "full_fp16",
+    "gradient_accumulation_steps", "gradient_checkpointing", "huber_c", "huber_scale", "huber_schedule",
+    "huggingface_repo_id", "init_word", "ip_noise_gamma", "ip_noise_gamma_random_strength", "keep_tokens",
+    "learning_rate", "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "log_with", "logging_dir",
+    "loss_type", "lr_scheduler", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_type", "masked_loss",
+    "max_bucket_reso", "max_grad_norm", "max_timestep", "max_token_length", "max_train_epochs", "max_train_steps",
+    "metadata_author", "metadata_license", "min_bucket_reso", "min_snr_gamma", "min_timestep", "mixed_precision",
+    "network_alpha", "network_dim", "network_dropout", "network_weights", "num_vectors_per_token",
+    "noise_offset_random_strength", "output_name", "pretrained_model_name_or_path", "prior_loss_weight", "random_crop",
+    "reg_data_dir", "sample_every_n_epochs", "sample_every_n_steps", "save_every_n_epochs", "save_every_n_steps",
+    "save_precision", "scale_v_pred_loss_like_noise_pred", "scale_weight_norms", "seed", "shuffle_caption",
+    "stop_text_encoder_training", "token_string", "train_batch_size", "train_data_dir", "train_inpainting",
+    "text_encoder_lr", "unet_lr", "v2", "v_parameterization", "v_pred_like_loss", "vae", "weighted_captions", "weights",
+))  # fmt: skip
+"""Settings that mean in sd-scripts what they mean in the window, as far as they change a training."""
+_CALLED = {
+    "max_resolution": "resolution", "optimizer": "optimizer_type", "lora_network_weights": "network_weights",
+    "stop_text_encoder_training_pct": "stop_text_encoder_training",
+}  # fmt: skip
+"""What a window calls a setting, or once did."""
+_ZERO_TOO = frozenset(("max_grad_norm", "prior_loss_weight", "learning_rate_te"))
+"""Numbers of which 0 says something; of the others it says that they are unset."""
+_USUAL = {"bucket_reso_steps": 64, "min_bucket_reso": 256, "max_bucket_reso": 2048}
+"""What is saved of buckets where nothing was chosen."""
+_KINDS = {
+    "Standard": "networks.lora", "Kohya LoCon": "networks.lora", "LoCon": "locon", "LyCORIS/LoCon": "locon",
+    "LyCORIS/LoHa": "loha", "LyCORIS/LoKr": "lokr",
+}  # fmt: skip
+"""LoRA_type -> the module, or LyCORIS's algo."""
+_OF_EACH = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio",
+            "loraplus_text_encoder_lr_ratio")  # fmt: skip
+_OF_BLOCKS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "block_dims",
+              "block_alphas", "conv_block_dims", "conv_block_alphas")  # fmt: skip
+_OF_LYCORIS = ("use_tucker", "use_cp", "use_scalar", "dora_wd", "rank_dropout_scale", "train_norm")
+_OF_LOKR = ("factor", "decompose_both")
+_OTHERS = ("flux1_checkbox", "sd3_checkbox", "hunyuan_image_checkbox", "anima_checkbox", "lumina_checkbox")
+
+
+def is_saved(values: Mapping[str, Any]) -> bool:
+    """Whether these are what one of its windows that train saves."""
+    return "LoRA_type" in values or {"pretrained_model_name_or_path", "max_resolution"} <= values.keys()
+
+
+def settings(values: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    """(script, its settings), but for what stands in `additional_parameters`. name: of the file.
+
+    Raises ConfigError for a training that has no counterpart.
+    """
+    if other := next((key for key in _OTHERS if values.get(key)), None):
+        raise ConfigError(f"{name}: its model is that of {other}; wanted SD 1.x, SD 2.x or SDXL.")
+    script = "train_db.py"
+    if "LoRA_type" in values:
+        script = "train_network.py"
+    elif "token_string" in values:
+        script = "train_textual_inversion.py"
+    elif values.get("sdxl") or "dataset_repeats" in values:
+        raise ConfigError(f"{name}: a whole model by fine_tune.py or sdxl_train.py, which are not converted.")
+    found = {_CALLED.get(key, key): value for key, value in values.items() if _is_set(key, value)}
+    kept = {key: value for key, value in found.items() if key in _PASSED_ON or key in _CALLED.values()}
+    kept = {key: value for key, value in kept.items() if _number(value) != _USUAL.get(key, math.nan)}
+    kept |= _steps(found) | _of_noise(found)
+    kept["optimizer_args"] = shlex.split(str(found.get("optimizer_args", "")).replace('"', ""))
+    kept["sample_prompts"] = str(found.get("sample_prompts", "")).splitlines()
+    kept["xformers"] = found.get("xformers") in (True, "xformers")
+    for template in ("object", "style"):
+        kept[f"use_{template}_template"] = found.get("template") == f"{template} template"
+    if script == "train_network.py":
+        kept |= _network(found, name)
+    return f"{'sdxl_' if values.get('sdxl') else ''}{script}", kept
+
+
+def _is_set(key: str, value: Any) -> bool:
+    if value is None or value is False or value == "":
+        return False
+    return key in _ZERO_TOO or _number(value) != 0
+
+
+def _number(value: Any) -> float | None:
+    """The number that a setting is or spells, None for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _steps(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Its windows count steps from epochs and images; the warm-up is in percent, unless it is in steps."""
+    told: dict[str, Any] = {}
+    if not {"max_train_epochs", "max_train_steps", "dataset_config"} & found.keys():
+        told["max_train_epochs"] = found.get("epoch", 1)
+    steps, percent = _number(found.get("lr_warmup_steps")), _number(found.get("lr_warmup"))
+    told["lr_warmup_steps"] = steps or (percent or 0) / 100
+    return told
+
+
+def _of_noise(found: Mapping[str, Any]) -> dict[str, Any]:
+    """One of the two kinds of noise, of which the other's settings are saved, too."""
+    if found.get("noise_offset_type") == "Multires":
+        return {key: found.get(key) for key in ("multires_noise_iterations", "multires_noise_discount")}
+    return {"noise_offset": found.get("noise_offset")}
+
+
+def _network(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    kind = str(found.get("LoRA_type", "Standard"))
+    if kind not in _KINDS:
+        raise ConfigError(f"{name}: LoRA_type {kind:.40} has no counterpart; {', '.join(_KINDS)} have.")
+    module, of_kind = _KINDS[kind], list(_OF_EACH)
+    args: list[str] = []
+    if module == "networks.lora":
+        of_kind += _OF_BLOCKS
+    else:
+        args = [f"algo={module}", f"preset={found.get('LyCORIS_preset', 'full')}"]
+        of_kind += [*_OF_LYCORIS, *(_OF_LOKR if module == "lokr" else ())]
+        module = "lycoris.kohya"
+    if kind != "Standard":
+        args += [f"{key}={found.get(key, 0)}" for key in ("conv_dim", "conv_alpha")]
+    args += [f"{key}={found[key]}" for key in of_kind if key in found and (key, found[key]) != ("factor", -1)]
+    text, unet = (_number(found.get(key)) or 0 for key in ("text_encoder_lr", "unet_lr"))
+    return {
+        "network_module": module,
+        "network_args": args,
+        "network_train_unet_only": unet != 0 and text == 0,
+        "network_train_text_encoder_only": unet == 0 and text != 0,
+    }
