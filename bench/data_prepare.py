@@ -17,6 +17,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def main() -> None:
         sizes = bucket_sizes(
             resolution, side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
         )
-        _, report["look_only"] = timed(lambda: list(survey(examples, sizes, base.vae_factor)))
+        sized = [replace(each, options=replace(each.options, resolution=resolution)) for each in examples]
+        _, report["look_only"] = timed(lambda: list(survey(sized, {resolution: sizes}, base.vae_factor)))
         plain, report["prepare"] = timed(lambda: prepare(examples, base, resolution=resolution))
         _, report["prepare_filling_the_cache"] = timed(
             lambda: prepare(examples, base, resolution=resolution, cache=cache)

@@ -7,7 +7,7 @@ from threading import Lock
 import pytest
 from made_up import FakeBase, noise_picture
 
-from sfumato.data import Example, gathering, prefetch, prepare, survey
+from sfumato.data import Example, Options, gathering, prefetch, prepare, survey
 from sfumato.data.prefetch import prefetch as read_ahead
 
 
@@ -66,10 +66,11 @@ def test_pictures_count_by_their_headers(cores, monkeypatch, tmp_path):
     """In training and in `check`."""
     for number in range(8):
         noise_picture(seed=number).save(tmp_path / f"{number}.png")
-    examples = [Example(path, "x") for path in sorted(tmp_path.glob("*.png"))]
+    of_size = Options(resolution=64)
+    examples = [Example(path, "x", options=of_size) for path in sorted(tmp_path.glob("*.png"))]
     for module, look in (
         (gathering, lambda: prepare(examples, FakeBase(), resolution=64)),
-        (survey, lambda: list(survey.survey(examples, [(64, 64)], 8))),
+        (survey, lambda: list(survey.survey(examples, {64: [(64, 64)]}, 8))),
     ):
         for pixels, most in ((64 * 64, 1), (2 * 64 * 64, 2)):
             monkeypatch.setattr(prefetch, "MOST_PIXELS", pixels)

@@ -4,7 +4,7 @@ Sizes are (width, height) in pixels, as in Pillow.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sfumato.data.options import CropMode
@@ -15,6 +15,8 @@ _LARGEST = 8192
 
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
+Sizes = Mapping[int, list[Size]]
+"""The shapes that images of each resolution may get."""
 
 MOST_POSITIONS = 8
 """Places that a random crop is taken from: each is encoded once, and more teach nothing new."""
@@ -121,6 +123,12 @@ def checked_sizes(resolution: int, step: int, *, buckets: bool) -> list[Size]:
             "1024 is usual."
         )
     return bucket_sizes(resolution, step, largest_ratio=2.0 if buckets else 1.0)
+
+
+def of_resolution(sizes: Sizes, resolution: int | None) -> list[Size]:
+    """Those of an example's resolution, which is set by then."""
+    assert resolution is not None
+    return sizes[resolution]
 
 
 def side_step(vae_factor: int, unet_levels: int, resolution: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sfumato.data import planning
-from sfumato.data.buckets import Crop
+from sfumato.data.buckets import Crop, of_resolution
 from sfumato.data.cache import Cache, Entry, crop_from_text, crop_to_text
 from sfumato.data.checksums import file_digest, refuse_changed
 from sfumato.data.crops import Cropped, crop_example
@@ -108,6 +108,7 @@ def _tell_share(tell: Callable[[str, int, int], None], before: int, these: int, 
 
 def _read(example: Example, label: str, asked: bool, plan: Plan, store: Cache | None) -> _Done | DataError:
     """The example's crop, with its pixels or from the cache if it is asked for, or what is wrong with it."""
+    sizes = of_resolution(plan.sizes, example.options.resolution)
     try:
         files = example.files
         before = [stamp(path.stat()) for path in files]
@@ -115,12 +116,12 @@ def _read(example: Example, label: str, asked: bool, plan: Plan, store: Cache | 
         for path, wanted, found in zip(files, example.checksums, content, strict=False):
             refuse_changed(path, wanted, found)
         if not asked:
-            crop = crop_of(example, plan.sizes, plan.vae_factor)
+            crop = crop_of(example, sizes, plan.vae_factor)
             return _Done(example, label, "".join(content), "", crop)
         key = latents_key(example, content, plan)
         result: Cropped | Entry | None = store.find("latents", key) if store else None
         if result is None:
-            result = crop_example(example, plan.sizes, plan.vae_factor, example.options.crop or "center")
+            result = crop_example(example, sizes, plan.vae_factor, example.options.crop or "center")
             if [stamp(path.stat()) for path in files] != before:
                 raise DataError(f"{example.path.name}: the file changed while it was read. Start again.")
         return _Done(example, label, "".join(content), key, result)

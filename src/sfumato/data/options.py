@@ -19,6 +19,7 @@ class Options:
     a caption. shuffle_tags: shuffle the parts of a caption between separators for each sample, except the first
     keep_tags. tag_dropout: share of those parts to leave out. keep_tags_separator: where a caption has it, the tags
     before it stay in front instead, and those after a second one at the end. weight: weight of a sample in the loss.
+    resolution: side in pixels of the square with as many pixels as the image gets.
     """
 
     flip: bool | None = None
@@ -30,6 +31,7 @@ class Options:
     separator: str = ","
     keep_tags_separator: str = field(default="|||", repr=False)  # what is learned has `Example.kept_tags` instead
     weight: float = 1.0
+    resolution: int | None = field(default=None, repr=False)  # what is learned has the crop instead
 
     def check(self, where: str = "") -> None:
         """Raise ConfigError for a value that makes no sense. where: text to put before the message."""

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from sfumato.data.buckets import Crop, Size, checked_sizes, fit_crop, nearest_bucket, side_step
+from sfumato.data.buckets import (
+    Crop,
+    Size,
+    Sizes,
+    checked_sizes,
+    fit_crop,
+    nearest_bucket,
+    of_resolution,
+    side_step,
+)
 from sfumato.data.cache import Cache, decoders, key_of, weights_digest
 from sfumato.data.checksums import file_digest
 from sfumato.data.folder import Example
@@ -41,7 +50,7 @@ class Plan:
     in_loop: whether random crops are left to the loop. weights, dtype: of the VAE.
     """
 
-    sizes: list[Size]
+    sizes: Sizes
     vae_factor: int
     in_loop: bool
     weights: str
@@ -62,11 +71,18 @@ def bucket_step(base: Base, resolution: int) -> int:
     return side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
 
 
-def foreseen_crops(examples: Sequence[Example], sizes: list[Size], vae_factor: int) -> Iterator[tuple[Example, Crop]]:
+def sizes_of(examples: Iterable[Example], base: Base, *, buckets: bool) -> Sizes:
+    """The shapes for the resolutions of the examples, which all say theirs. Raises ConfigError for one that the base
+    cannot take."""
+    asked = {side for example in examples if (side := example.options.resolution) is not None}
+    return {side: checked_sizes(side, bucket_step(base, side), buckets=buckets) for side in sorted(asked)}
+
+
+def foreseen_crops(examples: Sequence[Example], sizes: Sizes, vae_factor: int) -> Iterator[tuple[Example, Crop]]:
     """The examples with their crops, by what their files' headers say."""
     for example in examples:
         with suppress(DataError):  # said when it is decoded
-            yield example, crop_of(example, sizes, vae_factor)
+            yield example, crop_of(example, of_resolution(sizes, example.options.resolution), vae_factor)
 
 
 def crop_of(example: Example, sizes: list[Size], vae_factor: int) -> Crop:
@@ -75,7 +91,7 @@ def crop_of(example: Example, sizes: list[Size], vae_factor: int) -> Crop:
     return fit_crop(size, nearest_bucket(size, sizes), example.options.crop or "center", vae_factor)
 
 
-def plan_of(foreseen: Foreseen, sizes: list[Size], base: Base, store: Cache | None) -> Plan:
+def plan_of(foreseen: Foreseen, sizes: Sizes, base: Base, store: Cache | None) -> Plan:
     """The plan for pictures of these sizes. store: the VAE's weights are digested for its keys alone."""
     vae = getattr(base, "vae", None)
     weights = weights_digest([vae]) if store and vae is not None else ""
@@ -149,5 +165,5 @@ def latents_key(example: Example, content: Sequence[str], plan: Plan) -> str:
         flip=example.options.flip,
         decoders=decoders(),
         torch=torch.__version__,
-        **asdict(plan),
+        **asdict(plan) | {"sizes": of_resolution(plan.sizes, example.options.resolution)},
     )

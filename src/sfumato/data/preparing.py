@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sfumato.data.buckets import checked_sizes
 from sfumato.data.cache import Cache
 from sfumato.data.crops import OPAQUE
 from sfumato.data.dataset import Dataset, crops_move, middles_of
@@ -19,7 +18,7 @@ from sfumato.data.gathering import Gathered, gather
 from sfumato.data.latents import PreparedPicture
 from sfumato.data.listing import grouped
 from sfumato.data.options import CropMode, Options
-from sfumato.data.planning import Plan, bucket_step, early_notes, foreseen_crops, plan_of, require_space
+from sfumato.data.planning import Plan, early_notes, foreseen_crops, plan_of, require_space, sizes_of
 from sfumato.data.tags import count_forms, forms
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
@@ -56,7 +55,7 @@ def prepare(
     """Decode, crop and encode every example once.
 
     resolution: side in pixels of a square picture; with `buckets` others get a shape with about as many pixels, in
-    multiples of what the U-Net can halve, at least a sixteenth of the side. flip, crop,
+    multiples of what the U-Net can halve, at least a sixteenth of the side. resolution, flip, crop,
     caption_dropout, shuffle_tags, keep_tags, tag_dropout: for the examples whose `Options` do not say it themselves.
     embed_text: keep the embeddings of the captions. will_draw: (seed, steps, global batch) of the run to come, so that
     exactly the captions it will draw are embedded, however many forms they have; others are encoded when a batch asks
@@ -71,12 +70,12 @@ def prepare(
     """
     if not examples:
         raise DataError("no images to learn from; give a folder that holds some.")
-    defaults = Options(flip, crop, caption_dropout, shuffle_tags, keep_tags, tag_dropout)
+    defaults = Options(flip, crop, caption_dropout, shuffle_tags, keep_tags, tag_dropout, resolution=resolution)
     defaults.check()
     notes = list(examples.notes) if isinstance(examples, ExampleSet) else []
     skip_bad = isinstance(examples, ExampleSet) and examples.skip_bad
     examples = [replace(example, options=example.options.over(defaults)) for example in examples]
-    sizes = checked_sizes(resolution, bucket_step(base, resolution), buckets=buckets)
+    sizes = sizes_of(examples, base, buckets=buckets)
     asked = set(range(len(examples)))
     if measured is not None and not skip_bad:  # of those that bad ones leave, others would be drawn
         asked = set(middles_of(len(examples), measured))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.bases.needs import Needs
-from sfumato.data.buckets import Size, checked_sizes, side_step
+from sfumato.data.buckets import Size, Sizes, checked_sizes, nearest_bucket, side_step
 from sfumato.data.crops import OPAQUE
 from sfumato.data.duplicates import duplicates
 from sfumato.data.folder import (
@@ -148,30 +148,34 @@ def check(
     Raises DataError where there is no folder or no picture, ConfigError for options that make no sense.
     """
     side = resolution or needs.resolution
-    sizes = checked_sizes(side, side_step(needs.vae_factor, needs.levels, side), buckets=True)
     sources = sources_of(
         path, caption_template=caption_template, trigger=trigger, mask=mask, caption_lines=caption_lines
     )
     listings = [source.list() for source in sources]
     founds = [found for listing in listings for found in listing.pictures]
     ignored = tuple(entry for listing in listings for entry in listing.ignored)
-    examples = tuple(
-        _example(found, source, Options(crop=crop))
-        for source, listing in zip(sources, listings, strict=True)
-        for found in listing.pictures
-    )
+    examples: list[Example] = []
+    asked: list[tuple[int, ...]] = []  # at which resolutions, of which the largest is looked at
+    for source, listing in zip(sources, listings, strict=True):
+        at = source.resolutions or (side,)
+        examples += [_example(found, source, Options(crop=crop, resolution=max(at))) for found in listing.pictures]
+        asked += [at] * len(listing.pictures)
     if not examples:
         raise no_pictures(path, ignored)
+    sizes = {
+        each: checked_sizes(each, side_step(needs.vae_factor, needs.levels, each), buckets=True)
+        for each in sorted({side for at in asked for side in at})
+    }
     looks = tuple(survey(examples, sizes, needs.vae_factor, thumbnails=thumbnails, progress=progress))
     report = Report(
         path,
         needs,
         side,
         batch,
-        examples,
+        tuple(examples),
         looks,
         ignored,
-        _count_buckets(examples, looks, sizes),
+        _count_buckets(examples, looks, asked, sizes),
         tuple(labels_of([example.path for example in examples])),
         tuple(bool(found.caption.text) and found.caption.origin != "folder name" for found in founds),
     )
@@ -203,14 +207,16 @@ def _example(found: ListedPicture, source: Source, defaults: Options) -> Example
 
 
 def _count_buckets(
-    examples: Sequence[Example], looks: Sequence[PictureStats], sizes: Sequence[Size]
+    examples: Sequence[Example], looks: Sequence[PictureStats], asked: Sequence[tuple[int, ...]], sizes: Sizes
 ) -> dict[Size, int]:
     """Samples of an epoch by size, in the order of the sizes; none of the class."""
     counts: Counter[Size] = Counter()
-    for example, look in zip(examples, looks, strict=True):
+    for example, look, sides in zip(examples, looks, asked, strict=True):
         if look.crop is not None and example.group == "instance":
-            counts[look.crop.size] += example.repeats
-    return {size: counts[size] for size in sizes if counts[size]}
+            for side in sides:
+                counts[nearest_bucket(look.crop.original, sizes[side])] += example.repeats
+    ordered = dict.fromkeys(size for of_side in sizes.values() for size in of_side)
+    return {size: counts[size] for size in ordered if counts[size]}
 
 
 def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Finding]:

@@ -10,7 +10,7 @@
 datasets/README.md lists the keys. Imports no torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os.path import realpath
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any, get_args
 from sfumato import shell
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
-from sfumato.data.folder import ExampleSet, Group, examples_of, joint_notes
+from sfumato.data.folder import Example, ExampleSet, Group, examples_of, joint_notes
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import MaskSource, Options
 from sfumato.errors import ConfigError, DataError, nearest
 from sfumato.toml import check_path, read_toml
 
-_OPTION_KEYS = tuple(option.name for option in fields(Options))
+_OPTION_KEYS = tuple(option.name for option in fields(Options) if option.name != "resolution")
 _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "path": str,
     "repeats": int,
@@ -37,6 +37,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "caption_suffix": str,
     "caption_lines": bool,
     "mask": str,
+    "resolution": (int, list),
     "flip": bool,
     "crop": str,
     "caption_dropout": (int, float),
@@ -49,14 +50,18 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
 }
 _OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_lines", "caption_dropout", "tag_dropout")
 """Keys before the first source that do not hold for pictures of a class."""
-_NAMES = {str: "a text", int: "a whole number", bool: "true or false", (int, float): "a number"}
+_NAMES: Mapping[type | tuple[type, ...], str] = {
+    **{str: "a text", int: "a whole number", bool: "true or false", (int, float): "a number"},
+    (int, list): "a whole number, or a list of some",
+}
 
 
 @dataclass(frozen=True)
 class Source:
     """One folder of a data set. template: what captions are put into. words: the caption of pictures without one.
     by_line: each line of a caption is one of its own; unset, they are not, and that is told. read: the real paths of
-    all sources' folders, so that none of them is called ignored."""
+    all sources' folders, so that none of them is called ignored. resolutions: at each of which its images are learned;
+    none for that of the training."""
 
     path: Path
     repeats: int = 1
@@ -69,6 +74,12 @@ class Source:
     mask: MaskSource = "none"
     options: Options = field(default_factory=Options)
     read: frozenset[str] = frozenset()
+    resolutions: tuple[int, ...] = ()
+
+    def at_resolutions(self, example: Example) -> Iterator[Example]:
+        """The example at each of the source's resolutions."""
+        for resolution in self.resolutions or (example.options.resolution,):
+            yield replace(example, options=replace(example.options, resolution=resolution))
 
     def list(self) -> Listing:
         """The folder's files. Raises DataError as `list_folder` does."""
@@ -132,7 +143,8 @@ def _read(source: Source, skip_bad: bool, words: str) -> ExampleSet:
         words=None if source.group == "class" else words,  # no --caption is for it
         options=source.options,
     )
-    return replace(part, examples=tuple(replace(example, group=source.group) for example in part.examples))
+    examples = [replace(example, group=source.group) for example in part.examples]
+    return replace(part, examples=tuple(each for example in examples for each in source.at_resolutions(example)))
 
 
 def sources_of(
@@ -229,4 +241,15 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
         by_line=values.get("caption_lines"),
         mask=values.get("mask", "none"),
         options=options,
+        resolutions=_resolutions(values.get("resolution", []), where),
     )
+
+
+def _resolutions(value: Any, where: str) -> tuple[int, ...]:
+    each = value if isinstance(value, list) else [value]
+    for number in each:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigError(f"{where}resolution is {value!r:.60}; wanted pixels, such as 512 or [512, 768].")
+    if len(set(each)) < len(each):
+        raise ConfigError(f"{where}resolution is {value!r:.60}; name each once.")
+    return tuple(each)

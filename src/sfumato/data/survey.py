@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfumato.data.buckets import Crop, Size
+from sfumato.data.buckets import Crop, Size, Sizes, of_resolution
 from sfumato.data.checksums import check_files
 from sfumato.data.crops import crop_example
 from sfumato.data.folder import Example
@@ -62,16 +62,18 @@ class PictureStats:
 
 def survey(
     examples: Sequence[Example],
-    sizes: list[Size],
+    sizes: Sizes,
     vae_factor: int,
     *,
     thumbnails: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PictureStats]:
-    """A look at each example, in order, on all cores. progress: called with (looked at, all)."""
+    """A look at each example, in order, on all cores, at its own resolution. progress: called with (looked at, all)."""
 
     def look(example: Example) -> PictureStats:
-        return measure_picture(example, sizes, vae_factor, thumbnail=thumbnails)
+        return measure_picture(
+            example, of_resolution(sizes, example.options.resolution), vae_factor, thumbnail=thumbnails
+        )
 
     looks = prefetch(examples, look, window=_AHEAD, pixels=lambda example: pixels_of(example.path))
     for done, found in enumerate(looks, start=1):

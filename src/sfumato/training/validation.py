@@ -28,7 +28,8 @@ def prepare_validation(
     as_they_are = []
     for each in held_out:
         crop = each.options.crop or config.crop
-        options = dataclasses.replace(plain, crop="center" if crop == "random" else crop)
+        crop = "center" if crop == "random" else crop
+        options = dataclasses.replace(plain, crop=crop, resolution=each.options.resolution)
         as_they_are.append(dataclasses.replace(each, repeats=1, options=options))
     chosen = dataclasses.replace(held_out, examples=tuple(as_they_are))
     dataset = config.prepare(chosen, base, embed_text=False, measured=VALIDATIONS, processes=processes)
