@@ -388,17 +388,20 @@ def test_a_config_of_data_sets_counts_before_the_command_which_counts_where_it_s
     assert training.notes == ("masked_loss = True: --mask files, with the masks in masks/ of each image folder",)
 
 
-def test_data_sets_of_different_sizes_are_noted(home):
+def test_data_sets_of_different_sizes_keep_them(home):
     data = "".join(
-        f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = 'img/10_sks bear'\n"
-        for side in (512, 768)
+        f"[[datasets]]\n{side}\nbatch_size = {batch}\n[[datasets.subsets]]\nimage_dir = 'img/10_sks bear'\n"
+        for side, batch in (("resolution = [512, 768]", 3), ("", 4))
     )
     written(home / "data.toml", data)
-    told, _, notes = converted(
-        home, f"train_network.py {BASE}=a --dataset_config=data.toml --train_batch_size=3 --caption_extension=.txt"
-    )
-    assert (told["resolution"], told["batch"]) == (512, 3)
-    assert notes == ("resolution of its data sets: 512, 768; all have the first of these",)
+    command = f"train_network.py {BASE}=a --dataset_config=data.toml --resolution=768 --caption_extension=.txt"
+    training = convert(written(home / "train.sh", command), home / "i.toml")
+    assert (training.recipe.told["resolution"], training.recipe.told["batch"]) == (624, 3)
+    assert [source["resolution"] for source in tomllib.loads(training.images.text)["source"]] == [624, 768]
+    assert "batch_size of its data sets: 3, 4; all have the first of these" in training.notes
+    written(home / "data.toml", data.replace("resolution = [512, 768]", ""))
+    training = convert(home / "train.sh", home / "i.toml")
+    assert (training.recipe.told["resolution"], "resolution" in training.images.text) == (768, False)
 
 
 ONETRAINER = {
@@ -440,15 +443,16 @@ def test_a_lora_of_onetrainer(home):
     images = (home / "mine-images.toml").as_posix()
     assert told == {
         **{"base": "xl.safetensors", "precision": "bf16", "gradient_checkpointing": False, "rank": 32, "alpha": 16.0},
-        **{"learning_rate": 1e-4, "optimizer": "prodigy", "weight_decay": 0.01, "epochs": 20, "batch": 2},
+        **{"learning_rate": 1e-4, "optimizer": "prodigy", "weight_decay": 0.01, "epochs": 10, "batch": 2},
         **{"optimizer_args": ["use_bias_correction=False", "safeguard_warmup=False", "d_coef=2.0"], "accumulate": 2},
         **{"resolution": 768, "schedule": "cosine", "warmup": 50, "min_snr": 5.0, "noise_offset": 0.05, "ema": 0.99},
         **{"max_timestep": 900, "name": "dog", "sample_prompts": ["a dog --w 512 --l 7.0 --d 7"], "images": images},
     }
     assert usual == {"targets": "transformers"}
     assert training.images.sources == 1
+    assert tomllib.loads(training.images.text)["source"][0]["resolution"] == [768, 1024]
     assert training.notes == (
-        "resolution = 768,1024: images are learned at one size, the first of these",
+        "resolution = 768,1024: each image is learned at each of these, so that an epoch is 2 of OneTrainer's",
         "ema_update_step_interval = 5: the mean is updated at each step, so it is shorter",
     )
 

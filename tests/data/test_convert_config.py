@@ -105,6 +105,7 @@ def test_ai_toolkit_s_data_sets_become_sources(home):
         "shuffle_tags": True,
         "keep_tags": 1,
         "caption_dropout": 0.05,
+        "resolution": [512, 768],
         "flip": True,
     }
 

@@ -234,8 +234,8 @@ def test_tags_vary_as_there_or_a_note_says_how_not(text, keys, note, home):
             "random_hue_max_strength = 0.1: images",
         ),
         (
-            {"image": {"enable_resolution_override": True, "resolution_override": "512,768"}},
-            "resolution_override = 512,768: --resolution",
+            {"image": {"enable_resolution_override": True, "resolution_override": "512x768"}},
+            "resolution = 624: --resolution",
         ),
         ({"image": {"enable_random_circular_mask_shrink": True}}, "masks are taken as they are"),
         ({"image_variations": 4}, "image_variations = 4: crops"),
@@ -247,6 +247,15 @@ def test_what_is_not_carried_over_is_named(concept, note, home):
     _, notes = converted(home, {"path": "dogs", **concept})
     assert len(notes) == 1
     assert note in notes[0]
+
+
+def test_sizes_of_concepts_are_those_of_their_sources(home):
+    own = {"image": {"enable_resolution_override": True, "resolution_override": "512, 768"}}
+    sources, notes = converted(home, {"path": "dogs", **own}, {"path": "others"})
+    assert ([source.get("resolution") for source in sources], notes) == ([[512, 768], None], [])
+    own["image"]["resolution_override"] = "big"
+    with pytest.raises(ConfigError, match="its resolution is 'big'; wanted pixels, such as 512 or 512,768"):
+        converted(home, {"path": "dogs", **own})
 
 
 def test_of_captions_of_several_lines_a_sample_takes_one(home):

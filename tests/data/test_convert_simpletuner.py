@@ -82,13 +82,12 @@ def test_data_backends_become_sources_with_all_that_they_say(home):
     sources, notes = converted(home, DOGS, CLASS, *CACHES)
     dogs = {"repeats": 5, "caption": "photo of {caption}", "shuffle_tags": True, "keep_tags": 1, "crop": "random"}
     assert sources == [
-        {"path": "dogs", **dogs},
-        {"path": "dogs/more", **dogs},
+        {"path": "dogs", **dogs, "resolution": 512},
+        {"path": "dogs/more", **dogs, "resolution": 512},
         {"path": "others", "class": True, "caption": "dog"},
     ]
     assert [note.partition(":")[0] for note in notes] == [
         "caption_shuffle.count = 3",
-        "resolution = 512, pixel_area",
         "target_downsample_size = 768",
         "minimum_image_size = 128",
         "cache_dir_vae = cache/vae-512",

@@ -134,7 +134,6 @@ def test_what_its_window_saves_is_a_config_of_lora(home):
     assert usual == {"targets": "everything", "schedule": "constant", "min_snr": 0.0}
     assert [note.partition(":")[0] for note in notes] == [
         "trigger_word 'p3r5on'",
-        "resolution = 512, 768, 1024",
         "prompts",
         "max_step_saves_to_keep = 4",
     ]
@@ -145,7 +144,7 @@ def test_what_its_window_saves_is_a_config_of_lora(home):
         "trigger": "p3r5on",
         "caption_dropout": 0.05,
     }
-    assert tomllib.loads(images.text)["source"] == [source]
+    assert tomllib.loads(images.text)["source"] == [source | {"resolution": [512, 768, 1024]}]
 
 
 def test_of_what_it_is_not_told_its_defaults_are_written(home):
@@ -256,6 +255,7 @@ def test_what_keeps_the_base_in_ai_toolkit(home):
     sets = [{"folder_path": "img", "resolution": 64}, {"folder_path": "img", "is_reg": True, "batch_size": 2}]
     training = of_toolkit(home, datasets=sets, train={"reg_weight": 0.5})
     assert (training.recipe.told["prior_weight"], training.recipe.told["resolution"]) == (0.5, 512)
+    assert [source["resolution"] for source in tomllib.loads(training.images.text)["source"]] == [64, 512]
     assert training.recipe.told["batch"] == 2
     assert [source.get("class", False) for source in tomllib.loads(training.images.text)["source"]] == [False, True]
     assert "is_reg: such images come in every second step there, and beside each batch here" in training.notes

@@ -67,13 +67,13 @@ def test_of_what_simpletuner_is_not_told_its_defaults_are_written(home):
     recipe = convert(config, home / "i.toml").recipe
     assert recipe.ask == ("images",)
     assert recipe.told == {
-        **{"base": "Lykon/dreamshaper-8", "resolution": 1024, "optimizer": "adamw"},
+        **{"base": "Lykon/dreamshaper-8", "optimizer": "adamw"},
         "optimizer_args": ["betas=0.9,0.999", "eps=1e-6"],
     }
     assert recipe.usual == {
         **{"gradient_checkpointing": True, "rank": 16, "alpha": 16.0, "dropout": 0.1, "targets": "attention"},
         **{"learning_rate": 4e-7, "epochs": 1, "batch": 4, "weight_decay": 0.01, "clip": 0.0, "schedule": "constant"},
-        "min_snr": 0.0,
+        **{"min_snr": 0.0, "resolution": 1024},
     }
 
 

@@ -62,7 +62,10 @@ def convert(path: Path, images: Path) -> Training:
     if asked.script in SD_SCRIPTS:
         data, recipe = _images(asked, images), sd_scripts.convert(asked)
     elif asked.script == ONETRAINER:
-        data, recipe = _concepts(asked, images), onetrainer.convert(asked)
+        data = _concepts(asked, images)
+        if data is None:  # of which a dataset.toml could name several
+            asked.values["resolution"] = (asked.text("resolution") or "512").split(",")[0]
+        recipe = onetrainer.convert(asked)
     elif asked.script == AI_TOOLKIT:
         recipe = ai_toolkit.convert(asked)
         if asked.values.get("datasets"):
@@ -75,6 +78,8 @@ def convert(path: Path, images: Path) -> Training:
         asked.taken |= simpletuner.OF_DATA
     else:
         recipe = diffusers_scripts.convert(asked)
+    if data is not None and data.resolution is not None:
+        recipe.say("resolution", data.resolution)
     recipe.say("images", None if data is None else images.as_posix())
     if "images" not in recipe.told:
         recipe.ask = ("images", *recipe.ask)
@@ -103,7 +108,8 @@ def _with_general(asked: Asked, values: Any) -> Any:
     The training gets the batch and size of the first data set."""
     if not isinstance(values, dict) or not isinstance(general := values.get("general", {}), dict):
         return values
-    said = {key: asked.values[key] for key in sd_scripts.OF_SUBSETS if asked.values.get(key) is not None}
+    of_all = (*sd_scripts.OF_SUBSETS, "resolution")
+    said = {key: asked.values[key] for key in of_all if asked.values.get(key) is not None}
     datasets = values.get("datasets")
     datasets = [each for each in datasets if isinstance(each, dict)] if isinstance(datasets, list) else []
     for key, there in (("resolution", "resolution"), ("train_batch_size", "batch_size")):
@@ -111,7 +117,7 @@ def _with_general(asked: Asked, values: Any) -> Any:
         asked.taken.add(there)
         if found:
             asked.values[key] = found[0]
-        if any(each != found[0] for each in found):
+        if there == "batch_size" and any(each != found[0] for each in found):
             asked.notes.append(f"{there} of its data sets: {', '.join(map(str, found))}; all have the first of these")
     return {**values, "general": {**said, **general}}
 
@@ -125,4 +131,5 @@ def _concepts(asked: Asked, target: Path) -> Converted | None:
     if not concepts:
         return None
     values = {"concepts": concepts, "masked_training": asked.flag("masked_training")}
+    values["resolution"] = asked.text("resolution", "512")
     return convert_values(values, asked.name, folder, target)

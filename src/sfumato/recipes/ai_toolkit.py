@@ -237,9 +237,6 @@ def _steps(asked: Asked, recipe: Recipe) -> None:
     flat = [
         asked.as_whole("resolution", each) for size in sizes for each in (size if isinstance(size, list) else [size])
     ]
-    if len(set(flat)) > 1:
-        shown = ", ".join(map(str, dict.fromkeys(flat)))
-        recipe.notes.append(f"resolution = {shown}: images are learned at one size, the largest of these")
     recipe.say("resolution", max(flat, default=512) if any("resolution" in each for each in datasets) else None, 512)
     batches = [each["batch_size"] for each in datasets if "batch_size" in each]
     of_all = train.whole("batch_size")

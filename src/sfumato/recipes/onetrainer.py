@@ -7,6 +7,7 @@ Its window saves every setting, so that only those are named in notes which are 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import PurePosixPath
 from typing import Any
@@ -218,7 +219,11 @@ def _steps(asked: Asked, recipe: Recipe) -> None:
     given = str(asked.get("resolution", "512"))
     sides = [each for each in given.split(",") if each.strip()]
     if len(sides) > 1:
-        recipe.notes.append(f"resolution = {given}: images are learned at one size, the first of these")
+        recipe.say("epochs", math.ceil(recipe.values["epochs"] / len(sides)))
+        recipe.notes.append(
+            f"resolution = {given}: each image is learned at each of these, so that an epoch is {len(sides)} of "
+            "OneTrainer's"
+        )
     asked.values["resolution"] = sides[0].strip() if sides else "512"
     shared.resolution(asked, recipe, 512)
     name = asked.text("learning_rate_scheduler", "CONSTANT") or "CONSTANT"

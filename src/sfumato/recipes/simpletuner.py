@@ -193,25 +193,26 @@ def _steps(asked: Asked, recipe: Recipe) -> None:
     recipe.say("batch", asked.whole("train_batch_size"), 4)
     recipe.say("accumulate", asked.whole("gradient_accumulation_steps"))
     recipe.say("seed", asked.whole("seed"))
-    usual = {"resolution": asked.get("resolution", 1024), "resolution_type": asked.get("resolution_type", "pixel_area")}
-    found = sides([{**usual, **own} for own in backends(asked)]) or sides([usual])
-    if len(set(found)) > 1:
-        shown = ", ".join(map(str, dict.fromkeys(found)))
-        recipe.notes.append(f"resolution = {shown}: images are learned at one size, the largest of these")
-    recipe.say("resolution", max(found))
+    recipe.say("resolution", max(sides(backends(asked)), default=None), *sides([_of_images(asked)]))
 
 
 def backends(asked: Asked) -> list[dict[str, Any]]:
-    """The data sets of the file that its config names, none where it names none. What it says of captions counts
-    where they say nothing. Raises ConfigError for a file that is not here."""
+    """The data sets of the file that its config names, none where it names none. What it says itself counts where they
+    say nothing. Raises ConfigError for a file that is not here."""
     given = asked.text("data_backend_config")
     if given is None:
         return []
     file = asked.find(given)
     if file is None:
         raise ConfigError(f"{asked.name}: its data_backend_config {given} is neither beside it nor in this folder.")
+    return [{**_of_images(asked), **own} for own in tables(read_data(file), file.name)]
+
+
+def _of_images(asked: Asked) -> dict[str, Any]:
+    """What its config says of all data sets, or the default."""
     said = {key: asked.values[key] for key in _OF_CAPTIONS if key in asked.values}
-    return [{**said, **own} for own in tables(read_data(file), file.name)]
+    sizes = {"resolution": asked.get("resolution", 1024), "resolution_type": asked.get("resolution_type", "pixel_area")}
+    return said | sizes
 
 
 def _optimizer(asked: Asked, recipe: Recipe) -> None:

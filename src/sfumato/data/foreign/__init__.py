@@ -31,12 +31,14 @@ _TOOLS: Mapping[str, Callable[[Any, Path, list[str]], Sources | None]] = Mapping
 
 @dataclass(frozen=True)
 class Converted:
-    """text: of the dataset.toml. sources: how many it names. notes: what could not be carried over, and why."""
+    """text: of the dataset.toml. sources: how many it names. notes: what could not be carried over, and why.
+    resolution: that of all of them, None where they have several, or say none."""
 
     text: str
     sources: int
     tool: str
     notes: tuple[str, ...]
+    resolution: int | None = None
 
 
 def convert(path: Path, target: Path | None = None) -> Converted:
@@ -70,10 +72,23 @@ def convert_values(values: Any, name: str, folder: Path, target: Path) -> Conver
     if not entries:
         reasons = "; ".join((none or notes)[:3]) or "its list of data sets is empty"
         raise ConfigError(f"{name}: there is nothing to convert: {reasons}.")
+    resolution, notes = _one_resolution(entries, notes)
     notes += none
     for entry in entries:
         entry["path"] = relative(entry["path"], folder, home, notes)
-    return Converted(_to_toml(entries, name, tool), len(entries), tool, tuple(dict.fromkeys(notes)))
+    return Converted(_to_toml(entries, name, tool), len(entries), tool, tuple(dict.fromkeys(notes)), resolution)
+
+
+def _one_resolution(entries: Sources, notes: list[str]) -> tuple[int | None, list[str]]:
+    """Take the key from sources that all have the same one, which is --resolution then. Gives that, and the notes that
+    hold."""
+    said = [entry.get("resolution") for entry in entries]
+    if any(each != said[0] for each in said) or isinstance(said[0], list):
+        return None, [note for note in notes if not note.startswith("resolution = ")]
+    for entry in entries:
+        entry.pop("resolution", None)
+    is_told = said[0] is None or any(note.startswith("resolution = ") for note in notes)
+    return said[0], [*notes, *([] if is_told else [f"resolution = {said[0]}: --resolution"])]
 
 
 def _is_idle(entry: Mapping[str, Any]) -> bool:

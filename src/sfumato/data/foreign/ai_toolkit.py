@@ -7,7 +7,16 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sfumato.data.foreign.folders import notes_on, with_pictures
-from sfumato.data.foreign.settings import Sources, left_over, non_default, number, parsed_scalars, suffix, tables
+from sfumato.data.foreign.settings import (
+    Sources,
+    as_key,
+    left_over,
+    non_default,
+    number,
+    parsed_scalars,
+    suffix,
+    tables,
+)
 from sfumato.errors import ConfigError
 
 _ELSEWHERE = {
@@ -71,6 +80,13 @@ def _datasets(values: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]] 
     ]
 
 
+def _sides(own: Mapping[str, Any]) -> list[int]:
+    """The sizes at each of which it learns an image."""
+    given = own.get("resolution", 512)
+    each = given if isinstance(given, list) else [given]
+    return [number({"resolution": side}, "resolution") for side in each]
+
+
 def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for said, trigger in datasets:
         own = parsed_scalars(said, _TEXTS)
@@ -114,6 +130,7 @@ def _sources(datasets: list[tuple[Mapping[str, Any], str]], folder: Path, notes:
                 keep_tags=number(own, "keep_tokens") + is_first,
                 caption_dropout=own.get("caption_dropout_rate", 0.0),
                 tag_dropout=own.get("token_dropout_rate", 0.0),
+                resolution=as_key(_sides(own)),
                 flip=own.get("flip_x", False),
                 crop="random" if own.get("random_crop") else "center",
                 mask="alpha" if own.get("alpha_mask") else "none",

@@ -3,6 +3,7 @@ saved settings), whose folder holds folders with repeats."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,23 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
         keep_tags_separator=own.get("keep_tokens_separator") or "|||",
         caption_dropout=own.get("caption_dropout_rate", 0.0),
         tag_dropout=own.get("caption_tag_dropout_rate", 0.0),
+        resolution=_side(own),
         flip=own.get("flip_aug", False),
         crop="random" if own.get("random_crop") else "center",
         mask="alpha" if own.get("alpha_mask") else "none",
         weight=own.get("prior_loss_weight", 1.0) if own.get("is_reg") else 1.0,
     )
+
+
+def _side(own: Mapping[str, Any]) -> int | None:
+    """The side of the square with as many pixels as its width by its height."""
+    given = own.get("resolution")
+    parts = given if isinstance(given, list) else str(given or "").split(",")
+    try:
+        sides = [int(part) for part in parts if str(part).strip()]
+    except (TypeError, ValueError):
+        return None  # which is told where the training is converted
+    return round(math.sqrt(sides[0] * sides[-1]) / 8) * 8 if sides and min(sides) > 0 else None
 
 
 def _unlike_lines(path: str, folder: Path, own: Mapping[str, Any]) -> Iterator[str]:

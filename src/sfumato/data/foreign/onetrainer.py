@@ -14,6 +14,7 @@ from sfumato.data.foreign.settings import (
     FROM_NAMES,
     OF_TRAINING,
     Sources,
+    as_key,
     left_over,
     non_default,
     number,
@@ -37,7 +38,6 @@ _VARIED = {
 """How pictures are varied there and not here, and the setting that says how much."""
 _ELSEWHERE = {
     "enable_fixed_flip": "mirror the files themselves",
-    "resolution_override": "--resolution, which holds for all",
     "image_variations": "crops and mirror images are drawn anew for each sample",
     "text_variations": "captions are drawn anew for each sample",
     "caps_randomize_enable": "captions keep their capitals",
@@ -49,7 +49,7 @@ _USED = frozenset(
     [
         *("__version", "name", "seed", "concept_stats", "path", "enabled", "type", "validation_concept"),
         *("include_subdirectories", "balancing", "balancing_strategy", "repeats", "loss_weight"),
-        *("enable_crop_jitter", "enable_random_flip", "enable_resolution_override"),
+        *("enable_crop_jitter", "enable_random_flip", "enable_resolution_override", "resolution_override"),
         *(f"enable_{how}_{what}" for what in _VARIED for how in ("random", "fixed")),
         *_VARIED.values(),
         *("prompt_source", "prompt_path", "enable_tag_shuffling", "tag_delimiter", "keep_tags_count"),
@@ -81,7 +81,8 @@ def sources(values: Any, folder: Path, notes: list[str]) -> Sources | None:
     elif not isinstance(values, list) or not any(isinstance(each, dict) and "path" in each for each in values):
         return None
     masked = None if training is None else bool(training.get("masked_training"))
-    concepts = [entry for own in tables(values, "concepts") for entry in _concept(own, masked, folder, notes)]
+    usual = "" if training is None else str(training.get("resolution", ""))
+    concepts = [entry for own in tables(values, "concepts") for entry in _concept(own, masked, usual, folder, notes)]
     if concepts and training is not None:
         notes.extend(_training_notes(training))
     return with_whole_repeats(concepts, "OneTrainer", notes)
@@ -103,8 +104,11 @@ def _training_notes(training: Mapping[str, Any]) -> Iterator[str]:
     yield OF_TRAINING
 
 
-def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """A source for each folder and prompt. masked: whether masks are learned by, None where nothing says so."""
+def _concept(
+    said: Mapping[str, Any], masked: bool | None, usual: str, folder: Path, notes: list[str]
+) -> Iterator[dict[str, Any]]:
+    """A source for each folder and prompt. masked: whether masks are learned by, None where nothing says so. usual: the
+    resolution of concepts without one of their own."""
     own, image, text = (
         parsed_scalars(section, _TEXTS) for section in (said, _section(said, "image"), _section(said, "text"))
     )
@@ -135,6 +139,7 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
                 caption=prompt,
                 caption_lines=by_line,
                 **_tags(text, notes),
+                resolution=as_key(_sides(image, usual)),
                 flip=bool(image.get("enable_random_flip")),
                 crop="random" if image.get("enable_crop_jitter", True) else "center",
                 mask="files" if masks else "none",
@@ -144,6 +149,16 @@ def _concept(said: Mapping[str, Any], masked: bool | None, folder: Path, notes: 
     for what, most in _VARIED.items():
         if image.get(most) and (image.get(f"enable_random_{what}") or image.get(f"enable_fixed_{what}")):
             notes.append(f"{most} = {image[most]}: images are not varied so; put varied copies beside them")
+
+
+def _sides(image: Mapping[str, Any], usual: str) -> list[int]:
+    """The sides of the squares of "512,768" or "512x640", of which it draws one for each sample."""
+    given = str(image.get("resolution_override", "")) if image.get("enable_resolution_override") else usual
+    try:
+        sides = [[int(side) for side in each.split("x")] for each in given.split(",") if each.strip()]
+    except ValueError:
+        raise ConfigError(f"its resolution is {given!r:.40}; wanted pixels, such as 512 or 512,768.") from None
+    return [round(math.sqrt(each[0] * each[-1]) / 8) * 8 for each in sides if min(each) > 0]
 
 
 def _section(own: Mapping[str, Any], name: str) -> dict[str, Any]:

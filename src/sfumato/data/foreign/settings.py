@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from fractions import Fraction
 from math import lcm
 from pathlib import Path
@@ -123,8 +123,14 @@ def non_default(**values: Any) -> dict[str, Any]:
         "caption_dropout": 0,
         "tag_dropout": 0,
     }
-    neutral |= {"flip": False, "crop": "center", "mask": "none", "weight": 1}
+    neutral |= {"resolution": None, "flip": False, "crop": "center", "mask": "none", "weight": 1}
     return {key: value for key, value in values.items() if key == "path" or value != neutral[key]}
+
+
+def as_key(sides: Sequence[int]) -> int | list[int] | None:
+    """The key `resolution` of a source whose images are learned at these sizes; None for none."""
+    each = list(dict.fromkeys(sides))
+    return each if len(each) > 1 else each[0] if each else None
 
 
 def suffix(own: Mapping[str, Any], key: str) -> str | None:

@@ -124,6 +124,7 @@ def _backend(said: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterato
                 caption=prompt,
                 caption_lines=several,
                 **varied,
+                resolution=None if (side := _side(own)) is None else int(side),
                 crop=_crop(own, notes),
             )
     notes.extend(_size_notes(own))
