@@ -183,6 +183,38 @@ def test_what_is_dropped_is_of_the_updates_input_alone(kind):
     assert_close(host(x), op(host, x, host.weight, host.bias) + op(host, dropped, delta), rtol=1e-4, atol=1e-4)
 
 
+def test_rank_dropout_leaves_rows_of_each_samples_change_out(kind, name):
+    """The others 1 / (1 - p) as large; the gradients are those of the formula, too."""
+    host, x, adapter = attached(kind, name, rank_dropout=0.3)
+    learn(adapter)
+    adapter.train()
+    adapter.set_dropout_samples(3, 7, range(4, 4 + len(x)))
+    (layer,) = adapter.layers.values()
+    exact = copy.deepcopy(layer).double()
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    weight = host.weight.double()
+    change = naive(kind, exact, host.weight) - weight
+    wanted = []
+    for row, place in enumerate(range(4, 4 + len(x))):
+        draws = randomness.generator(3, f"rank dropout 0/unet/{PATHS[name]}", 7, place)
+        kept = (torch.rand(len(weight), generator=draws) >= 0.3).view(-1, *[1] * (weight.ndim - 1))
+        bias = None if host.bias is None else host.bias.double()
+        wanted.append(op(host, theirs[row : row + 1], weight + change * kept / 0.7, bias))
+    found, wanted = host(ours), torch.cat(wanted)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(3))
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+    for mine, true in [(ours, theirs), *zip(layer.parameters(), exact.parameters(), strict=True)]:
+        assert (mine.grad - true.grad).norm() < 3e-6 * true.grad.norm()
+    with adapter.disabled():
+        base = host(x)
+    with adapter.scaled(0.5):
+        assert_close(host(x), (base + found) / 2)
+    adapter.eval()
+    assert_close(host(x), op(host, x, (weight + change).float(), host.bias), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_file_read_back_makes_the_trained_change(kind, dtype, tmp_path):
     hosts = {PATHS[name]: copy.deepcopy(host).requires_grad_(False) for name, (host, _) in LAYERS.items()}

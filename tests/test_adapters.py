@@ -185,9 +185,10 @@ def test_starting_from_another_shape_is_refused(block):
         lora.load({**more, ("unet", "conv2"): more["unet", "conv1"]}, "other")
 
 
-def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(block):
+@pytest.mark.parametrize("options", [{"dropout": 0.4}, {"rank_dropout": 0.4, "rank": 8}])
+def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(options, block):
     """Four samples and a prior's four beside them: at once, or two and two."""
-    lora = trained(block, dropout=0.4).train()
+    lora = trained(block, **options).train()
     host, x = block.attn2["to_q"], torch.ones(8, 6)
 
     def draw(step, places):
@@ -201,7 +202,7 @@ def test_what_is_dropped_of_a_sample_depends_on_its_place_and_not_on_the_batch(b
     assert len({tuple(row) for row in whole.tolist()}) > 4
     assert not torch.equal(draw(8, range(4)), whole)
     lora.eval()
-    assert len({tuple(row) for row in host(x).tolist()}) == 1
+    assert_close(host(x), host(x[:1]).expand(8, -1))
 
 
 def test_each_samples_dropout_is_drawn_by_a_generator_of_its_own(block):
@@ -224,8 +225,107 @@ def test_dropout_is_of_a_share_and_keeps_the_mean(block):
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
 
 
-def test_dropout_without_places_is_refused(block):
-    attach({"unet": select(block, "to_q")}, rank=2, alpha=2.0, dropout=0.5).train()
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("path", ["attn2.to_q", "conv1"])
+def test_rank_dropout_is_that_of_sd_scripts(path, dropout, block):
+    """Each sample by itself: A x, whole ranks of it zero and the others 1 / (1 - p) as large, and B of that; beside
+    dropout of the inputs, which is drawn as it is alone."""
+    lora = trained(block, rank=5, alpha=10.0, dropout=dropout, rank_dropout=0.3).train()
+    block.requires_grad_(False)
+    host = block.get_submodule(path)
+    x = torch.randn((8, 3, 9, 9) if path == "conv1" else (8, 4, 6)).requires_grad_()
+    lora.set_dropout_samples(3, 7, range(2, 6))
+    again, layer = x.detach().clone().requires_grad_(), lora.layers["unet", path]
+    inputs = lora.dropped(again, "unet", path) if dropout else again
+    down, up = (factor.detach().clone().requires_grad_() for factor in (layer.down, layer.up))
+    wanted = []
+    for row in range(8):
+        stream = f"rank dropout {row // 4}/unet/{path}"
+        drawn = torch.rand(5, generator=randomness.generator(3, stream, 7, 2 + row % 4))
+        update = 2 * up.flatten(1) @ torch.diag((drawn >= 0.3) / 0.7) @ down.flatten(1)
+        update = update.view_as(host.weight)
+        if path == "conv1":
+            base, more = (
+                nn.functional.conv2d(each[row], weight, stride=2, padding=1)
+                for each, weight in ((again, host.weight), (inputs, update))
+            )
+            wanted.append(base + more + host.bias.view(-1, 1, 1))
+        else:
+            wanted.append(again[row] @ host.weight.T + host.bias + inputs[row] @ update.T)
+    found, wanted = host(x), torch.stack(wanted)
+    assert_close(found, wanted)
+    weights = torch.randn(wanted.shape)
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    for mine, true in ((x, again), (layer.down, down), (layer.up, up)):
+        assert_close(mine.grad, true.grad, rtol=1e-4, atol=1e-5)
+    lora.eval()
+    assert_close(host(x), torch.cat([host(row[None]) for row in x]))
+    assert not torch.equal(host(x), found)
+
+
+def test_of_all_captions_the_same_ranks_are_dropped(block):
+    lora = attach({"text_encoder": select(block, "to_q")}, rank=8, alpha=2.0, rank_dropout=0.5).train()
+    lora.set_dropout_samples(0, 0, range(3))
+    dropped = lora.dropped_ranks(torch.ones(5, 7, 8), "text_encoder", "attn2.to_q")
+    assert all(torch.equal(row, dropped[0, 0]) for row in dropped.flatten(0, 1))
+    assert dropped.unique().tolist() == [0.0, 2.0]
+
+
+def many(count, part="unet", **options):
+    """Layers, by path, and an adapter of them that changes each."""
+    hosts = {f"{at}": nn.Linear(3, 3).requires_grad_(False) for at in range(count)}
+    adapter = attach({part: hosts}, rank=2, alpha=2.0, **options)
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.up)
+    return hosts, adapter.train()
+
+
+def share(host, x):
+    """What an update adds to its layer's output."""
+    return host(x) - nn.functional.linear(x, host.weight, host.bias)
+
+
+def test_module_dropout_leaves_whole_updates_out_of_a_step():
+    """By (seed, layer, step) alone, whatever the samples; without a gradient, so that no optimizer moves them."""
+    hosts, adapter = many(40, module_dropout=0.3)
+    x = torch.ones(2, 3)
+    for step in range(3):
+        for places in (range(2), range(2, 4)):
+            adapter.set_dropout_samples(5, step, places)
+            out = [path for path in hosts if randomness.uniform(5, f"module dropout/unet/{path}", step) < 0.3]
+            assert 0 < len(out) < 30
+            sum(host(x).sum() for host in hosts.values()).backward()
+            for (_, path), layer in adapter.layers.items():
+                update = torch.zeros(3, 3) if path in out else layer.change().delta()
+                assert_close(share(hosts[path], x), x @ update.T)  # and the others are not scaled up
+                assert [factor.grad is None for factor in layer.parameters()] == [path in out] * 2
+            adapter.zero_grad()
+    adapter.eval()
+    assert all(share(host, x).any() for host in hosts.values())
+
+
+def test_module_dropout_leaves_one_layer_of_the_unet_in():
+    """Of a step that changes nothing there would be no gradient to clip, scale or sum."""
+    hosts, adapter = many(3, module_dropout=0.9999)
+    x, kept = torch.ones(1, 3), set()
+    for step in range(20):
+        adapter.set_dropout_samples(0, step, [0])
+        drawn = {path: randomness.uniform(0, f"module dropout/unet/{path}", step) for path in hosts}
+        learning = [path for path, host in hosts.items() if share(host, x).any()]
+        assert learning == [max(drawn, key=drawn.get)]
+        kept |= set(learning)
+    assert len(kept) == 3
+    hosts, adapter = many(3, part="text_encoder", module_dropout=0.9999)  # beside which the U-Net's learn
+    adapter.set_dropout_samples(0, 0, [0])
+    assert not any(share(host, x).any() for host in hosts.values())
+
+
+@pytest.mark.parametrize("kind", ["dropout", "rank_dropout", "module_dropout"])
+def test_dropout_without_places_is_refused(kind, block):
+    lora = attach({"unet": select(block, "to_q")}, rank=2, alpha=2.0, **{kind: 0.5}).train()
+    with lora.disabled():
+        block.attn2["to_q"](torch.ones(1, 6))
     with pytest.raises(AdapterError, match="call set_dropout_samples"):
         block.attn2["to_q"](torch.ones(1, 6))
 

@@ -8,6 +8,7 @@ ordinary U-Net, and detaching leaves no trace.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,19 @@ from sfumato.files.write_lycoris import network_metadata, write_adapter
 class Attached(nn.Module):
     """All updates of one adapter, by (part, module path); parts are "unet", "text_encoder", "text_encoder_2".
 
-    dropout: share of each update's inputs that is dropped while training, see `set_dropout_samples`. network: what a
-    file's metadata tell of the kind, where it is not that of its tensors alone, see `sfumato.files.write_lycoris`.
+    dropout, rank_dropout: shares of each update's inputs and of its ranks that are dropped of a sample while training;
+    module_dropout: share of the updates that are left out of a step, see `set_dropout_samples`. network: what a file's
+    metadata tell of the kind, where it is not that of its tensors alone, see `sfumato.files.write_lycoris`.
     """
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0) -> None:
         super().__init__()
         self.layers: dict[tuple[str, str], UpdateLayer] = {}
-        self.dropout = dropout
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.network: dict[str, str] = {}
         self._hosts: dict[tuple[str, str], Host] = {}
         self._samples: tuple[int, int, Sequence[int]] | None = None
+        self._left_out: frozenset[tuple[str, str]] = frozenset()
         self._store = nn.ModuleList()
         self._adapted: list[_ForwardPatch] = []
         self.enabled = True
@@ -59,24 +62,57 @@ class Attached(nn.Module):
         places: of the batch's samples in the global batch, so that the same is dropped however that is split, and again
         where activations are computed twice. A batch of several times as many samples has others at the same places
         after them, such as a prior's. Text encoders are given distinct captions and not samples: of all captions of a
-        step the same numbers are dropped.
+        step the same numbers are dropped. A whole update is left out of a step, of all its samples.
         """
         self._samples = (seed, step, places)
+        self._left_out = self._draw_left_out(seed, step) if self.module_dropout else frozenset()
+
+    def _draw_left_out(self, seed: int, step: int) -> frozenset[tuple[str, str]]:
+        """The updates that module dropout leaves out of a step; never all of the U-Net's, of which nothing would have
+        a gradient."""
+        drawn = {key: randomness.uniform(seed, "module dropout/{}/{}".format(*key), step) for key in self.layers}
+        kept = max((key for key in drawn if key[0] == "unet"), key=lambda key: drawn[key], default=None)
+        return frozenset(key for key, number in drawn.items() if number < self.module_dropout and key != kept)
+
+    def leaves_out(self, part: str, path: str) -> bool:
+        """Whether a layer computes as the base's, without its update."""
+        if not self.enabled:
+            return True
+        if not (self.module_dropout and self.training):
+            return False
+        self._known_samples()
+        return (part, path) in self._left_out
 
     def dropped(self, x: Tensor, part: str, path: str) -> Tensor:
         """A layer's input (rows, ...) with a share of its numbers 0 and the others larger by as much."""
+        drawn = self._drawn("dropout", x, tuple(x.shape[1:]), part, path)
+        return (x / (1 - self.dropout)).masked_fill(drawn < self.dropout, 0)
+
+    def dropped_ranks(self, x: Tensor, part: str, path: str) -> Tensor:
+        """What is within an update, (rows, ..., ranks) or of a convolution (rows, ranks, height, width), with a share
+        of each row's ranks 0 and the others larger by as much, as sd-scripts has it."""
+        axis = 1 if isinstance(self._hosts[part, path], nn.Conv2d) else x.ndim - 1
+        shape = tuple(size if place == axis else 1 for place, size in enumerate(x.shape))
+        drawn = self._drawn("rank dropout", x, shape[1:], part, path)
+        return (x / (1 - self.rank_dropout)).masked_fill(drawn < self.rank_dropout, 0)
+
+    def _drawn(self, stream: str, x: Tensor, shape: tuple[int, ...], part: str, path: str) -> Tensor:
+        """Numbers in [0, 1), (rows, *shape), for each of the rows of x; of text encoders (1, *shape) for all."""
+        seed, step, places = self._known_samples()
+        count = len(places)
+        rows = [(row // count, places[row % count]) for row in range(len(x))] if part == "unet" else [(0, 0)]
+        draws, drawn = torch.Generator(x.device), torch.empty(len(rows), *shape, device=x.device)
+        for numbers, (again, place) in zip(drawn, rows, strict=True):
+            draws.manual_seed(randomness.seed_of(seed, f"{stream} {again}/{part}/{path}", step, place))
+            torch.rand(numbers.shape, generator=draws, out=numbers)
+        return drawn
+
+    def _known_samples(self) -> tuple[int, int, Sequence[int]]:
         if self._samples is None:
             raise AdapterError(
                 "dropout wants to know which samples these are; call set_dropout_samples() before each batch."
             )
-        seed, step, places = self._samples
-        count = len(places)
-        rows = [(row // count, places[row % count]) for row in range(len(x))] if part == "unet" else [(0, 0)]
-        draws, drawn = torch.Generator(x.device), torch.empty(len(rows), *x.shape[1:], device=x.device)
-        for numbers, (again, place) in zip(drawn, rows, strict=True):
-            draws.manual_seed(randomness.seed_of(seed, f"dropout {again}/{part}/{path}", step, place))
-            torch.rand(numbers.shape, generator=draws, out=numbers)
-        return (x / (1 - self.dropout)).masked_fill(drawn < self.dropout, 0)
+        return self._samples
 
     def count(self) -> int:
         """How many numbers are trained."""
@@ -176,16 +212,17 @@ class _ForwardPatch:
             self._host.forward = self._as_it_is  # type: ignore[method-assign]
 
     def __call__(self, x: Tensor) -> Tensor:
-        adapter, host, layer = self._adapter, self._host, self._layer
-        drops = adapter.dropout and adapter.training
-        if adapter.enabled and not drops:
+        adapter, host, layer, where = self._adapter, self._host, self._layer, (self._part, self._path)
+        if adapter.leaves_out(*where):
+            return self._as_it_is(x)
+        of_inputs, of_ranks = adapter.training and adapter.dropout, adapter.training and adapter.rank_dropout
+        if not (of_inputs or of_ranks):
             both = layer.together(host, x)
             if both is not None:
                 return both
         output = self._as_it_is(x)
-        if not adapter.enabled:
-            return output
-        update: Tensor = layer(host, adapter.dropped(x, self._part, self._path) if drops else x)
+        drop = partial(adapter.dropped_ranks, part=self._part, path=self._path) if of_ranks else None
+        update: Tensor = layer(host, adapter.dropped(x, *where) if of_inputs else x, drop)
         return output + update.to(output.dtype)
 
 
@@ -197,6 +234,8 @@ def attach(
     conv_rank: int | None = None,
     conv_alpha: float | None = None,
     dropout: float = 0.0,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
     rank_stabilised: bool = False,
     kind: Kind = LORA,
     seed: int = 0,
@@ -205,10 +244,10 @@ def attach(
 
     parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank)
     when rank-stabilised (Kalajdzievski 2023). conv_rank, conv_alpha: of convolutions of more than 1x1, where they have
-    their own. Each layer's start is a function of (seed, part, path): adding a target does not change how the others
-    start.
+    their own. dropout, rank_dropout, module_dropout: see `Attached`. Each layer's start is a function of
+    (seed, part, path): adding a target does not change how the others start.
     """
-    adapter = Attached(dropout)
+    adapter = Attached(dropout, rank_dropout, module_dropout)
     wide = (rank if conv_rank is None else conv_rank, alpha if conv_alpha is None else conv_alpha)
     for part, chosen in parts.items():
         for path, host in chosen.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -34,9 +36,14 @@ class UpdateLayer(nn.Module):
         """What the layer and its update make of x as one product; None where each has its own, see `forward`."""
         return whole.changed(self, host, x) if whole.is_exact(host, x) else None
 
-    def forward(self, host: Host, x: Tensor) -> Tensor:
-        """The update's share of the layer's output, for the layer's input x."""
-        return whole.share(self, host, x)
+    def forward(self, host: Host, x: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The update's share of the layer's output, for the layer's input x.
+
+        drop: leaves ranks out of what is within the update, see `Attached.dropped_ranks`. A matrix has none of its own,
+        and so its rows are left out, as by LyCORIS: its outputs.
+        """
+        share = whole.share(self, host, x)
+        return share if drop is None else drop(share)
 
     def ups(self) -> tuple[nn.Parameter, ...]:
         """The factors B, which LoRA+ gives a rate of their own; none where no factor is what B is to A."""

@@ -1,6 +1,7 @@
 """LoRA for training: W' = W + scale B A beside a frozen layer (Hu et al. 2021, section 4.1)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -50,13 +51,16 @@ class LoraLayer(UpdateLayer):
     def together(self, host: Host, x: Tensor) -> Tensor | None:
         return folded(host, self.down, self.up, self.scale * self.strength, x)
 
-    def forward(self, host: Host, x: Tensor) -> Tensor:
+    def forward(self, host: Host, x: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         scale = self.scale * self.strength
         if not torch.is_autocast_enabled(x.device.type):  # a frozen text encoder in half precision is called so
             x = x.to(self.down.dtype)
         if self.host_geometry is None:
-            return linear(linear(x, self.down) * scale, self.up)
-        return F.conv2d(F.conv2d(x, self.down, None, *self.host_geometry) * scale, self.up)  # type: ignore[arg-type]
+            low = linear(x, self.down) * scale
+        else:
+            low = F.conv2d(x, self.down, None, *self.host_geometry) * scale  # type: ignore[arg-type]
+        low = low if drop is None else drop(low)
+        return linear(low, self.up) if self.host_geometry is None else F.conv2d(low, self.up)
 
     def norm(self, host: Host) -> Tensor:
         """From the factors' Gram matrices, (rank, rank), instead of a product of the weight's size."""
