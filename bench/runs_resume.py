@@ -34,7 +34,8 @@ CASES: Mapping[str, Sequence[str]] = {
     "lora": [*_SHARED, "--rank", "2"],
     "lora accumulated, averaged, dropped out": [
         *_SHARED, "--rank", "2", "--accumulate", "2", "--ema", "0.9", "--dropout", "0.3", "--caption-dropout", "0.4",
-        "--flip", "--noise-offset", "0.1", "--warmup", "2", "--crossed-share", "0.5",
+        "--flip", "--noise-offset", "0.1", "--warmup", "2", "--crossed-share", "0.5", "--rank-dropout", "0.2",
+        "--module-dropout", "0.3",
     ],
     "lora with text encoder": [*_SHARED, "--rank", "2", "--train-text-encoder"],
     "lora prodigy": [*_SHARED, "--rank", "2", "--optimizer", "prodigy"],
@@ -43,6 +44,10 @@ CASES: Mapping[str, Sequence[str]] = {
     "dreambooth": [*_SHARED, "--class-name", "square", "--prior", "none", "--ema", "0.9"],
     "dreambooth lora": [
         *_SHARED, "--class-name", "square", "--prior", "none", "--method", "lora", "--rank", "2", "--accumulate", "2",
+    ],
+    "dreambooth lora, dropped out": [
+        *_SHARED, "--class-name", "square", "--prior", "base", "--method", "lora", "--rank", "2", "--dropout", "0.2",
+        "--rank-dropout", "0.2", "--module-dropout", "0.3", "--fused",
     ],
     "dreambooth 8-bit": [*_SHARED, "--class-name", "square", "--prior", "none", "--optimizer", "adamw8bit"],
     "dreambooth fused, prior": [*_SHARED, "--class-name", "square", "--prior", "base", "--fused"],

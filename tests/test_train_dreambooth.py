@@ -291,6 +291,13 @@ def test_fused_weights_are_those_of_the_plain_run(train, clip):
         (["--prior-weight", "-1"], "--prior-weight is -1"),
         (["--conv-rank", "2"], "--conv-rank has no effect without --method lora"),
         (["--save-every", "1"], "--save-every has no effect without --method lora"),
+        (["--dropout", "0.1"], "--dropout has no effect without --method lora"),
+        (["--rank-dropout", "0.1"], "--rank-dropout has no effect without --method lora"),
+        (["--module-dropout", "0.1"], "--module-dropout has no effect without --method lora"),
+        (
+            ["--method", "lora", "--module-dropout", "0.1", "--targets", r"mid_block.*attn2\.to_q"],
+            "--module-dropout 0.1: one layer is adapted, and it is never left out",
+        ),
         (["--drift-limit", "0.1"], "--measure-every 0"),
         (["--identifier", " "], "--identifier is empty"),
         (["--class-prompt", " "], "--class-prompt is empty"),
@@ -308,6 +315,38 @@ def test_wrong_use_is_one_line(options, said, train, capsys, tmp_path):
     assert len(error) == 1
     assert said in error[0]
     assert not (tmp_path / "run/run.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--prior", "base")])
+def test_what_is_dropped_of_a_lora_is_the_same_however_a_step_is_computed(options, train):
+    """As one batch or two, with activations computed twice, or fused; of each step other updates are left out."""
+    lora = ("--method", "lora", "--precision", "fp32", "--targets", "attention", *options)
+    dropped = (*lora, "--dropout", "0.2", "--rank-dropout", "0.3", "--module-dropout", "0.4")
+    whole, without = (
+        read_tensors(train(name, *words, "--batch", "4")) for name, words in (("a", dropped), ("b", lora))
+    )
+    ups = [key for key in whole if key.endswith("lora_up.weight")]  # which began at 0
+    size = sum(whole[key].square().sum() for key in ups).sqrt()
+
+    def off(other):
+        return sum((other[key] - whole[key]).square().sum() for key in ups).sqrt() / size
+
+    assert off(without) > 0.1
+    for name, *how in (("parts", "--accumulate", "2"), ("twice", "--batch", "4", "--gradient-checkpointing"),
+                       ("fused", "--batch", "4", "--fused")):  # fmt: skip
+        assert off(read_tensors(train(name, *dropped, *how))) < 0.01, name
+
+
+def test_module_dropout_of_dreambooth_leaves_whole_updates_out_of_a_step(train):
+    """What is left out of both steps is as it began."""
+    found = read_lora(train("run", "--method", "lora", "--steps", "2", "--module-dropout", "0.5")).modules
+    out = [
+        {(part, path) for part, path in found if randomness.uniform(0, f"module dropout/{part}/{path}", step) < 0.5}
+        for step in range(2)
+    ]
+    assert out[0] - out[1]
+    assert {key for key, module in found.items() if not module.up.any()} == out[0] & out[1] != set()
 
 
 @pytest.mark.slow

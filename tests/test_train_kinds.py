@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +137,12 @@ def test_equal_to_a_plain_loop(layers, kind, rank, train, pocket_folder, picture
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [("--algo", "loha", "--ema", "0.5"), ("--algo", "lokr", "--factor", "4", "--dropout", "0.3")]
+    "options",
+    [
+        ("--algo", "loha", "--ema", "0.5"),
+        ("--algo", "lokr", "--factor", "4", "--dropout", "0.3"),
+        ("--rank-dropout", "0.3", "--module-dropout", "0.5"),
+    ],
 )
 def test_a_run_goes_on_to_the_bit(options, train, tmp_path):
     whole = train("run", "--checkpoint-every", "2", "--targets", SOME, *options, flags=["--dora"])
@@ -268,9 +274,22 @@ def test_wrong_use_is_one_line(program, options, said, pocket_folder, pictures, 
     assert said in error[0]
 
 
-def test_each_kind_has_its_default_rate(tmp_path):
-    from types import SimpleNamespace
+@pytest.mark.parametrize("program", ["lora", "dreambooth"])
+def test_each_dropout_reaches_the_adapter(program, tmp_path):
+    from trainers import dreambooth, lora
 
+    shares = {"dropout": 0.1, "rank_dropout": 0.2, "module_dropout": 0.3}
+    options = {"images": tmp_path, "output": tmp_path, "rank": 1, "alpha": 1.0, "targets": "to_q", **shares}
+    unet = nn.ModuleDict({"to_q": nn.Linear(3, 3)})
+    if program == "lora":
+        made = lora.new_lora({"unet": select(unet, "to_q")}, lora.Config(**options))
+    else:
+        base = SimpleNamespace(parts=lambda text: {"unet": unet})
+        made = dreambooth.trainable(base, dreambooth.Config(**options, method="lora"))
+    assert {name: getattr(made, name) for name in shares} == shares
+
+
+def test_each_kind_has_its_default_rate(tmp_path):
     from trainers.lora import Config, resolve
 
     family = FAMILIES["sd1"]

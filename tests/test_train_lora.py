@@ -157,13 +157,40 @@ def test_crossed_samples_are_the_same_on_every_run_and_do_something(train, pictu
 
 
 @pytest.mark.slow
-def test_dropout_is_the_same_on_every_run_and_does_something(train):
-    first = train("a", "--steps", "2", "--dropout", "0.5")
+@pytest.mark.parametrize("option", ["--dropout", "--rank-dropout", "--module-dropout"])
+def test_dropout_is_the_same_on_every_run_and_does_something(option, train):
+    first = train("a", "--steps", "2", option, "0.5")
     torch.manual_seed(123)
-    second, without = train("b", "--steps", "2", "--dropout", "0.5"), train("c", "--steps", "2")
+    second, without = train("b", "--steps", "2", option, "0.5"), train("c", "--steps", "2")
     one, two, three = (read_tensors(path) for path in (first, second, without))
     assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
     assert any(not torch.equal(tensor, three[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", *(pytest.param(each, marks=pytest.mark.slow) for each in ("adafactor", "muon"))]
+)
+def test_what_module_dropout_leaves_out_of_a_step_stays_as_it_is(optimizer, train):
+    """Weight decay moves it no more than a gradient does; the first step changes all that is left."""
+    shared = ("--steps", "1", "--optimizer", optimizer, "--weight-decay", "0.5")
+    plain = read_lora(train("plain", *shared)).modules
+    found = read_lora(train("run", *shared, "--module-dropout", "0.5")).modules
+    out = {(part, path) for part, path in found if randomness.uniform(0, f"module dropout/{part}/{path}", 0) < 0.5}
+    assert 0 < len(out) < len(found)
+    assert {key for key, module in found.items() if not module.up.any()} == out
+    start = read_lora(train("start", *shared[:4], "--learning-rate", "1e-30")).modules
+    assert all(torch.equal(module.down, start[key].down) == (key in out) for key, module in found.items())
+    assert not any(torch.equal(module.down, start[key].down) for key, module in plain.items())
+
+
+def test_samples_and_measures_are_of_the_whole_adapter(train):
+    """What is dropped is dropped of a step alone: an adapter that goes on is measured as it was left."""
+    first = train("first", "--measure-every", "4")
+    dropped = ("--dropout", "0.9", "--rank-dropout", "0.9", "--module-dropout", "0.9")
+    second = train("second", "--init-from", str(first), "--measure-every", "4", *dropped)
+    fits = [[row["fit"] for row in rows(path) if "fit" in row] for path in (first, second)]
+    assert_close(fits[1][0], fits[0][-1], rtol=1e-6, atol=0)
+    assert fits[0][0] != fits[0][-1]
 
 
 @pytest.mark.slow
@@ -194,6 +221,7 @@ def test_another_seed_gives_another_adapter(train):
     "further",
     [
         ("--dropout", "0.5", "--prior-prompts", "cat", "--train-text-encoder"),
+        ("--rank-dropout", "0.2", "--module-dropout", "0.4", "--prior-prompts", "cat", "--train-text-encoder"),
         pytest.param(("--crossed-share", "0.5"), marks=pytest.mark.slow),
     ],
 )
@@ -206,8 +234,9 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(further, train)
 
 
 @pytest.mark.slow
-def test_what_is_dropped_is_the_same_where_activations_are_computed_twice(train):
-    once, twice = train("once", "--dropout", "0.5"), train("twice", "--dropout", "0.5", "--gradient-checkpointing")
+@pytest.mark.parametrize("dropout", [("--dropout", "0.5"), ("--rank-dropout", "0.5", "--module-dropout", "0.5")])
+def test_what_is_dropped_is_the_same_where_activations_are_computed_twice(dropout, train):
+    once, twice = train("once", *dropout), train("twice", *dropout, "--gradient-checkpointing")
     for key, tensor in read_tensors(once).items():
         assert_close(tensor, read_tensors(twice)[key], rtol=1e-3, atol=1e-6)
 
@@ -215,7 +244,12 @@ def test_what_is_dropped_is_the_same_where_activations_are_computed_twice(train)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "further",
-    [("--crossed-share", "0.5", "--caption", "{caption}"), DROPPED, ("--dropout", "0.3", "--caption", "{caption}")],
+    [
+        ("--crossed-share", "0.5", "--caption", "{caption}"),
+        DROPPED,
+        ("--dropout", "0.3", "--caption", "{caption}"),
+        ("--rank-dropout", "0.4", "--module-dropout", "0.4", "--caption", "{caption}"),
+    ],
 )
 def test_two_processes_give_the_result_of_one(further, train, pocket_folder, pictures, tmp_path):
     """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
@@ -536,6 +570,12 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--conv-alpha", "1"], "--conv-rank and --conv-alpha are for convolutions of more than 1x1, and none is"),
         (["--learning-rate", "-1"], "--learning-rate is -1"),
         (["--dropout", "1"], "--dropout is 1"),
+        (["--rank-dropout", "1"], "--rank-dropout is 1.0; it must be at least 0 and below 1"),
+        (["--module-dropout", "-0.1"], "--module-dropout is -0.1; it must be at least 0 and below 1"),
+        (
+            ["--module-dropout", "0.1", "--targets", r"mid_block.*attn2\.to_q", "--rank", "2"],
+            "--module-dropout 0.1: one layer is adapted, and it is never left out; leave the option out, or",
+        ),
         (["--steps", "2", "--epochs", "2"], "--steps and --epochs"),
         (["--targets", "nothing"], "matches none"),
         (["--init-from", "nowhere.safetensors"], "nowhere.safetensors"),

@@ -251,6 +251,8 @@ def train(config: Config) -> Path:
         for micro in batches.of(step.number):
             noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
             beside = [prior.draw(micro)] if prior else []
+            if lora:
+                lora.set_dropout_samples(config.seed, step.number, micro.places)
             dropped = randomness.seeded(precision.device, config.seed, "dropout", step.number, micro.first)
             with precision.autocast(), dropped:
                 errors = per_sample_losses(
@@ -341,7 +343,8 @@ def refuse_idle(config: Config) -> None:
         checks.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
         of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets", "over_steps", "own_negative")
-        checks.only_with(config, "--method lora", *of_lora, "save_every", "algo", "dora", "factor", "max_norm")
+        of_kind = ("algo", "dora", "factor", "dropout", "rank_dropout", "module_dropout", "max_norm")
+        checks.only_with(config, "--method lora", *of_lora, "save_every", *of_kind)
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")
 
@@ -562,6 +565,9 @@ def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
         alpha=config.alpha,
         conv_rank=config.conv_rank,
         conv_alpha=config.conv_alpha,
+        dropout=config.dropout,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
         kind=Kind.of(config),
         seed=config.seed,
     )
@@ -580,7 +586,9 @@ def notes_of(config: Config, base: Base) -> list[str]:
 
     if config.method == "full":
         return []
-    return Kind.of(config).notes(adapted(base, config), config.rank, config.conv_rank)
+    parts = adapted(base, config)
+    checks.check_module_dropout(config, sum(map(len, parts.values())))
+    return Kind.of(config).notes(parts, config.rank, config.conv_rank)
 
 
 def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:

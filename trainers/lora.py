@@ -71,8 +71,6 @@ class Config(KindOptions, TrainerOptions):
     conv_alpha: float | None = None
     """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers; with
     --rank-stabilised, --alpha."""
-    dropout: float = 0.0
-    """Share of each update's inputs to drop during training."""
     rank_stabilised: bool = False
     """Scale the update by alpha / sqrt(rank), so that a high rank learns as fast as a low one."""
     loraplus_ratio: float = 1.0
@@ -172,6 +170,7 @@ def train(config: Config) -> Path:
     words = new_words(base, config, examples) if config.train_words else None
     adapted = target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
     notes = Kind.of(config).notes(adapted, config.rank, config.conv_rank)
+    checks.check_module_dropout(config, sum(map(len, adapted.values())))
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
@@ -439,6 +438,8 @@ def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config:
         conv_rank=config.conv_rank,
         conv_alpha=config.conv_alpha,
         dropout=config.dropout,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
         rank_stabilised=config.rank_stabilised,
         kind=Kind.of(config),
         seed=config.seed,

@@ -26,7 +26,7 @@ from sfumato.words.placeholders import holds
 if TYPE_CHECKING:
     from sfumato.data import ExampleSet
     from sfumato.runs.options import FolderOptions
-    from sfumato.training.options import TrainerOptions
+    from sfumato.training.options import KindOptions, TrainerOptions
 
 _AT_LEAST_ONE = (
     *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution"),
@@ -47,7 +47,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ),
     (("caption_dropout", "tag_dropout", "crossed_share", "pyramid_noise"), lambda value: 0 <= value <= 1, "be 0 to 1"),
     (("validation_split",), lambda value: 0 <= value <= 0.5, "be 0 to 0.5"),
-    (("dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    (("dropout", "rank_dropout", "module_dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
 )
 """(fields of any trainer, what their values have to be, and how that is said)."""
@@ -115,6 +115,15 @@ def check_kind(config: TrainerOptions) -> None:
         only_with(config, "--algo lokr", "factor")
     if algo != "lora":
         only_with(config, "--algo lora", "loraplus_ratio")
+
+
+def check_module_dropout(config: KindOptions, layers: int) -> None:
+    """Raises ConfigError where module dropout has nothing to leave out. layers: how many are adapted."""
+    if config.module_dropout and layers < 2:
+        raise ConfigError(
+            f"--module-dropout {config.module_dropout:g}: one layer is adapted, and it is never left out; leave the "
+            "option out, or adapt more layers with --targets."
+        )
 
 
 def check_run(config: FolderOptions) -> None:

@@ -372,6 +372,14 @@ class KindOptions:
     factor: int | None = None
     """With --algo lokr: size of the small factor. The smaller it is, the larger are the other factor and the file.
     Unset: both factors are as square as possible."""
+    dropout: float = 0.0
+    """Share of each update's inputs to drop during training."""
+    rank_dropout: float = 0.0
+    """Share of each update's ranks to drop during training, anew for each sample. The other ranks are scaled up by as
+    much. Of LoHa, LoKr and DoRA rows are dropped instead: the update of that share of the layer's outputs."""
+    module_dropout: float = 0.0
+    """Share of the adapted layers whose update is left out of a training step, anew for each step. One layer of the
+    U-Net always learns."""
     max_norm: float = 0.0
     """Largest norm of each layer's update. After every step, larger updates are shrunk to it (max norm regularization,
     scale_weight_norms of sd-scripts). It slows overtraining and keeps an adapter mixable. 1 is usual, a smaller value
