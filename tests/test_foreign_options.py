@@ -51,6 +51,7 @@ def test_every_name_leads_to_an_option_of_some_program_that_does_not_have_that_n
         ("train textual_inversion", ["--images", "d", "--token_string", "x"], "Here it is --placeholder."),
         ("train lora", [*NEEDED, "--learning_rate_te1", "1e-5"], "Here it is --text-learning-rate."),
         ("train lora", [*NEEDED, "--network_args", "conv_dim=4"], "--network_args. Its conv_dim is --conv-rank"),
+        ("train dreambooth", [*NEEDED, "--network_args", "x=4"], "rank_dropout --rank-dropout, module_dropout"),
         ("train lora", [*NEEDED, "--caption_extension", ".cap"], "A dataset.toml has it as caption_suffix."),
         ("train lora", [*NEEDED, "--loss_type", "huber"], "--huber 0.1 is sd-scripts' huber with its schedule snr."),
         ("train lora", [*NEEDED, "--multires_noise_discount", "0.3"], "Here it is --pyramid-noise."),

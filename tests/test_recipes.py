@@ -86,6 +86,13 @@ def test_of_what_sd_scripts_is_not_told_its_defaults_are_written(home):
         ("--network_args conv_dim=4", {"conv_rank": 4}, {"targets": "everything", "conv_alpha": 1.0}),
         ("--network_alpha 0", {"alpha": 8}, {}),
         ("--network_args loraplus_lr_ratio=4", {"loraplus_ratio": 4.0}, {}),
+        ("--network_args rank_dropout=0.1 module_dropout=0", {"rank_dropout": 0.1, "module_dropout": 0.0}, {}),
+        ("--network_args conv_dim=4", {"rank_dropout": None, "module_dropout": None}, {"rank_dropout": None}),
+        (
+            "--network_module lycoris.kohya --network_args algo=loha module_dropout=0.2",
+            {"algo": "loha", "module_dropout": 0.2, "rank_dropout": None},
+            {},
+        ),
         (
             "--network_module lycoris.kohya --network_args algo=lokr factor=8 conv_dim=6 dora_wd=True",
             {"algo": "lokr", "factor": 8, "conv_rank": 6, "dora": True},
@@ -144,7 +151,11 @@ def test_sdxl_s_script_does_not_look_at_clip_skip(home):
     ("line", "note"),
     [
         ("--optimizer_type SGDNesterov", "optimizer SGDNesterov: has no counterpart; adamw takes its place"),
-        ("--network_args rank_dropout=0.1", "network_args rank_dropout=0.1: has no counterpart here and is left out"),
+        ("--network_args use_tucker=True", "network_args use_tucker=True: has no counterpart here and is left out"),
+        (
+            "--network_module lycoris.kohya --network_args rank_dropout=0.1",
+            "network_args rank_dropout=0.1: LyCORIS drops rows and scales nothing up; here the rest is scaled up, and",
+        ),
         ("--optimizer_args amsgrad=True", "optimizer_args amsgrad=True: has no counterpart here and is left out"),
         ("--optimizer_args foo=1", "optimizer_args foo=1: has no counterpart here and is left out"),
         ("--loss_type smooth_l1", "loss_type = smooth_l1: has no counterpart; the errors are squared"),

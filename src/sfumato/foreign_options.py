@@ -143,12 +143,13 @@ UNASKED: Mapping[str, str] = MappingProxyType(
 ABSENT: Mapping[str, str] = MappingProxyType(
     {
         "config_file": "a config is the first argument; sfumato recipe converts those of sd-scripts",
-        "network_args": "its conv_dim is --conv-rank, conv_alpha --conv-alpha, and LyCORIS's algo --algo, factor "
-        "--factor and dora_wd --dora; the rest has no counterpart",
+        "network_args": "its conv_dim is --conv-rank, conv_alpha --conv-alpha, rank_dropout --rank-dropout, "
+        "module_dropout --module-dropout, and LyCORIS's algo --algo, factor --factor and dora_wd --dora; the rest has "
+        "no counterpart",
         "lycoris_config": "its algo is --algo, linear_dim --rank, linear_alpha --alpha and factor --factor",
         "wd_on_output lora_decompose_output_axis": "--dora learns the lengths of inputs, which web interfaces read",
         "full_matrix lokr_full_rank": "--algo lokr with a --rank of half the layers' width or more is whole",
-        "use_tucker use_cp use_scalar rank_dropout module_dropout": "there is no counterpart",
+        "use_tucker use_cp use_scalar": "there is no counterpart",
         "caption_extension": "a dataset.toml has it as caption_suffix",
         "caption_separator": "a dataset.toml has it as separator",
         "caption_prefix": 'it is part of the template, --caption "PREFIX {caption}"',

@@ -105,6 +105,8 @@ def _network(asked: Asked, recipe: Recipe) -> None:
             recipe.say("conv_alpha", alpha, 1.0)
         ratio = args.pop("loraplus_lr_ratio", None) or args.pop("loraplus_unet_lr_ratio", None)
         recipe.say("loraplus_ratio", None if ratio is None else asked.as_number("loraplus_lr_ratio", ratio))
+    for option in ("rank_dropout", "module_dropout"):
+        recipe.say(option, asked.as_number(option, args.pop(option)) if option in args else None)
     recipe.say("rank", asked.whole("network_dim"), 4)
     alpha = asked.number("network_alpha")
     recipe.say("alpha", recipe.values["rank"] if alpha == 0 else alpha, 1.0)  # 0 is the rank there
@@ -159,6 +161,11 @@ def _lycoris(asked: Asked, recipe: Recipe, args: dict[str, str]) -> None:
             recipe.notes.append(f"network_args dora_wd=True: {shared.LENGTHS}")
     factor = asked.as_whole("factor", args.pop("factor", "-1"))
     recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
+    if asked.as_number("rank_dropout", args.get("rank_dropout", 0)):
+        recipe.notes.append(
+            f"network_args rank_dropout={args['rank_dropout']}: LyCORIS drops rows and scales nothing up; here the "
+            "rest is scaled up, and of a LoRA ranks are dropped"
+        )
 
 
 def _whole(asked: Asked, recipe: Recipe) -> None:
