@@ -261,8 +261,9 @@ def test_what_lies_beside_a_script_is_found_from_another_folder(home, monkeypatc
 
 
 def test_a_lora_of_a_subject_of_diffusers(home):
-    told, usual, notes = converted(home, DOG.format(script="train_dreambooth_lora_sdxl.py", more="--rank=8 --use_dora"))
-    assert (told["rank"], told["dora"]) == (8, True)
+    more = "--rank=8 --use_dora --lora_dropout=0.1"
+    told, usual, notes = converted(home, DOG.format(script="train_dreambooth_lora_sdxl.py", more=more))
+    assert (told["rank"], told["dora"], told["dropout"]) == (8, True, 0.1)
     assert (usual["method"], usual["targets"], usual["prior"]) == ("lora", "attention", "none")
     assert usual["weight_decay"] == 1e-4
     assert notes == (

@@ -134,8 +134,7 @@ def _lora(asked: Asked, recipe: Recipe) -> None:
     rank = asked.whole("rank")
     recipe.say("rank", rank, 4)
     recipe.say("targets", None, "attention")
-    if recipe.program == "lora":
-        recipe.say("dropout", asked.number("lora_dropout"))
+    recipe.say("dropout", asked.number("lora_dropout"))
     if asked.flag("use_dora"):
         recipe.say("dora", True)
         recipe.notes.append(f"use_dora: {shared.LENGTHS}")
