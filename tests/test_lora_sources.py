@@ -16,6 +16,8 @@ from sfumato.data import ExampleSet, read_folder
 from sfumato.data.placeholder_captions import insert_placeholders
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header, read_tensors
+from sfumato.training import noising
+from sfumato.training.noising import draw_noised
 
 pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
@@ -279,3 +281,19 @@ def test_pictures_of_a_class_are_given_in_one_place(train, source, pictures, cap
     path = train("run", both, *options, program="dreambooth", status=2)
     assert "--class-images and the sources of" in capsys.readouterr().err
     assert not path.parent.exists()
+
+
+def test_images_are_learned_at_each_resolution_of_their_source(train, source, monkeypatch):
+    """Each call of the U-Net with images of one size, a step with those of both."""
+    seen = []
+
+    def noted(*args, **more):
+        seen.append(draw_noised(*args, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(noising, "draw_noised", noted)
+    path = train("both", source('words = "square"', "resolution = [32, 64]"), "--epochs", "1", "--accumulate", "2")
+    assert len(rows(path)) == 3  # twelve samples by two and two
+    sides = [part.batch.target_sizes[:, 0].tolist() for part in seen]
+    assert sorted(sides) == [[32, 32]] * 3 + [[64, 64]] * 3
+    assert read_header(path).metadata["ss_resolution"] == "(64, 64)"
