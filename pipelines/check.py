@@ -54,6 +54,8 @@ class Config:
     """Template for captions, as for training."""
     caption_lines: bool = False
     """Each line of a caption is a caption of its own, as for training."""
+    wildcards: bool = False
+    """{red|blue} in a caption is a wildcard, as for training."""
     trigger: str | None = None
     """Trigger word. The report then says how it is tokenized and whether the captions contain it."""
     mask: MaskSource = "none"
@@ -91,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
         mask=config.mask,
         crop=config.crop,
         caption_lines=config.caption_lines,
+        wildcards=config.wildcards,
         thumbnails=config.sheet is not None,
         progress=_progress if sys.stderr is not None and sys.stderr.isatty() else None,
     )
@@ -161,6 +164,8 @@ def _progress(done: int, total: int) -> None:
 
 def render(report: Report) -> str:
     """The report as text: what training will see, what stops it, what to look at."""
+    from sfumato.data.wildcards import count
+
     good = sum(1 for look in report.looks if not look.error)
     lines = [
         f"{report.path}: {good:,} of {len(report.looks):,} images can be learned from, "
@@ -171,9 +176,11 @@ def render(report: Report) -> str:
         lines.append(f"  shapes   {shapes}")
     if len(report.folders) > 1:
         lines += [f"  folder   {folder}" for folder in report.folders]
-    captions = list(dict.fromkeys(said for example in report.examples for said in example.captions if said))
+    captions = {text: example.options for example in report.examples for text in example.captions if text}
     if captions:
-        lines.append(f"  captions {len(captions):,} different, such as {captions[0]!r}")
+        forms = sum(count(text) if options.wildcards else 1 for text, options in captions.items())
+        more = f", {forms:,} by their wildcards" if forms > len(captions) else ""
+        lines.append(f"  captions {len(captions):,} different{more}, such as {next(iter(captions))!r}")
     if report.ignored:
         lines.append(f"  ignored  {pluralize(len(report.ignored), 'file')}")
         lines += [f"    {entry.name}: {entry.reason}" for entry in report.ignored[:20]]

@@ -59,6 +59,17 @@ def test_each_line_of_a_subjects_caption_may_be_a_caption(tmp_path):
     assert dreambooth.identifiers(config, found) == ["sks"]
 
 
+def test_a_subjects_caption_may_have_wildcards(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("{photo|drawing} of a sks dog")
+    config = dreambooth.Config(images=tmp_path, output=tmp_path / "run", class_name="dog", wildcards=True)
+    found = dreambooth.read_examples(config, Subject("sks dog", "dog"))
+    assert found.captions == ["photo of a sks dog", "drawing of a sks dog"]
+    assert dreambooth.identifiers(config, found) == ["sks"]
+    with pytest.raises(ConfigError, match="--instance-prompt and --wildcards are both given"):
+        dreambooth.check_words(replace(config, instance_prompt="a {photo|drawing} of a sks dog"))
+
+
 def test_an_epoch_is_of_the_subjects_pictures(train, both):
     """Six of them by two: three steps, whatever there is of the class."""
     run = train("--method", "lora", "--rank", "1", "--epochs", "1", images=both)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sfumato.trainers.textual_inversion import Config, default_prompts, resolve
+from sfumato.trainers.textual_inversion import Config, default_prompts, read_examples, resolve
 from torch.testing import assert_close
 
 from sfumato import cli, data, diffusion, randomness
@@ -285,6 +285,14 @@ def test_samples_show_the_word_where_it_was_not_learned_however_many_captions_th
     captions = ("<x> in fog", "<x> in fog", "a <x>, red", "<x> asleep", "two <x>")
     prompts = default_prompts([data.Example(Path("a.png"), caption) for caption in captions], ["<x>"])
     assert prompts == ["<x> in fog", "a <x>, red", "a drawing of a <x>", "<x> on a table"]
+
+
+def test_a_template_may_have_wildcards_and_samples_show_the_first(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    given = {"images": tmp_path, "output": tmp_path / "run", "placeholder": ("<x>",), "wildcards": True}
+    found = read_examples(Config(caption="{photo|picture} of <x>", **given))
+    assert found.captions == ["photo of <x>", "picture of <x>"]
+    assert default_prompts(found, ["<x>"])[0] == "photo of <x>"
 
 
 @pytest.mark.slow

@@ -360,6 +360,11 @@ def check_words(config: Config) -> None:
             raise ConfigError(f"{shell.option(option)} is empty; give words, or leave it out.")
     if config.instance_prompt and config.caption:
         raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
+    if config.instance_prompt and config.wildcards:
+        raise ConfigError(
+            "--instance-prompt and --wildcards are both given; the prompt is all captions, so no wildcard is left. "
+            "Give one, or write wildcards = true in the source of a class."
+        )
 
 
 def check_saving(config: Config) -> None:
@@ -416,6 +421,7 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
         trigger=_trigger(config),
         mask=config.mask,
         caption_lines=config.caption_lines,
+        wildcards=config.wildcards,
         skip_bad=config.skip_bad,
         in_all=bool(config.instance_prompt),
         of_class=config.prior != "none",
@@ -501,7 +507,9 @@ def say_nothing_is_held(config: Config, run: Run) -> None:
     """Say which class images and prompts of the data and the options --prior none leaves aside."""
     from sfumato.data.source import sources_of
 
-    sources = sources_of(config.images, caption_template=config.caption, trigger=_trigger(config))
+    sources = sources_of(
+        config.images, caption_template=config.caption, trigger=_trigger(config), wildcards=config.wildcards
+    )
     if config.prior_prompts or any(source.group == "class" for source in sources):
         run.say("--prior none: neither images of the class nor prompts are held, only how they drift is measured")
 

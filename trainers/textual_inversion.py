@@ -235,7 +235,7 @@ def read_examples(config: Config) -> ExampleSet:
     trigger = " ".join(config.placeholder) if template and "{trigger}" in template else None
     named = dataclasses.replace(config, caption=template, trigger=trigger)
     examples = named.read_examples(words=config.stands_for or config.placeholder, of_class=False)
-    sources = sources_of(config.images, caption_template=template, trigger=trigger)
+    sources = sources_of(config.images, caption_template=template, trigger=trigger, wildcards=config.wildcards)
     notes = [unread_captions(sources, config.placeholder[0])] if alone else []
     if left := [source.path.name for source in sources if source.group == "class"]:
         named_so = ", ".join(left)
@@ -279,7 +279,7 @@ def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) ->
 
 def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[str]:
     """Two captions, and the first new word in two settings that were not trained on; none twice."""
-    captions = list(dict.fromkeys(e.caption for e in examples))[:2]
+    captions = list(dict.fromkeys(e.said[0] for e in examples))[:2]
     return list(dict.fromkeys([*captions, f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"]))
 
 

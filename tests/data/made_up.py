@@ -54,6 +54,9 @@ class FakeBase:
     def unconditional(self, count):
         return FakeText(torch.full((count, 1, 1), -1.0))
 
+    def token_count(self, prompt):
+        return len(prompt.split())
+
     def cut_off(self, prompt):
         return " ".join(prompt.split()[self.token_limit :])
 

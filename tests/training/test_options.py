@@ -31,6 +31,7 @@ ALL_GIVEN = replace(
     trigger="zwx",
     caption="{caption}, {trigger}",
     caption_lines=True,
+    wildcards=True,
     caption_dropout=0.25,
     resolution=96,
     flip=True,
@@ -322,6 +323,7 @@ def test_every_option_of_the_pictures_reaches_what_reads_them(recorded):
         "mask": "alpha",
         "skip_bad": True,
         "caption_lines": True,
+        "wildcards": True,
         "words": "<x> <y>",
         "of_class": False,
     }

@@ -154,6 +154,17 @@ def test_pictures_held_out_are_measured_as_they_are(base, tmp_path):
     assert padding.mask.min() == 0
 
 
+def test_pictures_held_out_are_measured_with_the_first_alternatives(base, tmp_path):
+    for name in "ab":
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+    config = lora.Config(
+        images=tmp_path, output=Path("run"), resolution=64, caption="{one|two} ||| {three, four|five}", wildcards=True
+    )
+    found = lora.read_examples(dataclasses.replace(config, validation_split=0.5))
+    (batch,) = prepare_validation(config, base, found, None).middles(1, 10**6)
+    assert batch.captions == ["one, three, four"]
+
+
 def test_pictures_held_out_are_measured_within_their_masks(base, examples, monkeypatch):
     """Of what lies outside of them nothing was learned."""
     config = lora.Config(images=Path("pictures"), output=Path("run"), resolution=64)

@@ -269,9 +269,10 @@ _USUAL: Mapping[str, Any] = MappingProxyType(
         "max_norm": 0.0, "conv": False, "weight_decay": 0.01, "schedule": "cosine", "cycles": 1, "warmup": 0,
         "clip": 1.0, "debiased": False, "prior_prompts": [], "loraplus_ratio": 1.0,
         "zero_terminal_snr": False, "caption_dropout": 0.0, "shuffle_tags": False, "keep_tags": 0, "tag_dropout": 0.0,
-        "caption_lines": False, "flip": False, "crop": "center", "mask": "none", "validation_split": 0.0,
-        "prior_weight": 1.0, "init_from": None, "train_words": [], "initial_words": [], "word_vectors": None,
-        "word_learning_rate": None, "words_first": 0, "keep_scale": True, "drift_limit": None, "keep_energy": None,
+        "caption_lines": False, "wildcards": False, "flip": False, "crop": "center", "mask": "none",
+        "validation_split": 0.0, "prior_weight": 1.0, "init_from": None, "train_words": [], "initial_words": [],
+        "word_vectors": None, "word_learning_rate": None, "words_first": 0, "keep_scale": True, "drift_limit": None,
+        "keep_energy": None,
     }
 )  # fmt: skip
 """Settings that a card tells only where they are not so."""

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from charset_normalizer import from_bytes
 
+from sfumato.data import wildcards
 from sfumato.errors import ConfigError, DataError
 from sfumato.text_files import decode, wide_by_mark
 
@@ -198,13 +199,25 @@ def says_nothing(name: str) -> bool:
 
 
 def check_template(
-    template: str, trigger: str | None, *, said: str = "--caption", do: str = "pass --trigger WORD"
+    template: str,
+    trigger: str | None,
+    *,
+    has_wildcards: bool = False,
+    said: str = "--caption",
+    do: str = "pass --trigger WORD",
 ) -> None:
-    """Refuse a template that cannot be filled. Raises ConfigError. said: what gave it. do: how a trigger is named."""
-    for name in re.findall(r"\{([^{}]*)\}", template):
+    """Refuse a template that cannot be filled. Raises ConfigError. has_wildcards: whether {a|b} is one. said: what gave
+    it. do: how a trigger is named."""
+    names = r"(?<!\{)\{([^{}|]*)\}" if has_wildcards else r"\{([^{}]*)\}"
+    for name in re.findall(names, template):
         if name not in _FIELDS:
-            raise ConfigError(f"{said} {template!r}: {{{name}}} is unknown; {{caption}} and {{trigger}} are filled.")
-    if left := re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", template)):
+            choice = ", and with --wildcards one of {a|b} is taken" if "|" in name else ""
+            known = f"{{caption}} and {{trigger}} are filled{choice}"
+            raise ConfigError(f"{said} {template!r}: {{{name}}} is unknown; {known}.")
+    if has_wildcards:
+        if fault := wildcards.fault(_with_fields_as_letters(template)):
+            raise ConfigError(f"{said} {template!r} has {fault}")
+    elif left := re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", template)):
         raise ConfigError(f"{said} {template!r} has a {left[0]} by itself; {{caption}} and {{trigger}} are filled.")
     if "{trigger}" in template and not trigger:
         raise ConfigError(f"{said} {template!r} has {{trigger}}, and there is none; {do}.")
@@ -214,6 +227,15 @@ def fill_template(template: str, caption: str, trigger: str | None) -> str:
     """The template with caption and trigger put in, on one line."""
     values: Mapping[str, str] = {"caption": caption, "trigger": trigger or ""}
     return one_line(re.sub(r"\{(caption|trigger)\}", lambda match: values[match[1]], template))
+
+
+def first_template(template: str) -> str:
+    """The template with the first alternative of each wildcard, to be filled."""
+    return wildcards.cover(_with_fields_as_letters(template))[0]
+
+
+def _with_fields_as_letters(template: str) -> str:
+    return re.sub(r"\{(caption|trigger)\}", r"{{\1}}", template)
 
 
 def is_text(text: str) -> bool:

@@ -60,8 +60,8 @@ class Dataset:
 
     @property
     def captions(self) -> list[str]:
-        """Each picture's caption; the first of those that have several."""
-        return [item.caption for item in self._items]
+        """Each picture's caption; the first of those that have several, or wildcards."""
+        return [item.said[0] for item in self._items]
 
     @property
     def sizes(self) -> list[Size]:
@@ -163,7 +163,7 @@ class Dataset:
     ) -> Batch:
         """These pictures: under their own captions, and as the posteriors' means, where nothing else is given."""
         items = [self._items[index] for index in indices]
-        captions = [item.caption for item in items] if captions is None else captions
+        captions = [item.said[0] for item in items] if captions is None else captions
         latents, mask = sampled(items, variants, noise, self._encoder)
         crops = [item.crop.at(*item.place_of(variant)) for item, variant in zip(items, variants, strict=True)]
         return Batch(

@@ -5,13 +5,23 @@ learned from is refused before a base is loaded. Imports no torch.
 """
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
-from sfumato.data.captions import METADATA, check_template, fill_template, one_line, says_nothing, words_of
+from sfumato.data import wildcards
+from sfumato.data.captions import (
+    METADATA,
+    check_template,
+    fill_template,
+    first_template,
+    one_line,
+    says_nothing,
+    words_of,
+)
 from sfumato.data.images import read_size
 from sfumato.data.listing import (
     FOLDER_OF_PICTURES,
@@ -23,7 +33,7 @@ from sfumato.data.listing import (
     own_name_note,
 )
 from sfumato.data.options import MaskSource, Options
-from sfumato.data.tags import KeptTags, without_marks
+from sfumato.data.tags import KeptTags, said, without_marks
 from sfumato.errors import DataError
 from sfumato.limits import more_tokens
 from sfumato.numerals import pluralize, shortened, some
@@ -43,7 +53,7 @@ class Example:
     of the class that a subject belongs to (prior preservation), "validation" for those on which the loss is measured
     and that are not learned. checksums: sha256 of the picture and its mask, in hex, that their files must have; "" for
     any. template, trigger: what the captions were made with, None for nothing. kept_tags: of those of the captions that
-    say themselves which of their tags stay in their places.
+    say themselves which of their tags stay in their places; captions with wildcards still have the marks for it.
     """
 
     path: Path
@@ -63,6 +73,11 @@ class Example:
     def captions(self) -> tuple[str, ...]:
         """All of its captions."""
         return self.caption, *self.further
+
+    @property
+    def said(self) -> list[str]:
+        """Its captions as samples have them, each alternative of a wildcard in one of them at least."""
+        return list(dict.fromkeys(text for caption in self.captions for text in said(caption, self.options)))
 
     @property
     def files(self) -> list[Path]:
@@ -91,8 +106,8 @@ class ExampleSet(Sequence[Example]):
 
     @property
     def captions(self) -> list[str]:
-        """All captions of all examples."""
-        return [caption for example in self.examples for caption in example.captions]
+        """What all examples say."""
+        return [caption for example in self.examples for caption in example.said]
 
     @property
     def samples(self) -> int:
@@ -125,11 +140,13 @@ def examples_of(
 ) -> ExampleSet:
     """The examples of one listed folder, headers checked. Raises as `read_folder` does.
 
-    by_line: each line of a caption is one of its own; unset, they are not, and that is told. words: that captions have
-    to hold, to advise them where there are none; None where --caption gives none, nor --caption-lines their lines.
+    by_line: each line of a caption is one of its own; unset, they are not, and that is told, as it is of wildcards.
+    words: that captions have to hold, to advise them where there are none; None where the options for captions, such as
+    --caption, do not hold.
     """
+    options = options or Options()
     if template is not None:
-        check_template(template, trigger)
+        check_template(template, trigger, has_wildcards=bool(options.wildcards))
     path = listing.root
     if not listing.pictures:
         raise no_pictures(path, listing.ignored)
@@ -141,12 +158,13 @@ def examples_of(
             raise DataError(found.caption.error)
     ignored = [*listing.ignored, *(_ignored(listing, picture, reason) for picture, reason in bad.items())]
     examples = [
-        example_of(
-            found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line), options=options or Options()
-        )
+        example_of(found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line), options=options)
         for found in listing.pictures
         if found.path not in bad
     ]
+    for example in examples:
+        if fault := unmatched_braces(example):
+            raise DataError(f"{example.path.name}: {fault}")
     _check_captions(examples, template, words, path)
     counted = f"{pluralize(len(examples), 'image')} in {name}{ignored_words(listing.ignored)}"
     numbers = [found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)]
@@ -159,6 +177,7 @@ def examples_of(
         *lines_notes(
             [found for found in listing.pictures if found.path not in bad], template, by_line, of_class=words is None
         ),
+        *wildcards_notes(examples, options.wildcards, of_class=words is None),
         *_mask_notes(path, examples, mask),
         *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
         *([f"{unused} to add it"] if unused else []),
@@ -179,7 +198,9 @@ def example_of(
     if template and trigger:
         template = template.replace(PLACEHOLDER, "{trigger}")
     texts = found.caption.text.split("\n") if by_line else [found.caption.text]
-    filled = [without_marks(_filled(text, found.path, template, trigger), options) for text in texts]
+    whole = [_filled(text, found.path, template, trigger) for text in texts]
+    # Which tags the marks keep depends on the alternatives that are chosen.
+    filled = [(text, None) if options.wildcards else without_marks(text, options) for text in whole]
     caption, *further = dict.fromkeys(text for text, _ in filled)
     return Example(
         found.path,
@@ -189,7 +210,7 @@ def example_of(
         mask == "alpha",
         options,
         checksums=found.checksums,
-        template=template,
+        template=first_template(template) if template and options.wildcards else template,
         trigger=trigger,
         further=tuple(further),
         kept_tags={text: kept for text, kept in filled if kept},
@@ -290,7 +311,7 @@ def labelled(text: str, path: Path, label: str) -> str:
 
 def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
     """What to say of a trigger that no caption holds, by their template; empty where one does."""
-    if any(has_phrase(trigger, caption, plural=True) for example in examples for caption in example.captions):
+    if any(has_phrase(trigger, caption, plural=True) for example in examples for caption in example.said):
         return ""
     own = (example.template for example in examples if example.template and example.group == "instance")
     template = next(own, "{caption}")
@@ -382,13 +403,40 @@ def lines_notes(
         yield f"{counted} read as one, such as {several[0]}; with {how} each line is a caption of its own"
 
 
-def joint_notes(sources: Iterable[tuple[bool | None, Iterable[str]]]) -> list[str]:
-    """The notes of several sources, each once. sources: whether each takes captions by line, and its notes. That there
-    are no lines is said where none of those sources has any."""
-    each = [(by_line, list(notes)) for by_line, notes in sources]
-    has_lines = any(by_line and NO_LINES not in notes for by_line, notes in each)
+NO_WILDCARDS = "wildcards changes nothing: no caption holds any, such as {red|blue}"
+_ALTERNATIVES = re.compile(r"\{[^{}]*\|[^{}]*\}")
+
+
+def wildcards_notes(examples: Sequence[Example], asked: bool | None, *, of_class: bool) -> Iterator[str]:
+    """What to say of captions with {a|b} where wildcards are neither asked for nor refused, or that there are none.
+
+    of_class: as of `lines_notes`.
+    """
+    told = [(each.path.name, text) for each in examples for text in each.captions]
+    if asked and not any(re.search(r"[{}]", text) for _, text in told):
+        yield NO_WILDCARDS
+    elif asked is None and (found := [(name, here[0]) for name, text in told if (here := _ALTERNATIVES.search(text))]):
+        name, letters = found[0]
+        counted = pluralize(len(found), "caption has", "captions have")
+        how = "wildcards = true in the source of their class" if of_class else "--wildcards"
+        yield (
+            f"{counted} braces that are read as letters, such as {shortened(letters)!r} of {name}; with {how} each "
+            "sample has one of the alternatives"
+        )
+
+
+def unmatched_braces(example: Example) -> str:
+    """What to say of a picture whose caption has wildcards that do not end or begin; empty for one that has none."""
+    faults = map(wildcards.fault, example.captions) if example.options.wildcards else ()
+    return next((f"its caption has {fault}" for fault in faults if fault), "")
+
+
+def joint_notes(sources: Iterable[tuple[Container[str], Iterable[str]]]) -> list[str]:
+    """The notes of several sources, each once. sources: of each what it would say if what it asks for changed nothing,
+    and its notes. That is said where it holds of all that ask for it."""
+    each = [(asked, list(notes)) for asked, notes in sources]
     joined = dict.fromkeys(note for _, notes in each for note in notes)
-    return [note for note in joined if note != NO_LINES or not has_lines]
+    return [note for note in joined if not any(note in asked and note not in notes for asked, notes in each)]
 
 
 def _caption_notes(listing: Listing, bad: dict[Path, str]) -> Iterator[str]:

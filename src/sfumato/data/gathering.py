@@ -192,7 +192,9 @@ def _learned(done: _Done, crop: Crop) -> tuple[Any, ...]:
     example = done.example
     learned = done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop
     kept = [example.kept_tags.get(caption) for caption in example.captions]
-    return *learned, *filter(None, (example.further, kept if any(kept) else None))
+    options = example.options
+    told = ("wildcards" if options.wildcards else None, options.secondary_separator)
+    return *learned, *filter(None, (example.further, kept if any(kept) else None, *told))
 
 
 def _short(text: str) -> str:

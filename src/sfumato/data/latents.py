@@ -13,7 +13,7 @@ from sfumato.data.buckets import Crop, Size
 from sfumato.data.cache import Entry
 from sfumato.data.crops import Cropped, to_array
 from sfumato.data.options import Options
-from sfumato.data.tags import KeptTags
+from sfumato.data.tags import KeptTags, said
 from sfumato.errors import DataError
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -50,6 +50,11 @@ class PreparedPicture:
     def captions(self) -> tuple[str, ...]:
         """All of its captions."""
         return self.caption, *self.further
+
+    @property
+    def said(self) -> list[str]:
+        """Its captions as samples have them, each alternative of a wildcard in one of them at least."""
+        return [text for caption in self.captions for text in said(caption, self.options)]
 
     def load(self) -> Mapping[str, Tensor]:
         """The tensors, from memory or from the mapped file."""

@@ -20,6 +20,8 @@ class Options:
     keep_tags. tag_dropout: share of those parts to leave out. keep_tags_separator: where a caption has it, the tags
     before it stay in front instead, and those after a second one at the end. weight: weight of a sample in the loss.
     resolution: side in pixels of the square with as many pixels as the image gets.
+    wildcards: {a|b} in a caption is one of its alternatives. secondary_separator: parts tags within one that is
+    shuffled and dropped as a whole; "" for none.
     """
 
     flip: bool | None = None
@@ -32,6 +34,9 @@ class Options:
     keep_tags_separator: str = field(default="|||", repr=False)  # what is learned has `Example.kept_tags` instead
     weight: float = 1.0
     resolution: int | None = field(default=None, repr=False)  # what is learned has the crop instead
+    # Not in the text of which the fingerprint is made: without them it stays what it was, else they are added there.
+    wildcards: bool | None = field(default=None, repr=False)
+    secondary_separator: str = field(default="", repr=False)
 
     def check(self, where: str = "") -> None:
         """Raise ConfigError for a value that makes no sense. where: text to put before the message."""
@@ -51,6 +56,10 @@ class Options:
             raise ConfigError(
                 f"{where}keep_tags_separator is {self.keep_tags_separator!r}; wanted what parts no tags, such as '|||'."
             )
+        marks = (self.separator.strip(), self.keep_tags_separator.strip())
+        second = self.secondary_separator
+        if second and (not second.strip() or any(mark in second for mark in marks)):
+            raise ConfigError(f"{where}secondary_separator is {second!r}; wanted what parts no tags, such as ';;;'.")
 
     def over(self, defaults: "Options") -> "Options":
         """These options, with unset ones taken from `defaults`."""

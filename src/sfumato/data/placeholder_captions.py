@@ -72,8 +72,8 @@ def _check_stands_for(stands_for: Sequence[str], captions: Sequence[str]) -> Non
 def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) -> None:
     """Raises DataError for captions that hold no placeholder, for one that is in none, and for one of the class that
     holds any."""
-    ours = [caption for e in examples if e.group != "class" for caption in e.captions]
-    learned = [caption for e in examples if e.group == "instance" for caption in e.captions]
+    ours = [caption for e in examples if e.group != "class" for caption in e.said]
+    learned = [caption for e in examples if e.group == "instance" for caption in e.said]
     without = [caption for caption in ours if not any(holds(token, caption) for token in placeholders)]
     unused = [token for token in placeholders if not any(holds(token, caption) for caption in learned)]
     if without:
@@ -83,7 +83,7 @@ def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) ->
         )
     if unused:
         raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
-    for caption in (caption for e in examples if e.group == "class" for caption in e.captions):
+    for caption in (caption for e in examples if e.group == "class" for caption in e.said):
         if held := [token for token in placeholders if holds(token, caption)]:
             raise DataError(
                 f"the caption {caption!r} of an image of the class holds {held[0]}, which is learned for the subject "

@@ -19,7 +19,7 @@ from sfumato.data.latents import PreparedPicture
 from sfumato.data.listing import grouped
 from sfumato.data.options import CropMode, Options
 from sfumato.data.planning import Plan, early_notes, foreseen_crops, plan_of, require_space, sizes_of
-from sfumato.data.tags import count_forms, forms
+from sfumato.data.tags import count_forms, forms, longest
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
 from sfumato.numerals import some
@@ -123,7 +123,7 @@ def _embed(
     tell: Callable[[str, int, int], None],
 ) -> Iterator[str]:
     """Embed what will be drawn, if that can be known and kept; lines for the person."""
-    whole = {caption for item in items for caption in item.captions}
+    whole = {caption for item in items for caption in item.said}
     if will_draw is not None:
         wanted = dataset.drawn_captions(*will_draw)
     else:
@@ -134,6 +134,8 @@ def _embed(
             wanted |= {form for each in told for form in forms(*each)}
         elif any(item.options.varies_caption for item in items):
             yield f"tags vary in {count:,} ways, more than are embedded beforehand; captions are encoded in the loop"
+        elif any(item.options.wildcards for item in items):
+            yield f"wildcards make {count:,} captions, more than are embedded beforehand; they are encoded in the loop"
     # Of those whose tags vary another run would draw others: the cache would grow, and hardly be read.
     lasting = wanted & whole
     passing = wanted - lasting
@@ -164,7 +166,8 @@ def _notes(gathered: Gathered, plan: Plan, base: Base) -> Iterator[str]:
 
 def _cut_note(base: Base, items: Sequence[PreparedPicture]) -> str:
     first = {caption: item for item in reversed(items) for caption in item.captions}  # of several with one caption
-    ends = {item.name: cut for caption, item in reversed(first.items()) if (cut := base.cut_off(caption))}
+    longest_of = {longest(text, item.options, base.token_count): item for text, item in reversed(first.items())}
+    ends = {item.name: cut for caption, item in longest_of.items() if (cut := base.cut_off(caption))}
     return cut_captions(ends, base.token_limit, varies=any(item.options.varies_caption for item in first.values()))
 
 

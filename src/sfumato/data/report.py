@@ -30,7 +30,9 @@ from sfumato.data.folder import (
     no_masks,
     no_pictures,
     no_subject,
+    unmatched_braces,
     unused_trigger,
+    wildcards_notes,
     without_alpha,
     without_trigger,
 )
@@ -38,6 +40,7 @@ from sfumato.data.listing import Ignored, ListedPicture, Listing
 from sfumato.data.options import CropMode, MaskSource, Options
 from sfumato.data.source import Source, sources_of
 from sfumato.data.survey import PictureStats, survey
+from sfumato.data.tags import longest
 from sfumato.data.validation import hold_out
 from sfumato.errors import DataError
 from sfumato.numerals import pluralize, some
@@ -140,6 +143,7 @@ def check(
     mask: MaskSource = "none",
     crop: CropMode = "center",
     caption_lines: bool = False,
+    wildcards: bool = False,
     thumbnails: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -149,7 +153,12 @@ def check(
     """
     side = resolution or needs.resolution
     sources = sources_of(
-        path, caption_template=caption_template, trigger=trigger, mask=mask, caption_lines=caption_lines
+        path,
+        caption_template=caption_template,
+        trigger=trigger,
+        mask=mask,
+        caption_lines=caption_lines,
+        wildcards=wildcards,
     )
     listings = [source.list() for source in sources]
     founds = [found for listing in listings for found in listing.pictures]
@@ -166,6 +175,11 @@ def check(
         each: checked_sizes(each, side_step(needs.vae_factor, needs.levels, each), buckets=True)
         for each in sorted({side for at in asked for side in at})
     }
+    faults = [unmatched_braces(example) for example in examples]
+    examples = [
+        replace(example, options=replace(example.options, wildcards=False)) if fault else example
+        for example, fault in zip(examples, faults, strict=True)
+    ]
     looks = tuple(survey(examples, sizes, needs.vae_factor, thumbnails=thumbnails, progress=progress))
     report = Report(
         path,
@@ -182,8 +196,9 @@ def check(
     lines = [
         *_bad(report),
         *_captions(report, founds),
+        *_unmatched(report, faults),
         *_masks(report, sources, listings),
-        *_listings(sources, listings),
+        *_listings(report, sources, listings),
         *_subject(report),
         *_held_out(report),
         *_flaws(report),
@@ -219,17 +234,28 @@ def _count_buckets(
     return {size: counts[size] for size in ordered if counts[size]}
 
 
-def _listings(sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Finding]:
+def _listings(report: Report, sources: Sequence[Source], listings: Sequence[Listing]) -> Iterator[Finding]:
     named = list(zip(sources, listings, strict=True))
     for source, listing in named:
         yield from (Finding("listing", note) for note in listing.notes)
         if not listing.pictures:
             yield Finding("no pictures", str(no_pictures(source.path, listing.ignored)), stops=True)
     of_lines = (
-        (s.by_line, lines_notes(listing.pictures, s.template, s.by_line, of_class=s.group == "class"))
+        (s.asks, lines_notes(listing.pictures, s.template, s.by_line, of_class=s.group == "class"))
         for s, listing in named
     )
     yield from (Finding("caption lines", note) for note in joint_notes(of_lines))
+    examples = iter(report.examples)
+    of_wildcards = (
+        (
+            s.asks,
+            wildcards_notes(
+                [*islice(examples, len(listing.pictures))], s.options.wildcards, of_class=s.group == "class"
+            ),
+        )
+        for s, listing in named
+    )
+    yield from (Finding("wildcards", note) for note in joint_notes(of_wildcards))
 
 
 def _held_out(report: Report) -> Iterator[Finding]:
@@ -249,6 +275,13 @@ def _bad(report: Report) -> Iterator[Finding]:
     for look, label in zip(report.looks, report.labels, strict=True):
         if look.error:
             yield Finding("bad", labelled(look.error, look.path, label), (label,), stops=True)
+
+
+def _unmatched(report: Report, faults: Sequence[str]) -> Iterator[Finding]:
+    """Wildcards that do not end or begin."""
+    for label, fault in zip(report.labels, faults, strict=True):
+        if fault:
+            yield Finding("wildcards", f"{label}: {fault}", (label,), stops=True)
 
 
 def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Finding]:
@@ -280,19 +313,23 @@ def _captions(report: Report, founds: Sequence[ListedPicture]) -> Iterator[Findi
     owners = _by_caption(report)
     cut = {caption: end for caption in owners if (end := report.needs.cut_off(caption))}
     if cut:
-        varies = any(
-            each.options.varies_caption for each in report.examples if not cut.keys().isdisjoint(each.captions)
-        )
+        whose = tuple(name for caption in cut for name in owners[caption])
+        varies = any(example.options.varies_caption for example, _, label in named if label in whose)
         ends = {some(owners[caption], 4): end for caption, end in cut.items()}
         text = cut_captions(ends, report.needs.token_limit, varies=varies)
-        yield Finding("caption cut", text, tuple(name for caption in cut for name in owners[caption]))
+        yield Finding("caption cut", text, whose)
 
 
 def _by_caption(report: Report) -> dict[str, list[str]]:
+    """Whose each caption is. Of a wildcard it has the longest alternative."""
+
+    def tokens(text: str) -> int:
+        return len(report.needs.ids(text))
+
     found: dict[str, list[str]] = {}
     for example, label in zip(report.examples, report.labels, strict=True):
         for caption in filter(None, example.captions):
-            found.setdefault(caption, []).append(label)
+            found.setdefault(longest(caption, example.options, tokens), []).append(label)
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from sfumato import shell
 from sfumato.config import at_home
 from sfumato.data.captions import CAPTION_SUFFIXES, check_template
-from sfumato.data.folder import Example, ExampleSet, Group, examples_of, joint_notes
+from sfumato.data.folder import NO_LINES, NO_WILDCARDS, Example, ExampleSet, Group, examples_of, joint_notes
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import MaskSource, Options
 from sfumato.errors import ConfigError, DataError, nearest
@@ -36,6 +36,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "words": str,
     "caption_suffix": str,
     "caption_lines": bool,
+    "wildcards": bool,
     "mask": str,
     "resolution": (int, list),
     "flip": bool,
@@ -46,9 +47,10 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "tag_dropout": (int, float),
     "separator": str,
     "keep_tags_separator": str,
+    "secondary_separator": str,
     "weight": (int, float),
 }
-_OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_lines", "caption_dropout", "tag_dropout")
+_OF_THE_SUBJECT = ("caption", "trigger", "words", "caption_lines", "wildcards", "caption_dropout", "tag_dropout")
 """Keys before the first source that do not hold for pictures of a class."""
 _NAMES: Mapping[type | tuple[type, ...], str] = {
     **{str: "a text", int: "a whole number", bool: "true or false", (int, float): "a number"},
@@ -81,6 +83,11 @@ class Source:
         for resolution in self.resolutions or (example.options.resolution,):
             yield replace(example, options=replace(example.options, resolution=resolution))
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """What it would say if what it asks for changed nothing."""
+        return (NO_LINES,) * bool(self.by_line) + (NO_WILDCARDS,) * bool(self.options.wildcards)
+
     def list(self) -> Listing:
         """The folder's files. Raises DataError as `list_folder` does."""
         listing = list_folder(self.path, words=self.words, suffixes=self.suffixes)
@@ -99,6 +106,7 @@ def read_folder(
     skip_bad: bool = False,
     mask: MaskSource = "none",
     caption_lines: bool = False,
+    wildcards: bool = False,
     words: str = "",
     otherwise: str = "",
     of_class: bool = True,
@@ -108,14 +116,21 @@ def read_folder(
     A caption comes from NAME.txt, NAME.caption, metadata.jsonl, the words of a kohya folder ("10_sks dog": 10 repeats),
     or, if there is a template, from the file's name; the template is then filled with it. mask: "alpha" learns the
     opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. caption_lines: each line of a caption is one
-    of its own, and a sample takes any of them. skip_bad: leave out the pictures whose header cannot be read, and (in
-    `prepare`) those that cannot be decoded. words: that captions have to hold, to advise them where there are none.
-    otherwise: the caption of those of the subject that have none. of_class: whether sources of a class are read.
+    of its own, and a sample takes any of them. wildcards: {a|b} in a caption is one of its alternatives. skip_bad:
+    leave out the pictures whose header cannot be read, and (in `prepare`) those that cannot be decoded. words: that
+    captions have to hold, to advise them where there are none. otherwise: the caption of those of the subject that have
+    none. of_class: whether sources of a class are read.
 
-    Raises DataError for no folder, no pictures, bad pictures and missing captions; ConfigError for a bad template.
+    Raises DataError for no folder, no pictures, bad pictures, missing captions and braces that do not match;
+    ConfigError for a bad template.
     """
     sources = sources_of(
-        path, caption_template=caption_template, trigger=trigger, mask=mask, caption_lines=caption_lines
+        path,
+        caption_template=caption_template,
+        trigger=trigger,
+        mask=mask,
+        caption_lines=caption_lines,
+        wildcards=wildcards,
     )
     sources = [source for source in sources if of_class or source.group != "class"]
     if otherwise:
@@ -127,7 +142,7 @@ def read_folder(
     return ExampleSet(
         tuple(example for part in parts for example in part.examples),
         tuple(Ignored(f"{s.path.name}/{entry.name}", entry.reason) for s, part in named for entry in part.ignored),
-        tuple(joint_notes((source.by_line, part.notes) for source, part in named)),
+        tuple(joint_notes((source.asks, part.notes) for source, part in named)),
         skip_bad,
     )
 
@@ -154,16 +169,20 @@ def sources_of(
     trigger: str | None = None,
     mask: MaskSource = "none",
     caption_lines: bool = False,
+    wildcards: bool = False,
 ) -> list[Source]:
     """The folder itself, or what the dataset.toml names. Raises DataError and ConfigError."""
     if path.suffix.lower() != ".toml" or path.is_dir():
         if caption_template is not None:
-            check_template(caption_template, trigger)
-        return [Source(path, template=caption_template, trigger=trigger, by_line=caption_lines or None, mask=mask)]
+            check_template(caption_template, trigger, has_wildcards=wildcards)
+        options = Options(wildcards=wildcards or None)
+        by_line = caption_lines or None
+        return [Source(path, template=caption_template, trigger=trigger, by_line=by_line, mask=mask, options=options)]
     given = {
         "caption": caption_template,
         "trigger": trigger,
         "caption_lines": caption_lines or None,
+        "wildcards": wildcards or None,
         "mask": None if mask == "none" else mask,
     }
     values = _load(path)
@@ -226,7 +245,13 @@ def source_of(values: Mapping[str, Any], home: Path, where: str) -> Source:
     options.check(where)
     template, trigger = values.get("caption"), values.get("trigger")
     if template is not None:
-        check_template(template, trigger, said=f"{where}caption", do='write trigger = "WORD" beside it')
+        check_template(
+            template,
+            trigger,
+            has_wildcards=bool(options.wildcards),
+            said=f"{where}caption",
+            do='write trigger = "WORD" beside it',
+        )
     suffix = values.get("caption_suffix")
     if suffix is not None and not suffix.startswith("."):
         raise ConfigError(f'{where}caption_suffix is {suffix!r}; wanted an ending such as ".wd14".')

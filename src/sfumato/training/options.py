@@ -42,6 +42,9 @@ class DataOptions:
     caption_lines: bool = False
     """Each line of a caption is a caption of its own, such as tags and a sentence. Each sample has one of an image's
     captions, at random. Otherwise the lines are one caption."""
+    wildcards: bool = False
+    """{red|blue} in a caption is a wildcard: each sample has one of its alternatives, at random. {{ and }} are the
+    letters { and }. Otherwise braces are letters."""
     caption_dropout: float = 0.0
     """Share of samples that are trained without a caption, 0 to 1; 1 drops every caption."""
     resolution: int | None = None
@@ -80,6 +83,7 @@ class DataOptions:
             trigger=self.trigger,
             mask=self.mask,
             caption_lines=self.caption_lines,
+            wildcards=self.wildcards,
             skip_bad=self.skip_bad,
             words=" ".join(words),
             of_class=of_class,

@@ -91,17 +91,18 @@ def read_subject(
     trigger: str | None = None,
     mask: MaskSource = "none",
     caption_lines: bool = False,
+    wildcards: bool = False,
     skip_bad: bool = False,
     in_all: bool = False,
     of_class: bool = True,
 ) -> ExampleSet:
     """The examples of a folder in which pictures without a caption have the caption `words`, or of a dataset.toml.
 
-    caption_lines: each line of a caption is one of its own. in_all: whether the subject's pictures have it in a
-    dataset.toml, too, which may hold several subjects. of_class: whether that one's sources of a class are read. Raises
-    as `sfumato.data.read_folder` does.
+    caption_lines: each line of a caption is one of its own. wildcards: {a|b} in a caption is one of its alternatives.
+    in_all: whether the subject's pictures have it in a dataset.toml, too, which may hold several subjects. of_class:
+    whether that one's sources of a class are read. Raises as `sfumato.data.read_folder` does.
     """
-    from sfumato.data import read_folder
+    from sfumato.data import Options, read_folder
     from sfumato.data.folder import examples_of
     from sfumato.data.source import Source
 
@@ -112,6 +113,7 @@ def read_subject(
             trigger=trigger,
             mask=mask,
             caption_lines=caption_lines,
+            wildcards=wildcards,
             skip_bad=skip_bad,
             words=words,
             otherwise=words if in_all else "",
@@ -119,13 +121,20 @@ def read_subject(
         )
     listing = Source(path, words=words).list()
     by_line = caption_lines or None
-    return examples_of(listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad, by_line=by_line)
+    options = Options(wildcards=wildcards or None)
+    return examples_of(
+        listing, template=template, trigger=trigger, mask=mask, skip_bad=skip_bad, by_line=by_line, options=options
+    )
 
 
 def with_caption(folder: ExampleSet, caption: str) -> ExampleSet:
     """The same pictures of the subject with this caption, whatever theirs were; those of the class as they are."""
     examples = tuple(
-        example if example.group == "class" else dataclasses.replace(example, caption=caption, further=())
+        example
+        if example.group == "class"
+        else dataclasses.replace(
+            example, caption=caption, further=(), options=dataclasses.replace(example.options, wildcards=False)
+        )
         for example in folder
     )
     return dataclasses.replace(folder, examples=examples)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def prepare_validation(
     config: TrainerOptions, base: Base, examples: ExampleSet, processes: Processes
 ) -> Dataset | None:
-    """The pictures that are held out, each as it is: not mirrored, never cut at random, its caption whole; None where
-    there are none. config: resolved."""
+    """The pictures that are held out, each as it is: not mirrored, never cut at random, its caption whole, of
+    wildcards with the first alternatives; None where there are none. config: resolved."""
     held_out = examples.in_group("validation")
     if not held_out:
         return None
@@ -30,7 +30,10 @@ def prepare_validation(
         crop = each.options.crop or config.crop
         crop = "center" if crop == "random" else crop
         options = dataclasses.replace(plain, crop=crop, resolution=each.options.resolution)
-        as_they_are.append(dataclasses.replace(each, repeats=1, options=options))
+        caption, *further = each.said
+        as_they_are.append(
+            dataclasses.replace(each, repeats=1, options=options, caption=caption, further=tuple(further))
+        )
     chosen = dataclasses.replace(held_out, examples=tuple(as_they_are))
     dataset = config.prepare(chosen, base, embed_text=False, measured=VALIDATIONS, processes=processes)
     names = some([each.path.name for each in held_out])

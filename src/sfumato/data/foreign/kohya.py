@@ -23,7 +23,6 @@ _ELSEWHERE = {
     "bucket_reso_steps": "buckets follow the base",
     "max_token_length": "--max-tokens",
     "conditioning_data_dir": 'masks go to masks/ in the image folder, with mask = "files" in its source',
-    "enable_wildcard": "lines are taken at random by caption_lines = true; {a|b} in a caption stays as it is",
     "cache_info": "headers are always read anew",
     "validation_split": "--validation-split, of all images together",
     "validation_seed": "which images are held out depends on their names",
@@ -40,6 +39,8 @@ _USED = frozenset(
         "shuffle_caption",
         "keep_tokens",
         "keep_tokens_separator",
+        "secondary_separator",
+        "enable_wildcard",
         "caption_separator",
         "caption_dropout_rate",
         "caption_tag_dropout_rate",
@@ -65,13 +66,12 @@ _TRAINING_ONLY = (
     "token_warmup_min",
     "token_warmup_step",
     "weighted_captions",
-    "secondary_separator",
 )
 """Settings of a training that change what is seen of its pictures and have no counterpart."""
 _TEXTS = frozenset(
     (
         *("image_dir", "class_tokens", "caption_extension", "caption_separator", "caption_prefix", "caption_suffix"),
-        "keep_tokens_separator",
+        *("keep_tokens_separator", "secondary_separator"),
     )
 )
 
@@ -115,10 +115,12 @@ def _source(own: Mapping[str, Any]) -> dict[str, Any]:
         caption=_affixes(own.get("caption_prefix"), own.get("caption_suffix")),
         caption_suffix=suffix(own, "caption_extension"),
         caption_lines=bool(own.get("enable_wildcard")),
+        wildcards=bool(own.get("enable_wildcard")),
         shuffle_tags=own.get("shuffle_caption", False),
         keep_tags=own.get("keep_tokens", 0),
         separator=own.get("caption_separator") or ",",
         keep_tags_separator=own.get("keep_tokens_separator") or "|||",
+        secondary_separator=own.get("secondary_separator") or "",
         caption_dropout=own.get("caption_dropout_rate", 0.0),
         tag_dropout=own.get("caption_tag_dropout_rate", 0.0),
         resolution=_side(own),

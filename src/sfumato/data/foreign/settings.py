@@ -114,12 +114,13 @@ def left_over(own: Mapping[str, Any], used: Container[str], elsewhere: Mapping[s
 def non_default(**values: Any) -> dict[str, Any]:
     """The values that are not the defaults of a source, in the order of datasets/README.md."""
     neutral: dict[str, Any] = {"repeats": 1, "class": False, "validation": False, "words": "", "caption": None}
-    neutral |= {"trigger": None, "caption_suffix": None, "caption_lines": False}
+    neutral |= {"trigger": None, "caption_suffix": None, "caption_lines": False, "wildcards": False}
     neutral |= {
         "shuffle_tags": False,
         "keep_tags": 0,
         "separator": ",",
         "keep_tags_separator": "|||",
+        "secondary_separator": "",
         "caption_dropout": 0,
         "tag_dropout": 0,
     }
