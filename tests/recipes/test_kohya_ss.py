@@ -69,7 +69,7 @@ def test_what_its_window_saves_is_a_config_of_lora(home):
         ({"xformers": True, "seed": "7"}, {"attention": "xformers", "seed": 7}, {}),
         ({"optimizer_args": "weight_decay=0.1 betas=0.9,0.95"}, {"weight_decay": 0.1}, {}),
         ({"lora_network_weights": "b.safetensors"}, {"init_from": "b.safetensors"}, {}),
-        ({"max_grad_norm": 0}, {"clip": 0.0}, {}),
+        ({"max_grad_norm": 0}, {"clip": None}, {}),  # which its window leaves out
         ({"additional_parameters": '--ip_noise_gamma=0.1 --output_name "the bear"'}, {"name": "the bear"}, {}),
         ({"additional_parameters": "--ip_noise_gamma=0.1"}, {"input_perturbation": 0.1}, {}),
     ],
@@ -90,6 +90,24 @@ def test_its_other_windows(home):
     recipe = of_window(home, LoRA_type=None, learning_rate_te=2e-5).recipe
     assert (recipe.program, recipe.ask, recipe.values["text_learning_rate"]) == ("dreambooth", ("class_name",), 2e-5)
     assert "train_text_encoder" not in of_window(home, LoRA_type=None, learning_rate_te=0).recipe.values
+
+
+def test_each_window_tells_what_it_does(home):
+    """Those of whole models and words tell both kinds of noise, that of whole models zeros, that of words no dropout."""
+    noise = {"noise_offset": 0.05, "pyramid_noise": 0.3}
+    whole = of_window(home, LoRA_type=None, max_grad_norm=0, learning_rate_te1=1e-5, learning_rate_te2=1e-5)
+    assert noise.items() <= whole.recipe.told.items()
+    assert whole.recipe.told["clip"] == 0
+    assert not [note for note in whole.notes if "learning_rate" in note]
+    told = {"token_string": "bear", "caption_dropout_rate": 0.1, "stop_text_encoder_training_pct": 5}
+    word = of_window(home, LoRA_type=None, max_grad_norm=0, **told)
+    assert noise.items() <= word.recipe.told.items()
+    assert "clip" not in word.recipe.told
+    assert "caption_dropout" not in word.images.text
+    assert not [note for note in word.notes if "stop_text_encoder" in note]
+    of_other_noise = {"adaptive_noise_scale": 0.005, "noise_offset_random_strength": True}
+    network = of_window(home, noise_offset_type="Multires", stop_text_encoder_training=5, **of_other_noise)
+    assert network.notes == of_window(home).notes
 
 
 def test_sdxl_s_script_for_sdxl(home):

@@ -13,17 +13,17 @@ from typing import Any
 from sfumato.errors import ConfigError
 
 _PASSED_ON = frozenset((
-    "adaptive_noise_scale", "bucket_no_upscale", "bucket_reso_steps", "caption_dropout_every_n_epochs",
+    "bucket_no_upscale", "bucket_reso_steps", "caption_dropout_every_n_epochs",
     "caption_dropout_rate", "caption_extension", "clip_skip", "color_aug", "dataset_config",
     "debiased_estimation_loss", "dim_from_weights", "flip_aug", "fp8_base", "full_bf16", "full_fp16",
     "gradient_accumulation_steps", "gradient_checkpointing", "huber_c", "huber_scale", "huber_schedule",
     "huggingface_repo_id", "init_word", "ip_noise_gamma", "ip_noise_gamma_random_strength", "keep_tokens",
-    "learning_rate", "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "log_with", "logging_dir",
+    "learning_rate", "learning_rate_te", "log_with", "logging_dir",
     "loss_type", "lr_scheduler", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_type", "masked_loss",
     "max_bucket_reso", "max_grad_norm", "max_timestep", "max_token_length", "max_train_epochs", "max_train_steps",
     "metadata_author", "metadata_license", "min_bucket_reso", "min_snr_gamma", "min_timestep", "mixed_precision",
     "network_alpha", "network_dim", "network_dropout", "network_weights", "num_vectors_per_token",
-    "noise_offset_random_strength", "output_name", "pretrained_model_name_or_path", "prior_loss_weight", "random_crop",
+    "output_name", "pretrained_model_name_or_path", "prior_loss_weight", "random_crop",
     "reg_data_dir", "sample_every_n_epochs", "sample_every_n_steps", "save_every_n_epochs", "save_every_n_steps",
     "save_precision", "scale_v_pred_loss_like_noise_pred", "scale_weight_norms", "seed", "shuffle_caption",
     "stop_text_encoder_training", "token_string", "train_batch_size", "train_data_dir", "train_inpainting",
@@ -36,7 +36,12 @@ _CALLED = {
 }  # fmt: skip
 """What a window calls a setting, or once did."""
 _ZERO_TOO = frozenset(("max_grad_norm", "prior_loss_weight", "learning_rate_te"))
-"""Numbers of which 0 says something; of the others it says that they are unset."""
+"""Numbers of which 0 says something in the window of DreamBooth; of all others it says that they are unset."""
+_KEPT_BACK = {
+    "train_network.py": frozenset(("stop_text_encoder_training",)),
+    "train_textual_inversion.py": frozenset(("stop_text_encoder_training", "caption_dropout_rate")),
+}
+"""What a window saves and does not tell the script."""
 _USUAL = {"bucket_reso_steps": 64, "min_bucket_reso": 256, "max_bucket_reso": 2048}
 """What is saved of buckets where nothing was chosen."""
 _KINDS = {
@@ -72,10 +77,12 @@ def settings(values: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]
         script = "train_textual_inversion.py"
     elif values.get("sdxl") or "dataset_repeats" in values:
         raise ConfigError(f"{name}: a whole model by fine_tune.py or sdxl_train.py, which are not converted.")
-    found = {_CALLED.get(key, key): value for key, value in values.items() if _is_set(key, value)}
-    kept = {key: value for key, value in found.items() if key in _PASSED_ON or key in _CALLED.values()}
+    zero_too = _ZERO_TOO if script == "train_db.py" else frozenset()
+    found = {_CALLED.get(key, key): value for key, value in values.items() if _is_set(value) or key in zero_too}
+    told = (_PASSED_ON | set(_CALLED.values())) - _KEPT_BACK.get(script, frozenset())
+    kept = {key: value for key, value in found.items() if key in told}
     kept = {key: value for key, value in kept.items() if _number(value) != _USUAL.get(key, math.nan)}
-    kept |= _steps(found) | _of_noise(found)
+    kept |= _steps(found) | _of_noise(found, script)
     kept["optimizer_args"] = shlex.split(str(found.get("optimizer_args", "")).replace('"', ""))
     kept["sample_prompts"] = str(found.get("sample_prompts", "")).splitlines()
     kept["xformers"] = found.get("xformers") in (True, "xformers")
@@ -86,10 +93,8 @@ def settings(values: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]
     return f"{'sdxl_' if values.get('sdxl') else ''}{script}", kept
 
 
-def _is_set(key: str, value: Any) -> bool:
-    if value is None or value is False or value == "":
-        return False
-    return key in _ZERO_TOO or _number(value) != 0
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, "") and _number(value) != 0
 
 
 def _number(value: Any) -> float | None:
@@ -110,11 +115,14 @@ def _steps(found: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _of_noise(found: Mapping[str, Any]) -> dict[str, Any]:
-    """One of the two kinds of noise, of which the other's settings are saved, too."""
-    if found.get("noise_offset_type") == "Multires":
-        return {key: found.get(key) for key in ("multires_noise_iterations", "multires_noise_discount")}
-    return {"noise_offset": found.get("noise_offset")}
+def _of_noise(found: Mapping[str, Any], script: str) -> dict[str, Any]:
+    """Its two kinds of noise, of which the window of networks tells one alone, and saves the other's settings, too."""
+    plain = ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")
+    pyramid = ("multires_noise_iterations", "multires_noise_discount")
+    told = (*plain, *pyramid)
+    if script == "train_network.py":
+        told = pyramid if found.get("noise_offset_type") == "Multires" else plain
+    return {key: found.get(key) for key in told}
 
 
 def _network(found: Mapping[str, Any], name: str) -> dict[str, Any]:
