@@ -68,6 +68,7 @@ def test_what_its_window_saves_is_a_config_of_lora(home):
         ({"xformers": "sdpa"}, {"attention": None}, {}),
         ({"xformers": True, "seed": "7"}, {"attention": "xformers", "seed": 7}, {}),
         ({"optimizer_args": "weight_decay=0.1 betas=0.9,0.95"}, {"weight_decay": 0.1}, {}),
+        ({"optimizer_args": '"weight_decay=0.1" it\'s'}, {"weight_decay": 0.1}, {}),
         ({"lora_network_weights": "b.safetensors"}, {"init_from": "b.safetensors"}, {}),
         ({"max_grad_norm": 0}, {"clip": None}, {}),  # which its window leaves out
         ({"additional_parameters": '--ip_noise_gamma=0.1 --output_name "the bear"'}, {"name": "the bear"}, {}),
@@ -123,6 +124,9 @@ def test_what_kohya_ss_has_alone_is_named(home):
         "network_args use_tucker=True: has no counterpart here and is left out",
         "train_inpainting = True: has no counterpart here and is left out",
     )
+    kept = ("lr_scheduler_args = a=1", "no_token_padding = True", "save_last_n_epochs = 2", "save_last_n_steps = 3")
+    there = dict(each.split(" = ") for each in kept)
+    assert {note.partition(":")[0] for note in of_window(home, **there).notes} >= {*kept}
     both = of_window(home, debiased_estimation_loss=True)
     assert (both.recipe.told["min_snr"], "debiased" in both.recipe.told) == (5.0, False)
     assert "debiased_estimation_loss beside min_snr_gamma: timesteps are weighed once, by the latter" in both.notes

@@ -6,28 +6,27 @@ Names and meanings are those of kohya_gui/lora_gui.py, dreambooth_gui.py and tex
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from sfumato.errors import ConfigError
 
 _PASSED_ON = frozenset((
-    "bucket_no_upscale", "bucket_reso_steps", "caption_dropout_every_n_epochs",
-    "caption_dropout_rate", "caption_extension", "clip_skip", "color_aug", "dataset_config",
-    "debiased_estimation_loss", "dim_from_weights", "flip_aug", "fp8_base", "full_bf16", "full_fp16",
-    "gradient_accumulation_steps", "gradient_checkpointing", "huber_c", "huber_scale", "huber_schedule",
-    "huggingface_repo_id", "init_word", "ip_noise_gamma", "ip_noise_gamma_random_strength", "keep_tokens",
-    "learning_rate", "learning_rate_te", "log_with", "logging_dir",
-    "loss_type", "lr_scheduler", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_type", "masked_loss",
-    "max_bucket_reso", "max_grad_norm", "max_timestep", "max_token_length", "max_train_epochs", "max_train_steps",
-    "metadata_author", "metadata_license", "min_bucket_reso", "min_snr_gamma", "min_timestep", "mixed_precision",
-    "network_alpha", "network_dim", "network_dropout", "network_weights", "num_vectors_per_token",
-    "output_name", "pretrained_model_name_or_path", "prior_loss_weight", "random_crop",
-    "reg_data_dir", "sample_every_n_epochs", "sample_every_n_steps", "save_every_n_epochs", "save_every_n_steps",
-    "save_precision", "scale_v_pred_loss_like_noise_pred", "scale_weight_norms", "seed", "shuffle_caption",
-    "stop_text_encoder_training", "token_string", "train_batch_size", "train_data_dir", "train_inpainting",
-    "text_encoder_lr", "unet_lr", "v2", "v_parameterization", "v_pred_like_loss", "vae", "weighted_captions", "weights",
+    "bucket_no_upscale", "bucket_reso_steps", "caption_dropout_every_n_epochs", "caption_dropout_rate",
+    "caption_extension", "clip_skip", "color_aug", "dataset_config", "debiased_estimation_loss", "dim_from_weights",
+    "flip_aug", "fp8_base", "full_bf16", "full_fp16", "gradient_accumulation_steps", "gradient_checkpointing",
+    "huber_c", "huber_scale", "huber_schedule", "huggingface_repo_id", "init_word", "ip_noise_gamma",
+    "ip_noise_gamma_random_strength", "keep_tokens", "learning_rate", "learning_rate_te", "log_with", "logging_dir",
+    "loss_type", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_num_cycles", "lr_scheduler_power",
+    "lr_scheduler_type", "masked_loss", "max_bucket_reso", "max_grad_norm", "max_timestep", "max_token_length",
+    "max_train_epochs", "max_train_steps", "metadata_author", "metadata_license", "min_bucket_reso", "min_snr_gamma",
+    "min_timestep", "mixed_precision", "network_alpha", "network_dim", "network_dropout", "network_weights",
+    "no_token_padding", "num_vectors_per_token", "output_name", "pretrained_model_name_or_path", "prior_loss_weight",
+    "random_crop", "reg_data_dir", "sample_every_n_epochs", "sample_every_n_steps", "save_every_n_epochs",
+    "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps", "save_precision",
+    "scale_v_pred_loss_like_noise_pred", "scale_weight_norms", "seed", "shuffle_caption", "stop_text_encoder_training",
+    "text_encoder_lr", "token_string", "train_batch_size", "train_data_dir", "train_inpainting", "unet_lr", "v2",
+    "v_parameterization", "v_pred_like_loss", "vae", "weighted_captions", "weights",
 ))  # fmt: skip
 """Settings that mean in sd-scripts what they mean in the window, as far as they change a training."""
 _CALLED = {
@@ -83,7 +82,7 @@ def settings(values: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]
     kept = {key: value for key, value in found.items() if key in told}
     kept = {key: value for key, value in kept.items() if _number(value) != _USUAL.get(key, math.nan)}
     kept |= _steps(found) | _of_noise(found, script)
-    kept["optimizer_args"] = shlex.split(str(found.get("optimizer_args", "")).replace('"', ""))
+    kept["optimizer_args"] = str(found.get("optimizer_args", "")).replace('"', "").split()
     kept["sample_prompts"] = str(found.get("sample_prompts", "")).splitlines()
     kept["xformers"] = found.get("xformers") in (True, "xformers")
     for template in ("object", "style"):
