@@ -19,7 +19,8 @@ KINDS = frozenset(("sd_trainer", "ui_trainer", "diffusion_trainer", "textual_inv
 """Types of its processes that train from images with a diffusion loss."""
 OF_DATA = frozenset(("batch_size", "buckets", "cache_text_embeddings", "num_workers", "prefetch_factor", "resolution"))
 """What a recipe says of data sets, or what needs no word."""
-_FAMILIES = ("sd1", "sd2", "sdxl")
+_FAMILIES = ("sd1", "sd15", "sd2", "sdxl")
+"""Its arch of bases that have a counterpart; its window calls SD 1.5 sd15."""
 _OTHERS = ("is_flux", "is_v3", "is_pixart", "is_pixart_sigma", "is_auraflow", "is_lumina2", "is_ssd", "is_vega")
 _FORMATS = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "fp16": "fp16", "float16": "fp16", "bf16": "bf16",
