@@ -168,6 +168,7 @@ def test_of_what_it_is_not_told_its_defaults_are_written(home):
         ({"network": {"rank": 4}}, {"rank": 4}, {}),  # which counts before `linear`
         ({"network": {"alpha": 2}}, {"alpha": 2.0}, {}),
         ({"network": {"conv": 6}}, {"conv_rank": 6}, {"conv_alpha": 6.0, "targets": "everything"}),
+        ({"network": {"conv": 0}}, {"conv_rank": None}, {"targets": "attentions|time_emb_proj|conv_shortcut"}),
         ({"network": {"type": "dora"}}, {"dora": True}, {}),
         ({"network": {"type": "locon"}}, {}, {"targets": "attentions|time_emb_proj|conv_shortcut"}),
         (

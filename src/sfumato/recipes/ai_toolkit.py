@@ -27,7 +27,7 @@ _FORMATS = {
     "bfloat16": "bf16",
 }  # fmt: skip
 _RESNETS = r"attentions|time_emb_proj|conv_shortcut"
-"""Of a `locon` without convolutions of 3 x 3."""
+"""Of a `locon`, or with a `conv` of 0, without convolutions of 3 x 3."""
 _RATE = 1e-6
 _NEUTRAL: Mapping[str, Any] = {
     # of train
@@ -154,7 +154,7 @@ def _adapter(network: Asked, recipe: Recipe) -> None:
     if conv:
         recipe.say("conv_rank", conv)
         recipe.say("conv_alpha", conv_alpha, float(conv))
-    of_linear = _RESNETS if kind in ("locon", "lycoris") else "transformers"
+    of_linear = _RESNETS if kind in ("locon", "lycoris") or conv == 0 else "transformers"
     recipe.say("targets", None, "everything" if conv else of_linear)
     recipe.say("dropout", network.number("dropout") or None)
     recipe.say("init_from", network.path("pretrained_lora_path"))
