@@ -181,7 +181,8 @@ def test_of_what_it_is_not_told_its_defaults_are_written(home):
         ({"train": {"train_text_encoder": True, "lr": 2e-4, "text_encoder_lr": 1}}, {"text_learning_rate": 2e-4}, {}),
         ({"train": {"optimizer": "prodigy", "lr": 1e-4}}, {"learning_rate": 1.0}, {"weight_decay": 0.0}),
         ({"train": {"optimizer": "adam8bit"}}, {"optimizer": "adamw8bit"}, {"weight_decay": 0.0}),
-        ({"train": {"optimizer": "adafactor"}}, {"optimizer": "adafactor", "optimizer_args": None}, {}),
+        ({"train": {"optimizer": "adafactor"}}, {"optimizer": "adafactor", "optimizer_args": None}, {"clip": 0.0}),
+        ({"train": {"optimizer": "adafactor", "max_grad_norm": 0.5}}, {"clip": None}, {"clip": 0.0}),
         (
             {"train": {"optimizer_params": {"betas": [0.9, 0.95]}}},
             {"optimizer_args": ["betas=0.9,0.95", "eps=1e-6"]},

@@ -206,7 +206,9 @@ def _optimizer(train: Asked, recipe: Recipe) -> None:
     elif name.lower() in ("adam", "adam8", "adam8bit", "adamw8"):
         usual["weight_decay"] = "0"
     shared.optimizer(train, recipe, name, told, usual)
-    recipe.say("clip", train.number("max_grad_norm"))
+    limit = train.number("max_grad_norm")
+    # It never clips for Adafactor, as long as that is spelt in small letters.
+    recipe.say("clip", *((None, 0.0) if name == "adafactor" else (limit,)))
     schedule, own = train.text("lr_scheduler") or "constant", train.part("lr_scheduler_params")
     own.taken |= {"total_iters", "max_iterations"}  # which are the steps whatever they say
     ours = "cosine" if schedule in ("cosine", "cosine_with_restarts") else "constant"
