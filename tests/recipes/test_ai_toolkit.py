@@ -197,6 +197,15 @@ def test_of_what_it_is_not_told_its_defaults_are_written(home):
         ),
         # It counts the batches between which nothing is updated.
         ({"train": {"steps": 300, "gradient_accumulation_steps": 4}}, {"steps": 75, "accumulate": 4}, {}),
+        (
+            {
+                "train": {"lr_scheduler": "constant_with_warmup", "gradient_accumulation_steps": 4},
+                "save": {"save_every": 250},
+                "sample": {"sample_every": 100},
+            },
+            {"save_every": 62, "sample_every": 25},
+            {"steps": 250, "warmup": 250},
+        ),
         ({"train": {"min_snr_gamma": 5, "noise_offset": 0.05}}, {"min_snr": 5.0, "noise_offset": 0.05}, {}),
         ({"train": {"prompt_dropout_prob": 0.1, "max_grad_norm": 0.5}}, {"caption_dropout": 0.1, "clip": 0.5}, {}),
         # Counted from the noisiest timestep, of which it leaves out both ends: 998 - 100 is the noisiest it has.

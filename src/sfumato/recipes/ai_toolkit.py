@@ -214,7 +214,7 @@ def _optimizer(train: Asked, recipe: Recipe) -> None:
     ours = "cosine" if schedule in ("cosine", "cosine_with_restarts") else "constant"
     recipe.say("schedule", ours if train.text("lr_scheduler") else None, ours)
     if schedule == "constant_with_warmup":
-        recipe.say("warmup", own.whole("num_warmup_steps"), 1000)
+        recipe.say("warmup", _updates(train, own.whole("num_warmup_steps")), _updates(train, 1000))
     elif schedule == "linear":
         recipe.notes.append("lr_scheduler = linear: there the rate rises from a third of it; constant takes its place")
     elif ours != schedule.removesuffix("_with_restarts"):
@@ -228,13 +228,10 @@ def _written(value: Any) -> str:
 
 def _steps(asked: Asked, recipe: Recipe) -> None:
     train, datasets = asked.part("train"), _datasets(asked)
-    between, within = train.whole("gradient_accumulation_steps", 1) or 1, train.whole("gradient_accumulation", 1) or 1
-    if between < 0:
+    between, within = _between(train), train.whole("gradient_accumulation", 1) or 1
+    if train.whole("gradient_accumulation_steps") == -1:
         recipe.notes.append("gradient_accumulation_steps = -1: of a whole epoch; give --accumulate that many batches")
-        between = 1
-    steps = train.whole("steps")
-    # It counts as steps the batches between which nothing is updated.
-    recipe.say("steps", None if steps is None else max(1, steps // between), max(1, 1000 // between))
+    recipe.say("steps", _updates(train, train.whole("steps")), _updates(train, 1000))
     recipe.say("accumulate", between * within if between * within > 1 else None)
     sizes = [each.get("resolution", 512) for each in datasets]
     flat = [
@@ -245,6 +242,16 @@ def _steps(asked: Asked, recipe: Recipe) -> None:
     of_all = train.whole("batch_size")
     recipe.say("batch", asked.as_whole("batch_size", batches[0]) if batches else of_all, 1)
     recipe.say("seed", asked.whole("training_seed"))
+
+
+def _between(train: Asked) -> int:
+    """The batches of an update, each of which it counts as a step."""
+    return max(1, train.whole("gradient_accumulation_steps", 1) or 1)
+
+
+def _updates(train: Asked, steps: int | None) -> int | None:
+    """So many of its steps as ours."""
+    return max(1, steps // _between(train)) if steps else steps
 
 
 def _datasets(asked: Asked) -> list[dict[str, Any]]:
@@ -293,15 +300,16 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     recipe.say("name", asked.text("name"))
     recipe.say("tensorboard", True if asked.text("log_dir") else None)
     recipe.say("save_precision", _FORMATS.get(save.text("dtype") or ""), "fp16")
-    every = save.whole("save_every")
+    train = asked.part("train")
+    every = _updates(train, save.whole("save_every"))
     if recipe.program == "dreambooth":
         recipe.notes += [] if every is None else [f"save_every = {every}: only adapters are kept while a run goes on"]
     else:
         recipe.say("save_every", every)
     recipe.say("push_to_hub", save.text("hf_repo_id") if save.flag("push_to_hub") else None)
-    every, prompts = sample.whole("sample_every"), _prompts(asked, recipe.notes)
+    every, prompts = _updates(train, sample.whole("sample_every")), _prompts(asked, recipe.notes)
     recipe.say("sample_prompts", prompts or None)
-    recipe.say("sample_every", 0 if asked.part("train").flag("disable_sampling") else every)
+    recipe.say("sample_every", 0 if train.flag("disable_sampling") else every)
 
 
 def _prompts(asked: Asked, notes: list[str]) -> list[str]:
