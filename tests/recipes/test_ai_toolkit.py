@@ -178,6 +178,7 @@ def test_of_what_it_is_not_told_its_defaults_are_written(home):
         ),
         ({"network": {"type": "lokr", "lokr_full_rank": False}}, {"rank": 8, "conv_rank": None}, {}),
         ({"network": {"dropout": 0.1, "pretrained_lora_path": "b"}}, {"dropout": 0.1, "init_from": "b"}, {}),
+        ({"network": {"network_kwargs": {"rank_dropout": 0.1, "module_dropout": 0}}}, {"rank_dropout": 0.1}, {}),
         ({"train": {"train_text_encoder": True, "lr": 2e-4, "text_encoder_lr": 1}}, {"text_learning_rate": 2e-4}, {}),
         ({"train": {"optimizer": "prodigy", "lr": 1e-4}}, {"learning_rate": 1.0}, {"weight_decay": 0.0}),
         ({"train": {"optimizer": "adam8bit"}}, {"optimizer": "adamw8bit"}, {"weight_decay": 0.0}),

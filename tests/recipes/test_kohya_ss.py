@@ -94,7 +94,7 @@ def test_its_other_windows(home):
 
 
 def test_each_window_tells_what_it_does(home):
-    """Those of whole models and words tell both kinds of noise, that of whole models zeros, that of words no dropout."""
+    """Of whole models and words both kinds of noise, of whole models zeros, and of words no dropout of captions."""
     noise = {"noise_offset": 0.05, "pyramid_noise": 0.3}
     whole = of_window(home, LoRA_type=None, max_grad_norm=0, learning_rate_te1=1e-5, learning_rate_te2=1e-5)
     assert noise.items() <= whole.recipe.told.items()

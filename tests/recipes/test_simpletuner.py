@@ -136,10 +136,12 @@ def test_a_setting_of_simpletuner_means_here(changes, told, usual, home):
 def test_layers_of_a_lycoris_config(targets, ours, home):
     preset = {"target_module": targets, "module_algo_map": {"Attention": {"factor": 8}}}
     own = {"algo": "loha", "linear_dim": 4, "linear_alpha": 2, "multiplier": 1.0, "apply_preset": preset}
+    own |= {"module_dropout": 0.2}
     lycoris = {"lora_type": "lycoris", "lycoris_config": "config/bear/lycoris.json"}
     training = of_simpletuner(home, lycoris=own, **lycoris)
     found = training.recipe.values
     assert (found["algo"], found["rank"], found["alpha"], found["targets"]) == ("loha", 4, 2.0, ours)
+    assert found["module_dropout"] == 0.2
     notes = [note.partition(":")[0] for note in training.notes]
     assert notes == ["target_module = Transformer2DModel"] * (ours == "transformers") + ["module_algo_map"]
 

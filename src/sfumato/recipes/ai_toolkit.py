@@ -158,10 +158,13 @@ def _adapter(network: Asked, recipe: Recipe) -> None:
     recipe.say("targets", None, "everything" if conv else of_linear)
     recipe.say("dropout", network.number("dropout") or None)
     recipe.say("init_from", network.path("pretrained_lora_path"))
-    for key, value in network.part("network_kwargs").values.items():
-        network.part("network_kwargs").taken.add(key)
-        if value not in (None, [], {}, "", False):
+    more = network.part("network_kwargs")
+    for option in ("rank_dropout", "module_dropout"):
+        recipe.say(option, more.number(option) or None)
+    for key, value in more.values.items():
+        if key not in more.taken and value not in (None, [], {}, "", False):
             recipe.notes.append(f"network_kwargs.{key} = {value!s:.60}: --targets takes a regular expression of layers")
+    more.taken |= more.values.keys()
 
 
 def _placeholder(asked: Asked) -> str:

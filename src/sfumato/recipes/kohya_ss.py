@@ -118,7 +118,7 @@ def _of_noise(found: Mapping[str, Any], script: str) -> dict[str, Any]:
     """Its two kinds of noise, of which the window of networks tells one alone, and saves the other's settings, too."""
     plain = ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")
     pyramid = ("multires_noise_iterations", "multires_noise_discount")
-    told = (*plain, *pyramid)
+    told: tuple[str, ...] = (*plain, *pyramid)
     if script == "train_network.py":
         told = pyramid if found.get("noise_offset_type") == "Multires" else plain
     return {key: found.get(key) for key in told}

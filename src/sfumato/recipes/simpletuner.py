@@ -167,7 +167,8 @@ def _lycoris(asked: Asked, recipe: Recipe) -> None:
     if own.flag("dora_wd"):
         recipe.say("dora", True)
         recipe.notes.append(f"dora_wd: {shared.LENGTHS}")
-    recipe.say("dropout", own.number("dropout") or None)
+    for option in ("dropout", "rank_dropout", "module_dropout"):
+        recipe.say(option, own.number(option) or None)
     preset = own.part("apply_preset")
     targets = set(preset.several("target_module"))
     of = {"Attention": "attention", "Attention FeedForward": "attention+mlp"}.get(" ".join(sorted(targets)))
