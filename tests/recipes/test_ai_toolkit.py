@@ -240,6 +240,10 @@ def test_a_setting_of_ai_toolkit_means_here(changes, told, usual, home):
     [
         ({"train": {"content_or_style": "style"}}, "content_or_style = style: has no counterpart here and is left out"),
         ({"train": {"lr_scheduler": "linear"}}, "lr_scheduler = linear: there the rate rises from a third of it"),
+        (
+            {"train": {"lr_scheduler": "constant_with_warmup", "steps": 500}},
+            "num_warmup_steps = 1000: more than the 500 steps, which all of them are here",
+        ),
         ({"train": {"lr_scheduler": "step"}}, "lr_scheduler = step: has no counterpart; constant takes its place"),
         (
             {"train": {"lr_scheduler": "cosine", "lr_scheduler_params": {"eta_min": 1e-6}}},

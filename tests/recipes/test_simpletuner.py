@@ -150,6 +150,7 @@ def test_layers_of_a_lycoris_config(targets, ours, home):
     ("changes", "note"),
     [
         ({"base_model_precision": "int8-quanto"}, "base_model_precision = int8-quanto: has no counterpart here"),
+        ({"lr_warmup_steps": 20_000}, "lr_warmup_steps = 20000: more than the 10000 steps, which all of them are here"),
         ({"lr_scheduler": "sine"}, "lr_scheduler = sine: its waves are lr_warmup_steps long; here it is one for a run"),
         ({"lr_scheduler": "rex"}, "lr_scheduler = rex: has no counterpart; constant takes its place"),
         ({"max_grad_norm": 1}, "max_grad_norm = 1: of each number of a gradient there; --clip is of its norm"),

@@ -97,8 +97,8 @@ def convert(asked: Asked) -> Recipe:
     if has_word:
         _vectors(asked, recipe)
     _rates(asked.part("train"), recipe)
-    _optimizer(asked.part("train"), recipe)
     _steps(asked, recipe)
+    _optimizer(asked.part("train"), recipe)
     _loss(asked.part("train"), recipe)
     _prior(asked, recipe)
     _told_while_it_runs(asked, recipe)
@@ -217,7 +217,9 @@ def _optimizer(train: Asked, recipe: Recipe) -> None:
     ours = "cosine" if schedule in ("cosine", "cosine_with_restarts") else "constant"
     recipe.say("schedule", ours if train.text("lr_scheduler") else None, ours)
     if schedule == "constant_with_warmup":
-        recipe.say("warmup", _updates(train, own.whole("num_warmup_steps")), _updates(train, 1000))
+        count = own.whole("num_warmup_steps")
+        warmup = shared.within(recipe, "num_warmup_steps", _updates(train, 1000 if count is None else count))
+        recipe.say("warmup", None if count is None else warmup, warmup)
     elif schedule == "linear":
         recipe.notes.append("lr_scheduler = linear: there the rate rises from a third of it; constant takes its place")
     elif ours != schedule.removesuffix("_with_restarts"):
@@ -234,7 +236,8 @@ def _steps(asked: Asked, recipe: Recipe) -> None:
     between, within = _between(train), train.whole("gradient_accumulation", 1) or 1
     if train.whole("gradient_accumulation_steps") == -1:
         recipe.notes.append("gradient_accumulation_steps = -1: of a whole epoch; give --accumulate that many batches")
-    recipe.say("steps", _updates(train, train.whole("steps")), _updates(train, 1000))
+    steps = train.whole("steps")
+    recipe.say("steps", None if steps is None else _updates(train, steps), _updates(train, 1000))
     recipe.say("accumulate", between * within if between * within > 1 else None)
     sizes = [each.get("resolution", 512) for each in datasets]
     flat = [
@@ -252,7 +255,7 @@ def _between(train: Asked) -> int:
     return max(1, train.whole("gradient_accumulation_steps", 1) or 1)
 
 
-def _updates(train: Asked, steps: int | None) -> int | None:
+def _updates(train: Asked, steps: int) -> int:
     """So many of its steps as ours."""
     return max(1, steps // _between(train)) if steps else steps
 
@@ -304,15 +307,15 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     recipe.say("tensorboard", True if asked.text("log_dir") else None)
     recipe.say("save_precision", _FORMATS.get(save.text("dtype") or ""), "fp16")
     train = asked.part("train")
-    every = _updates(train, save.whole("save_every"))
-    if recipe.program == "dreambooth":
-        recipe.notes += [] if every is None else [f"save_every = {every}: only adapters are kept while a run goes on"]
-    else:
-        recipe.say("save_every", every)
+    every = save.whole("save_every")
+    if every is not None and recipe.program == "dreambooth":
+        recipe.notes.append(f"save_every = {every}: only adapters are kept while a run goes on")
+    elif every is not None:
+        recipe.say("save_every", _updates(train, every))
     recipe.say("push_to_hub", save.text("hf_repo_id") if save.flag("push_to_hub") else None)
-    every, prompts = _updates(train, sample.whole("sample_every")), _prompts(asked, recipe.notes)
-    recipe.say("sample_prompts", prompts or None)
-    recipe.say("sample_every", 0 if train.flag("disable_sampling") else every)
+    every = 0 if train.flag("disable_sampling") else sample.whole("sample_every")
+    recipe.say("sample_prompts", _prompts(asked, recipe.notes) or None)
+    recipe.say("sample_every", None if every is None else _updates(train, every))
 
 
 def _prompts(asked: Asked, notes: list[str]) -> list[str]:

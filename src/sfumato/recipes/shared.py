@@ -121,11 +121,17 @@ def schedule(asked: Asked, recipe: Recipe, *, cycles: str, power: str, warmup: i
     turns = asked.whole(cycles, 1) or 1
     if name == "cosine_with_restarts" and turns > 1:
         recipe.say("cycles", turns)
-    steps = recipe.values.get("steps")
-    if steps is not None and count > steps:
-        recipe.notes.append(f"lr_warmup_steps = {count:g}: more than the {steps} steps, which all of them are here")
-        count = steps
+    count = within(recipe, "lr_warmup_steps", count)
     recipe.say("warmup", (count if count < 1 else int(count)) or None)  # a share is one here, too
+
+
+def within(recipe: Recipe, key: str, warmup: float) -> float:
+    """The warm-up, or the steps of the run where these are fewer. key: what the other tool calls it, for the note."""
+    steps: int | None = recipe.values.get("steps")
+    if steps is None or warmup <= steps:
+        return warmup
+    recipe.notes.append(f"{key} = {warmup:g}: more than the {steps} steps, which all of them are here")
+    return steps
 
 
 def precision(asked: Asked, recipe: Recipe) -> None:

@@ -244,7 +244,7 @@ def _optimizer(asked: Asked, recipe: Recipe) -> None:
         recipe.notes.append(f"lr_scheduler = {schedule:.40}: has no counterpart; constant takes its place")
         ours = "constant"
     recipe.say("schedule", ours if asked.text("lr_scheduler") else None, ours)
-    recipe.say("warmup", warmup or None)
+    recipe.say("warmup", shared.within(recipe, "lr_warmup_steps", warmup) or None)
 
 
 def _loss(asked: Asked, recipe: Recipe) -> None:
