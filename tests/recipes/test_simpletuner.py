@@ -73,7 +73,7 @@ def test_of_what_simpletuner_is_not_told_its_defaults_are_written(home):
     assert recipe.usual == {
         **{"gradient_checkpointing": True, "rank": 16, "alpha": 16.0, "dropout": 0.1, "targets": "attention"},
         **{"learning_rate": 4e-7, "epochs": 1, "batch": 4, "weight_decay": 0.01, "clip": 0.0, "schedule": "constant"},
-        **{"min_snr": 0.0, "resolution": 1024},
+        **{"min_snr": 0.0, "resolution": 1024, "caption_dropout": 0.1},
     }
 
 
@@ -105,6 +105,7 @@ WHOLE = {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 16, "
         ({"offset_noise": True, "noise_offset_probability": 1}, {"noise_offset": 0.1}, {}),
         ({"noise_offset": 0.1}, {"noise_offset": None}, {}),
         ({"use_ema": True}, {"ema": 0.995}, {}),
+        ({"caption_dropout_probability": 0}, {"caption_dropout": 0.0}, {}),
         ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {"zero_terminal_snr": True}, {}),
         ({"report_to": "tensorboard", "push_to_hub": True}, {"tensorboard": True, "push_to_hub": "x"}, {}),
         ({"validation_disable": True}, {"sample_every": 0}, {}),

@@ -262,7 +262,7 @@ def _loss(asked: Asked, recipe: Recipe) -> None:
         if share != 1:
             recipe.notes.append(f"noise_offset_probability = {share:g}: the noise of each sample is offset")
     recipe.say("input_perturbation", asked.number("input_perturbation") or None)
-    recipe.say("caption_dropout", asked.number("caption_dropout_probability") or None)
+    recipe.say("caption_dropout", asked.number("caption_dropout_probability"), 0.1)
     if asked.flag("use_ema"):
         recipe.say("ema", asked.number("ema_decay", 0.995))
         if recipe.program == "dreambooth":
