@@ -46,7 +46,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "base_model_precision": "no_change", "text_encoder_1_precision": "no_change",
     "text_encoder_2_precision": "no_change", "huber_c": 0.1, "huber_schedule": "snr", "loss_type": "l2",
     "lora_init_type": "default", "peft_lora_mode": "standard", "ema_update_interval": 1, "masked_loss_probability": 1,
-    "noise_offset_probability": 1, "snr_weight": 1, "timestep_bias_strategy": "none", "lr_power": 1, "lr_end": 0,
+    "noise_offset_probability": 1, "snr_weight": 1, "timestep_bias_strategy": "none", "lr_end": 0,
     "validation_guidance_rescale": 0, "num_validation_images": 1,
 }  # fmt: skip
 """Settings without a counterpart, and the value with which they do nothing."""
@@ -243,6 +243,11 @@ def _optimizer(asked: Asked, recipe: Recipe) -> None:
     elif ours not in ("constant", "linear"):
         recipe.notes.append(f"lr_scheduler = {schedule:.40}: has no counterpart; constant takes its place")
         ours = "constant"
+    if schedule == "constant":
+        warmup = 0  # which it passes over
+    power = asked.number("lr_power", 0.8)
+    if schedule == "polynomial" and power != 1:
+        recipe.notes.append(f"lr_scheduler = polynomial with lr_power {power:g}: a straight line, whose power is 1")
     recipe.say("schedule", ours if asked.text("lr_scheduler") else None, ours)
     recipe.say("warmup", shared.within(recipe, "lr_warmup_steps", warmup) or None)
 
