@@ -37,9 +37,14 @@ _ADAMW = {"betas": "0.9,0.999", "weight_decay": "0.01", "eps": "1e-6"}
 _OPTIMIZERS: Mapping[str, Mapping[str, str]] = {
     "adamw_bf16": _ADAMW, "ao-adamw8bit": _ADAMW, "bnb-adamw": _ADAMW, "bnb-adamw8bit": _ADAMW,
     "bnb-adamw-paged": _ADAMW, "bnb-adamw8bit-paged": _ADAMW, "torch-adamw": {"weight_decay": "0.01"},
+    "adamw_schedulefree+aggressive": {"weight_decay": "0.001", "eps": "1e-6"},
+    "adamw_schedulefree+no_kahan": {"weight_decay": "0.001", "eps": "1e-6"},
+    "torch-adam": {"weight_decay": "0"}, "bnb-adam": {"weight_decay": "0"}, "bnb-adam8bit": {"weight_decay": "0"},
+    "optimi-adam": {"betas": "0.9,0.99", "weight_decay": "0", "eps": "1e-6"},
     "optimi-adamw": {"betas": "0.9,0.99", "weight_decay": "0", "eps": "1e-6"},
     "optimi-lion": {"betas": "0.9,0.99", "weight_decay": "0"},
     "prodigy": {"betas": "0.9,0.99", "weight_decay": "0", "use_bias_correction": "False", "d_coef": "1"},
+    "muon": {"weight_decay": "0.1"}, "torch-adafactor": {"relative_step": "False"},
 }  # fmt: skip
 """Its optimizers that have a counterpart, with its own defaults."""
 _NEUTRAL: Mapping[str, Any] = {
@@ -222,8 +227,8 @@ def _optimizer(asked: Asked, recipe: Recipe) -> None:
     one, two = asked.number("optimizer_beta1"), asked.number("optimizer_beta2")
     if one is not None and two is not None:
         told["betas"] = f"{one:g},{two:g}"
-    plain = re.sub(r"^(ao|bnb|optimi|torch)-|_bf16$|-paged$|_schedulefree.*", "", name)
-    plain = plain.removesuffix("-paged")
+    plain = "ProdigyPlusScheduleFree" if name == "prodigy" else re.sub(r"^(ao|bnb|optimi|torch)-|\+.*$", "", name)
+    plain = re.sub("_bf16$|-paged$", "", plain)
     shared.optimizer(asked, recipe, plain, told, _OPTIMIZERS.get(name, {}))
     asked.taken |= {"adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay"}  # at which it does not look
     limit = asked.number("max_grad_norm")
