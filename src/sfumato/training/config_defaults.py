@@ -48,9 +48,9 @@ def resolve(
         config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
     config, filled = fill(config, known)
     config.noising(base)
-    assert config.steps is not None
-    share_of = config.steps if config.warmup < 1 else 1
+    share_of = config.steps or 0 if config.warmup < 1 else 1
     config = dataclasses.replace(config, warmup=int(config.warmup * share_of))
+    assert config.steps is not None
     if config.warmup > config.steps:
         raise ConfigError(
             f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
