@@ -183,6 +183,7 @@ def test_what_simpletuner_has_alone_is_named(changes, note, home):
     ("changes", "said"),
     [
         ({"model_family": "flux"}, "model_family is flux; wanted sd1x, sd2x, sdxl."),
+        ({"controlnet": True}, "trains a ControlNet (controlnet), which has no counterpart."),
         ({"model_type": "controlnet"}, "model_type is controlnet; wanted lora or full."),
         ({"model_flavour": "best"}, "its model_flavour best names no base that is known; give it a pretrained_model_"),
         ({"prediction_type": "flow_matching"}, "prediction_type is flow_matching; wanted epsilon or v_prediction."),

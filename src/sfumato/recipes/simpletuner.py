@@ -86,6 +86,8 @@ def convert(asked: Asked) -> Recipe:
     method = asked.text("model_type", "full")
     if method not in ("lora", "full"):
         raise ConfigError(f"{asked.name}: model_type is {method:.40}; wanted lora or full.")
+    if asked.flag("controlnet"):
+        raise ConfigError(f"{asked.name}: trains a ControlNet (controlnet), which has no counterpart.")
     recipe = Recipe("lora" if method == "lora" else "dreambooth")
     _of_base(asked, recipe)
     if method == "full":
