@@ -179,6 +179,13 @@ def test_what_simpletuner_has_alone_is_named(changes, note, home):
     assert [each[: len(note)] for each in notes] == [note]
 
 
+def test_what_changes_nothing_of_sdxl_has_no_note(home):
+    """As its examples and its window write them."""
+    images = {"validation_disable_unconditional": True, "validation_lycoris_strength": 1.0}
+    speed = {"dynamo_backend": "inductor", "gradient_checkpointing_interval": 2, "offload_during_startup": True}
+    assert of_simpletuner(home, **images, **speed, flow_schedule_shift=3, vae_cache_disable=True).notes == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -79,6 +79,10 @@ _IDLE = frozenset((
     "validation_seed", "validation_seed_source", "webhook_config", "write_batch_size",
 ))  # fmt: skip
 """What changes nothing of what is learned, or belongs to another setting."""
+_IDLE_GROUPS = re.compile(
+    "(context_parallel|dynamo|flow|fsdp|gradient_checkpointing|group_offload|musubi|offload|ramtorch|sdnq|vae|validation)_"
+)
+"""How names begin of what changes nothing either: of memory, speed, images meanwhile, or flow matching."""
 
 
 def convert(asked: Asked) -> Recipe:
@@ -109,7 +113,7 @@ def convert(asked: Asked) -> Recipe:
     _loss(asked, recipe)
     _told_while_it_runs(asked, recipe)
     asked.taken |= {key for key, neutral in _NEUTRAL.items() if asked.values.get(key) == neutral}
-    recipe.notes += asked.left(_IDLE, recipe.program)
+    recipe.notes += asked.left(_IDLE | {key for key in asked.values if _IDLE_GROUPS.match(key)}, recipe.program)
     return recipe
 
 
