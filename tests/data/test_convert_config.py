@@ -296,7 +296,7 @@ def test_what_is_neither_is_one_line(tmp_path, name, text, words):
 
 
 def test_a_config_that_is_not_there_is_said_to_be_so(tmp_path):
-    with pytest.raises(ConfigError, match=r"kohya\.toml: not readable as text \(No such file or directory\)"):
+    with pytest.raises(ConfigError, match=r"kohya\.toml: cannot be read \(No such file or directory\)"):
         convert(tmp_path / "kohya.toml")
 
 

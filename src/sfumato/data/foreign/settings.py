@@ -38,9 +38,10 @@ def read_whole(path: Path) -> Any:
     """The file's values. Raises ConfigError for what is no TOML, YAML or JSON."""
     try:
         text = decode(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"{path}: not readable as text ({reason}). Name the config of the other tool.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name the config of the other tool.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not readable as text (not UTF-8). Save it as UTF-8.") from None
     try:
         if path.suffix.lower() == ".toml":
             return tomllib.loads(text)

@@ -1,0 +1,168 @@
+"""Trainings of OneTrainer as configs of ours."""
+
+import json
+import tomllib
+
+import pytest
+from converting import written
+
+from sfumato import cli
+from sfumato.errors import ConfigError
+from sfumato.recipes import convert
+
+ONETRAINER = {
+    **{"training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE", "base_model_name": "xl.safetensors"},
+    **{
+        "learning_rate": 3e-4,
+        "epochs": 20,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "resolution": "768,1024",
+    },
+    **{"learning_rate_scheduler": "COSINE", "learning_rate_warmup_steps": 100.0, "loss_weight_fn": "MIN_SNR_GAMMA"},
+    **{"loss_weight_strength": 5.0, "train_dtype": "BFLOAT_16", "ema": "GPU", "ema_decay": 0.99, "peft_type": "LORA"},
+    **{"lora_rank": 32, "lora_alpha": 16.0, "layer_filter_preset": "attn-mlp", "offset_noise_weight": 0.05},
+    **{"max_noising_strength": 0.9, "output_model_destination": "models/dog.safetensors", "compile": True},
+    **{"text_encoder_2": {"train": False}, "text_encoder": {"train": False}, "mae_strength": 0.0},
+    "unet": {"learning_rate": 1e-4, "gradient_checkpointing": False},
+    "optimizer": {
+        "optimizer": "PRODIGY",
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "d_coef": 2.0,
+        "weight_decay": 0.01,
+        "fused": True,
+    },
+    "concepts": [{"path": "img/10_sks bear", "balancing": 2.0}],
+    "samples": [{"prompt": "a dog", "width": 512, "seed": 7, "cfg_scale": 7.0}, {"prompt": "a cat", "enabled": False}],
+}
+
+
+def of_onetrainer(home, **changes):
+    (home / "one.json").write_text(json.dumps({**ONETRAINER, **changes}))
+    return convert(home / "one.json", home / "mine-images.toml")
+
+
+def test_a_lora_of_onetrainer(home):
+    training = of_onetrainer(home)
+    told, usual = training.recipe.told, training.recipe.usual
+    images = (home / "mine-images.toml").as_posix()
+    assert told == {
+        **{"base": "xl.safetensors", "precision": "bf16", "gradient_checkpointing": False, "rank": 32, "alpha": 16.0},
+        **{"learning_rate": 1e-4, "optimizer": "prodigy", "weight_decay": 0.01, "epochs": 10, "batch": 2},
+        **{"optimizer_args": ["use_bias_correction=False", "safeguard_warmup=False", "d_coef=2.0"], "accumulate": 2},
+        **{"resolution": 768, "schedule": "cosine", "warmup": 50, "min_snr": 5.0, "noise_offset": 0.05, "ema": 0.99},
+        **{"max_timestep": 900, "name": "dog", "sample_prompts": ["a dog --w 512 --l 7.0 --d 7"], "images": images},
+    }
+    assert usual == {"targets": "transformers"}
+    assert training.images.sources == 1
+    assert tomllib.loads(training.images.text)["source"][0]["resolution"] == [768, 1024]
+    assert training.notes == (
+        "resolution = 768,1024: each image is learned at each of these, so that an epoch is 2 of OneTrainer's",
+        "ema_update_step_interval = 5: the mean is updated at each step, so it is shorter",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"peft_type": "LOKR", "lokr_dim": 8, "lokr_decompose_factor": 4}, {"algo": "lokr", "rank": 8, "factor": 4}),
+        ({"lora_decompose": True}, {"dora": True}),
+        ({"loss_weight_fn": "DEBIASED_ESTIMATION"}, {"debiased": True, "min_snr": None}),
+        ({"clip_grad_norm": None}, {"clip": 0.0}),
+        ({"optimizer": {"optimizer": "ADAFACTOR"}}, {"optimizer": "adafactor", "optimizer_args": None}),
+        ({"attention_mechanism": "XFORMERS"}, {"attention": "xformers"}),
+        ({"learning_rate_scheduler": "COSINE_WITH_HARD_RESTARTS", "learning_rate_cycles": 3.0}, {"cycles": 3}),
+        ({"force_v_prediction": True}, {"prediction_type": "v_prediction"}),
+        ({"samples": None, "sample_definition_file_name": "samples.json"}, {"sample_prompts": ["a fox"]}),
+        ({"save_every": 100, "save_every_unit": "STEP"}, {"save_every": 100}),
+        ({"text_encoder": {"train": True, "learning_rate": 1e-5}}, {"text_learning_rate": 1e-5}),
+        ({"text_encoder": {"train": True}}, {"text_learning_rate": 3e-4}),
+        ({"text_encoder": {"train": False, "dropout_probability": 0.1}}, {"caption_dropout": 0.1}),
+        (
+            {"additional_embeddings": [{"placeholder": "<Fox>", "token_count": 3, "initial_embedding_text": "fox"}]},
+            {"train_words": ["<fox>"], "word_vectors": 3, "initial_words": ["fox"]},
+        ),
+    ],
+)
+def test_a_setting_of_onetrainer_means_here(changes, told, home):
+    (home / "samples.json").write_text(json.dumps([{"prompt": "a fox"}, {"prompt": "a cat", "enabled": False}]))
+    found = of_onetrainer(home, **changes).recipe.told
+    assert {key: found.get(key) for key in told} == told
+
+
+def test_what_onetrainer_s_window_saves_and_has_no_counterpart_is_named_where_it_does_something(home):
+    notes = of_onetrainer(home, huber_strength=0.5, timestep_distribution="SIGMOID", mse_strength=1.0).notes
+    assert notes[2:] == (
+        "huber_strength = 0.5: has no counterpart here and is left out",
+        "timestep_distribution = SIGMOID: has no counterpart here and is left out",
+    )
+    for changes, said in (
+        ({"model_type": "FLUX_DEV_1"}, "model_type is FLUX_DEV_1; wanted SD 1.5, 2.x or SDXL, without inpainting."),
+        ({"training_method": "FINE_TUNE_VAE"}, "training_method is FINE_TUNE_VAE; wanted LORA, EMBEDDING, FINE_TUNE."),
+        ({"peft_type": "OFT_2"}, "peft_type OFT_2 has no counterpart; LORA, LOHA and LOKR have."),
+        ({"unet": {"train": False}}, "its U-Net does not learn (unet.train), which `lora` always does."),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            of_onetrainer(home, **changes)
+        assert str(refused.value) == f"one.json: {said}"
+
+
+def test_what_else_of_onetrainer_has_no_counterpart_is_named(home):
+    changes = {"peft_type": "LOKR", "lokr_full_matrix": True, "text_encoder_2_layer_skip": 1}
+    unet = {"stop_training_after": 3, "stop_training_after_unit": "EPOCH"}
+    assert set(of_onetrainer(home, **changes, unet=unet).notes) >= {
+        "lokr_full_matrix = True: has no counterpart here and is left out",
+        "text_encoder_2_layer_skip = 1: has no counterpart here and is left out",
+        "unet.stop_training_after = 3: the U-Net learns to the end",
+    }
+    assert "lokr" not in str(of_onetrainer(home, lokr_full_matrix=True).notes)
+    recipe = of_onetrainer(home, training_method="EMBEDDING", embedding={"model_name": "a.pt"}).recipe
+    assert "embedding.model_name = a.pt: it starts from --initial-words, not from a file" in recipe.notes
+
+
+def test_configs_of_older_onetrainers(home):
+    """TrainConfig.py there renames these settings when it loads them."""
+    former = {
+        "layer_filter_preset": None,
+        "lora_layer_preset": "attn-only",
+        "gradient_checkpointing": "OFF",
+        "unet": {},
+    }
+    former |= {"save_after": 100, "save_after_unit": "STEP"}
+    kept = {key: value for key, value in {**ONETRAINER, **former}.items() if value is not None}
+    training = convert(written(home / "one.json", json.dumps(kept)), home / "i.toml")
+    found = training.recipe.values
+    assert (found["targets"], found["gradient_checkpointing"], found["save_every"]) == ("attention", False, 100)
+    for old in ({"optimizer": "PRODIGY"}, {"train_text_encoder": False}):
+        with pytest.raises(ConfigError) as refused:
+            of_onetrainer(home, **old)
+        assert str(refused.value).startswith("one.json: was saved by an old OneTrainer; load it in a new one")
+
+
+def test_words_and_whole_models_of_onetrainer(home):
+    word = {"placeholder": "<fox>", "token_count": 4, "initial_embedding_text": "fox"}
+    recipe = of_onetrainer(home, training_method="EMBEDDING", embedding=word, preserve_embedding_norm=True).recipe
+    assert recipe.program == "textual_inversion"
+    found = recipe.values
+    assert (found["placeholder"], found["initial_words"], found["vectors"]) == (["<fox>"], ["fox"], 4)
+    assert (found["keep_scale"], found["learning_rate"]) == (True, 3e-4)
+    recipe = of_onetrainer(home, training_method="FINE_TUNE", ema="CPU").recipe
+    assert (recipe.program, recipe.values["method"], recipe.values["prior"]) == ("dreambooth", "full", "none")
+    assert (recipe.ask, recipe.values["ema_on_cpu"]) == (("class_name",), True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_training_of_onetrainer_trains(home, pocket_folder, capsys):
+    changes = {
+        "base_model_name": str(pocket_folder),
+        "model_type": "STABLE_DIFFUSION_15",
+        "resolution": "64",
+        "epochs": 1,
+    }
+    of_onetrainer(home, **changes, optimizer={"optimizer": "ADAMW"}, samples=None)
+    assert cli.main(["recipe", "one.json", "-o", "mine.toml"]) == 0
+    command = capsys.readouterr().out.split()
+    quiet = ["--sample-every", "0", "--measure-every", "0", "--device", "cpu", "--precision", "fp32", "--warmup", "0"]
+    assert cli.main([*command[1:], *quiet]) == 0
+    assert (home / "runs/mine/dog.safetensors").is_file()
