@@ -55,6 +55,11 @@ CASES: Mapping[str, Sequence[str]] = {
         *_SHARED, "--placeholder", "<sq>", "--initial-words", "red", "--vectors", "2", "--ema", "0.9",
         "--accumulate", "2", "--caption", "{trigger}, {caption}",
     ],
+    "slider": [
+        *_SHARED, "--rank", "2", "--concept", "square", "--more", "a red {concept}", "--drawn", "4", "--ema", "0.9",
+        "--prior-prompts", "a key", "--module-dropout", "0.3",
+    ],
+    "slider by pairs": [*_SHARED, "--rank", "2", "--caption", "{caption}", "--accumulate", "2", "--dropout", "0.3"],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
     "style_emphasis": _PRETRAIN,
@@ -90,11 +95,19 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         build_vae().save_pretrained(folder / "vae")
+    (folder / "partners").mkdir()
+    for file in (folder / "pictures").iterdir():
+        Image.open(file).convert("L").save(folder / "partners" / file.name)
     adapters = ["--base", str(base), "--images", str(folder / "pictures")]
     return {
         "lora": adapters,
         "dreambooth": adapters,
         "textual_inversion": adapters,
+        "slider": ["--base", str(base)],
+        "slider by pairs": [
+            *("--base", str(base), "--more-images", str(folder / "pictures")),
+            *("--less-images", str(folder / "partners")),
+        ],
         "pretrain": ["--data", str(folder / "data")],
         "style_emphasis": ["--data", str(folder / "data"), "--base", str(base)],
         "self_play": ["--data", str(folder / "data"), "--base", str(base)],
@@ -113,9 +126,9 @@ def command(case: str, inputs: Mapping[str, list[str]], output: Path, *more: str
     vae = inputs["vae"] if "unet" in case.split() else []
     makes_a_base = program in ("pretrain", "style_emphasis", "self_play")
     name = [] if makes_a_base else ["--name", "out"]
-    if not makes_a_base and "--caption" not in words:
+    if not makes_a_base and program != "slider" and "--caption" not in words:
         name += ["--caption", "{caption}"]
-    return ["train", program, *words, *inputs[program], *vae, "--output", str(output), *name, *more]
+    return ["train", program, *words, *inputs.get(case, inputs[program]), *vae, "--output", str(output), *name, *more]
 
 
 def _child(words: list[str], kill_at: int | None, log: str, place: Mapping[str, str]) -> None:

@@ -109,12 +109,16 @@ def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatc
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 8
     for command in RECIPES:
         program, *words = shlex.split(command)
         assert program == "sfumato"
+        if words[0] == "generate":  # with what the command before it learned
+            assert cli.main(words) == 0, command
+            assert (tmp_path / words[words.index("-o") + 1]).is_file()
+            continue
         quick = ["--steps", "1", "--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
-        quick += ["--class-count", "2"] if "dreambooth" in words else []
+        quick += {"dreambooth": ["--class-count", "2"], "slider": ["--drawn", "2"]}.get(words[1], [])
         assert cli.main([*words, *quick]) == 0, command
         assert (tmp_path / words[words.index("--output") + 1] / "README.md").is_file()
 
@@ -141,7 +145,7 @@ def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkey
 
 
 def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
-    from sfumato.trainers import dreambooth, textual_inversion
+    from sfumato.trainers import dreambooth, slider, textual_inversion
 
     from sfumato.bases import FAMILIES
     from sfumato.words.placeholders import DEFAULT_LEARNING_RATES
@@ -166,6 +170,8 @@ def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
             f"{booth['lora']['class_count']}",
             "`dreambooth --method full`; the same": f"{shown(booth['full'])}; {booth['full']['class_count']}",
             "`textual_inversion`": shown(of_words),
+            "`slider`; images that the base draws": f"{shown(slider.DEFAULTS[name])}, {family.rank}; "
+            f"{slider.DEFAULTS[name]['drawn']}",
             "`generate`: steps, guidance, sampler": f"{family.sampling_steps}, {family.guidance:g}, {family.sampler}",
         }
         for row, value in wanted.items():

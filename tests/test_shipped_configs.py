@@ -13,7 +13,8 @@ from tests.tiny import CPU
 
 CONFIGS = cli.source("sfumato.trainers.lora").parent / "configs"
 FILES = {file.stem: file for file in sorted(CONFIGS.glob("*.toml"))}
-PROGRAMS = {"lora": "lora", "dreambooth": "dreambooth", "word": "textual_inversion", "pocket": "pretrain"}
+PROGRAMS = {"lora": "lora", "dreambooth": "dreambooth", "word": "textual_inversion", "slider": "slider"}
+PROGRAMS |= {"pocket": "pretrain"}
 """By the first word of a config's name, but for those of LAST."""
 LAST = {"pocket-style-emphasis": "style_emphasis", "pocket-self-play": "self_play"}
 POCKET = CONFIGS.parents[1] / "src/sfumato/pocket"
@@ -35,9 +36,9 @@ def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path, quick):
     for hand, colour in (("noto", "red"), ("twemoji", "gold")):
         Image.new("RGB", (64, 64), colour).save(images / f"{hand}.png")
         (images / f"{hand}.txt").write_text(f"sks cat, {hand} style")
-    words = ["--images", str(images), "--output", str(tmp_path / "run"), "--base", str(pocket_folder)]
-    words += ["--steps", "2", "--batch", "2"]
+    words = ["--output", str(tmp_path / "run"), "--base", str(pocket_folder), "--steps", "2", "--batch", "2"]
     program = PROGRAMS[first_word(name)]
+    words += ["--drawn", "2"] if program == "slider" else ["--images", str(images)]
     if program == "dreambooth":
         words += ["--class-name", "cat", "--class-count", "2"]
     if program == "textual_inversion":

@@ -31,6 +31,7 @@ TRAINERS = {
     "dreambooth": "a subject bound to a rare word, in the whole U-Net or a LoRA; the class is preserved",
     "textual_inversion": "a new word of one to sixteen embedding vectors, and nothing else",
     "lora": "a style or a subject as a LoRA on the U-Net's cross-attention, or on more: a few megabytes",
+    "slider": "a LoRA whose weight moves images between two ends, which prompts or pairs of images give",
     "pretrain": "a small base model from scratch: first its VAE, then its U-Net and text encoder",
     "style_emphasis": "the text encoder of a small base model, so that a prompt's style counts more",
     "self_play": "the U-Net of a small base model, to tell real images from its own",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from sfumato.trainers import dreambooth, lora, textual_inversion
+from sfumato.trainers import dreambooth, lora, slider, textual_inversion
 
 from sfumato import shell
 from sfumato.cards.adapter import _USUAL, code, training_table, write_card
@@ -483,18 +483,28 @@ WHERE_AND_HOW = {
     *("images", "base", "vae", "prediction_type", "precision", "device", "attention", "gradient_checkpointing"),
     *("trigger", "caption", "cache", "skip_bad", "epochs", "save_precision", "save", "save_every", "bundle", "fused"),
     *("ema_on_cpu", "class_images", "class_cache", "class_count", "adapter_guidance", "over_steps", "own_negative"),
-    *("identifier", "class_name", "instance_prompt", "class_prompt", "placeholder", "stands_for"),
+    *(
+        "identifier",
+        "class_name",
+        "instance_prompt",
+        "class_prompt",
+        "placeholder",
+        "stands_for",
+        "more_images",
+        "less_images",
+    ),
 }
 """Options that a card tells in its own words, or that say where and how a training was computed."""
 
 
-@pytest.mark.parametrize("trainer", [lora, dreambooth, textual_inversion])
+@pytest.mark.parametrize("trainer", [lora, dreambooth, textual_inversion, slider])
 def test_a_card_tells_every_setting_that_is_not_as_usual(trainer):
     """What is usual is the trainer's own default."""
     defaults = {field.name: field.default for field in dataclasses.fields(trainer.Config)}
     told = {name for name in defaults if name in _USUAL}
     always = {"steps", "batch", "learning_rate", "min_snr", "seed", "resolution", "rank", "alpha", "targets", "method"}
     always |= {"conv_rank", "conv_alpha", "prior", "vectors", "start", "templates"}
+    always |= {"concept", "more", "less", "strength", "drawn"}
     assert defaults.keys() - told - WHERE_AND_HOW - always == set()
     for name in told:
         usual = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]

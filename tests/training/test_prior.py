@@ -136,7 +136,7 @@ def test_drawn_pictures_are_read_with_their_prompts(draw, base, tmp_path):
     folder = read_class(base, {"cat": 2, "red cat": 1}, resolution=64, folder=tmp_path)
     assert [example.caption for example in folder] == ["cat", "cat", "red cat"]
     assert {example.group for example in folder} == {"class"}
-    with pytest.raises(DataError, match="2 of 5 class images are missing"):
+    with pytest.raises(DataError, match="2 of 5 images of the class are missing"):
         read_class(base, {"cat": 3, "red cat": 2}, resolution=64, folder=tmp_path)
 
 

@@ -58,7 +58,7 @@ def write_card(
                 _strip(row).save(temporary)
         before_after = "\n## Before and after\n\n![before](images/before.png)\n\n![after](images/after.png)\n"
     plain = is_plain_lora(about)
-    clients = (_BUNDLED if _is_bundled(about) else _CLIENTS) if plain else readers_of(about, adapter.name)
+    clients = (_BUNDLED if _is_bundled(about) else CLIENTS) if plain else readers_of(about, adapter.name)
     tags = ("lora", "template:sd-lora") if plain else ("lycoris",)
     text = f"""{opening(folder, about, prompts, rows, tags=tags)}
 A {title_of(about)} for {code(about.base)} ({about.family}), learned from {pluralize(about.images or 0, "image")}.
@@ -121,7 +121,7 @@ def before_after_sheet(folder: Path, prompts: Sequence[str], rows: Sequence[Sequ
     return "\n![before and after](images/before_after.png)\n"
 
 
-_CLIENTS = "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is."
+CLIENTS = "ComfyUI, AUTOMATIC1111, Forge, InvokeAI and sd-scripts read the file as it is."
 _BUNDLED = "AUTOMATIC1111 reads the file as it is; what others make of the words in it is told below."
 
 
@@ -287,14 +287,14 @@ def training_table(about: Description, shown: Sequence[str]) -> str:
         config["steps"] = about.steps  # those that were made, of a run that stopped before its end
     values = {name: str(config[name]).replace("|", r"\|") for name in shown if name in config}
     table = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    images = "" if about.images is None else f"| images | {about.images} |\n"
+    images += f"| data set sha256 | `{about.dataset_sha256}` |\n" if about.dataset_sha256 else ""
     return f"""## Training
 
 | setting | value |
 |---|---|
 {table}
-| images | {about.images} |
-| data set sha256 | `{about.dataset_sha256}` |
-"""
+{images}"""
 
 
 def _strip(row: Sequence[Image]) -> Image:

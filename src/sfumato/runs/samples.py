@@ -34,7 +34,8 @@ class Samples:
         RUN/samples.png             all of them on one sheet, or MOST_ROWS of the steps
 
     modules: what is set to evaluation while drawing. within: a context to draw in, such as a running mean's `applied`.
-    draw: draws pictures for prompts and seeds. Only the main process does.
+    draw: draws pictures for prompts and seeds. Only the main process does. labels: what stands above the sheet's
+    columns; unset, the prompts.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Samples:
         draw: Draw,
         modules: Sequence[nn.Module] = (),
         within: Callable[[], AbstractContextManager[object]] = nullcontext,
+        labels: Sequence[str] | None = None,
     ):
         self._run, self._modules, self._within, self._seed = run, list(modules), within, seed
         self._draw = draw
         self._folder = run.folder / "samples"
         self.prompts = list(prompts)
+        self.labels = self.prompts if labels is None else list(labels)
 
     @property
     def processes(self) -> int:
@@ -77,8 +80,8 @@ class Samples:
         side, steps = max(max(picture.size) for picture in pictures), thinned(self._steps, MOST_ROWS)
         count = len(steps) * len(pictures)
         rows = [(each, [as_on_a_sheet(picture, side, count) for picture in row]) for each, row in self._rows(steps)]
-        labels = [f"step {each}" for each, _ in rows]
-        sheet = contact_sheet([row for _, row in rows], row_labels=labels, column_labels=self.prompts)
+        times = [f"step {each}" for each, _ in rows]
+        sheet = contact_sheet([row for _, row in rows], row_labels=times, column_labels=self.labels)
         with atomic_path(self._run.folder / "samples.png") as temporary:
             sheet.save(temporary)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os.path import isfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato import shell
@@ -26,10 +27,10 @@ from sfumato.words.placeholders import holds
 if TYPE_CHECKING:
     from sfumato.data import ExampleSet
     from sfumato.runs.options import FolderOptions
-    from sfumato.training.options import KindOptions, TrainerOptions
+    from sfumato.training.options import KindOptions, TrainerOptions, TrainingOptions
 
 _AT_LEAST_ONE = (
-    *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution"),
+    *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution", "drawn"),
     *("vectors", "word_vectors", "class_count", "cycles"),
 )
 _NOT_NEGATIVE = (
@@ -41,7 +42,15 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
     (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
     (
-        ("learning_rate", "text_learning_rate", "word_learning_rate", "alpha", "conv_alpha", "loraplus_ratio"),
+        (
+            "learning_rate",
+            "text_learning_rate",
+            "word_learning_rate",
+            "alpha",
+            "conv_alpha",
+            "loraplus_ratio",
+            "strength",
+        ),
         lambda value: 0 < value < math.inf,
         "be a positive number",
     ),
@@ -57,9 +66,9 @@ _NOT_IN_NAMES = '/\\:*?"<>|'
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
-def check_trainer(config: TrainerOptions) -> None:
+def check_trainer(config: TrainingOptions) -> None:
     """Raises ConfigError for numbers, names and options that make no sense, whatever the base and the pictures."""
-    if config.validation_split and config.measure_every == 0:
+    if getattr(config, "validation_split", 0) and config.measure_every == 0:
         raise ConfigError(
             "--validation-split holds images out to be measured, and --measure-every 0 measures none; leave one out."
         )
@@ -107,7 +116,7 @@ def refuse_dropped_words(config: TrainerOptions, examples: ExampleSet, words: Se
             )
 
 
-def check_kind(config: TrainerOptions) -> None:
+def check_kind(config: TrainingOptions) -> None:
     """Of an adapter: refuse what has no effect on one of its kind. LoRA+ is for a factor that starts at zero beside one
     of unit scale, which LoHa's and LoKr's are not."""
     algo = getattr(config, "algo", "lora")
@@ -194,6 +203,15 @@ def _check_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(f"--push-to-hub {name}: no repository of the hub ({' '.join(str(error).split())}).") from None
+
+
+def refuse_output_among(output: Path, folders: Iterable[Path]) -> None:
+    """Refuse to write a run into one of the folders of its images."""
+    if output.resolve() in {folder.resolve() for folder in folders}:
+        raise ConfigError(
+            f"--output {output} is a folder of the images; its samples and plot would be learned from, too. Give "
+            f"a folder of its own, such as runs/{output.resolve().name}."
+        )
 
 
 def only_with(config: FolderOptions, needed: str, *names: str) -> None:

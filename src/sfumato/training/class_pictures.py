@@ -65,16 +65,23 @@ def _schedule(base: Base) -> dict[str, Any]:
 
 
 def pictures_of_class(
-    base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path, processes: Processes
+    base: Base,
+    counts: Mapping[str, int],
+    *,
+    resolution: int,
+    folder: Path,
+    processes: Processes,
+    what: str = "the class",
+    option: str = "--class-cache",
 ) -> tuple[ExampleSet, int]:
     """As many pictures of each prompt as `counts` says, with it as their caption, and how many had to be drawn.
 
-    All processes draw, each its share.
+    All processes draw, each its share. what: is drawn, as the person is told. option: names the folder.
     """
-    where: dict[str, Any] = {"resolution": resolution, "folder": folder}
+    where: dict[str, Any] = {"resolution": resolution, "folder": folder, "what": what, "option": option}
     drawn = draw_class(base, counts, rank=processes.rank, processes=processes.count, shown=processes.is_main, **where)
     processes.wait()
-    return read_class(base, counts, **where), drawn
+    return read_class(base, counts, resolution=resolution, folder=folder, what=what), drawn
 
 
 def draw_class(
@@ -86,10 +93,13 @@ def draw_class(
     rank: int = 0,
     processes: int = 1,
     shown: bool = True,
+    what: str = "the class",
+    option: str = "--class-cache",
 ) -> int:
     """Draw what is missing of so many pictures of each prompt; returns how many were drawn.
 
-    rank, processes: this process draws only its share. shown: with progress on stderr.
+    rank, processes: this process draws only its share. shown: with progress on stderr. what, option: as of
+    `pictures_of_class`.
     Raises DataError where the folder cannot be written.
     """
     wanted: list[tuple[str, Path, int]] = []
@@ -109,7 +119,7 @@ def draw_class(
         batch=min(_KEPT_AT_ONCE, drawn_at_once((resolution // base.vae_factor) ** 2)),
     )
     try:
-        seen = bar(missing, "drawing the class", unit="image", shown=shown)
+        seen = bar(missing, f"drawing {what}", unit="image", shown=shown)
         for (prompt, path, _), picture in zip(seen, pictures, strict=True):
             with atomic_path(path) as temporary:
                 picture.save(temporary)
@@ -118,12 +128,14 @@ def draw_class(
                 write_text(note, json.dumps(about(base, prompt, resolution), indent=1) + "\n")
     except OSError as error:
         raise DataError(
-            f"{folder}: class images cannot be written ({error.strerror}); give another folder with --class-cache."
+            f"{folder}: images of {what} cannot be written ({error.strerror}); give another folder with {option}."
         ) from None
     return len(missing)
 
 
-def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path) -> ExampleSet:
+def read_class(
+    base: Base, counts: Mapping[str, int], *, resolution: int, folder: Path, what: str = "the class"
+) -> ExampleSet:
     """The drawn pictures as examples, each with its prompt as caption. Raises DataError if one is missing."""
     from sfumato.data import Example, ExampleSet
 
@@ -134,7 +146,7 @@ def read_class(base: Base, counts: Mapping[str, int], *, resolution: int, folder
     absent = [example.path for example in examples if not example.path.is_file()]
     if absent:
         raise DataError(
-            f"{absent[0]}: {len(absent)} of {len(examples)} class images are missing; start again to draw them."
+            f"{absent[0]}: {len(absent)} of {len(examples)} images of {what} are missing; start again to draw them."
         )
     return ExampleSet(tuple(examples))
 

@@ -10,7 +10,7 @@ from sfumato import shell
 from sfumato.config import fill
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
-from sfumato.training.options import TrainerOptions
+from sfumato.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -25,7 +25,7 @@ that of AdamW's first steps the whole. Chosen by styles on pocket: at four times
 gained (docs/methods.md)."""
 LARGEST_CHECKPOINT_INTERVAL = 1000
 """In steps, where none is given: what a power cut may cost, and no quarter of a run of days."""
-AnyTrainer = TypeVar("AnyTrainer", bound=TrainerOptions)
+AnyTrainer = TypeVar("AnyTrainer", bound=TrainingOptions)
 
 
 def resolve(
@@ -77,7 +77,7 @@ def resolve(
     return dataclasses.replace(config, **values), filled
 
 
-def check_cycles(config: TrainerOptions, steps: int) -> None:
+def check_cycles(config: TrainingOptions, steps: int) -> None:
     """Raise ConfigError where the rate cannot fall so often within so many steps: a fall of one step stays at its peak.
 
     Not where a run goes on, which may have begun with an earlier version.
@@ -91,7 +91,7 @@ def check_cycles(config: TrainerOptions, steps: int) -> None:
         )
 
 
-def _kind_rate(config: TrainerOptions) -> float:
+def _kind_rate(config: TrainingOptions) -> float:
     """How many times a LoRA's rate is that of the kind of adapter that is trained; 1 where none is."""
     from sfumato.adapters import ALGOS
 
@@ -108,7 +108,7 @@ def conv_defaults(config: Any, alpha: float, *, rank_stabilised: bool = False) -
     return {"conv_rank": rank, "conv_alpha": config.conv_alpha or alike}
 
 
-def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
+def span_of(config: TrainingOptions, base: Base) -> tuple[float, float] | None:
     """(start, end) of progress, 0 at noise, in which an adapter is drawn with: --over-steps, or what it learned; None
     for all steps.
 
@@ -127,7 +127,7 @@ def span_of(config: TrainerOptions, base: Base) -> tuple[float, float] | None:
     return None if found == (0.0, 1.0) else found
 
 
-def resolve_learning_rate(config: TrainerOptions, name: str, otherwise: float) -> float:
+def resolve_learning_rate(config: TrainingOptions, name: str, otherwise: float) -> float:
     """The rate of what learns beside the U-Net: what the config has under `name`, or `otherwise`. config: resolved.
 
     Prodigy finds one step for all that learns, so that there it is the U-Net's. Raises ConfigError for another.

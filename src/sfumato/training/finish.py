@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from sfumato.files import Description
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
-    from sfumato.training.options import TrainerOptions
+    from sfumato.training.options import TrainingOptions
 
 Kind = Literal["lora", "difference", "folder"]
 
 
-def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
+def describe_run(config: TrainingOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
     """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
     others, such as the `steps` of a file that is not from the run's end."""
     from sfumato.cards.adapter import most_telling_prompt
@@ -32,8 +32,8 @@ def describe_run(config: TrainerOptions, base: Base, dataset: Dataset, samples: 
     assert config.resolution is not None
     assert config.batch is not None
     side, rows = square_side(base, config.resolution), samples.ends
-    learned = config.noising(base).timesteps
-    triggers: Sequence[str] = more.pop("trigger", [config.trigger] if config.trigger else [])
+    learned, own = config.noising(base).timesteps, getattr(config, "trigger", None)
+    triggers: Sequence[str] = more.pop("trigger", [own] if own else [])
     description = Description(
         title=config.name,
         family=base.family.name,

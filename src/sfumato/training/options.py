@@ -28,7 +28,33 @@ ScheduleName = Literal["constant", "cosine", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class SizeOptions:
+    """The size of images, and a cache of what they become."""
+
+    resolution: int | None = None
+    """Side in pixels of a square training image; images of other shapes have about as many pixels. Sample images are
+    generated at this size. Unset: the base model's own resolution."""
+    cache: Path | None = None
+    """Folder that keeps latents and text embeddings, by content, for other runs. Unset: they stay in memory."""
+
+    def prepare_as(
+        self, examples: "ExampleSet", base: "Base", *, processes: "Processes | None" = None, **settings: Any
+    ) -> "Dataset":
+        """Decode, crop and encode the images, once, with progress. settings: as `data.prepare` takes them, before the
+        options. processes: with a cache the main process prepares, and the others read what it wrote."""
+        from sfumato import data
+        from sfumato.runs.progress import Preparation, speaking
+
+        assert self.resolution is not None, "resolve() fills it"
+        chosen = {"resolution": self.resolution, "cache": self.cache, **settings}
+        is_main = processes is None or processes.is_main
+        shown = Preparation(shown=is_main)
+        with processes.main_first() if processes and chosen["cache"] else nullcontext(), shown:
+            return data.prepare(examples, base, **chosen, progress=shown, say=speaking(is_main))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(SizeOptions):
     """Images, captions and how they are varied."""
 
     images: Path
@@ -47,9 +73,6 @@ class DataOptions:
     letters { and }. Otherwise braces are letters."""
     caption_dropout: float = 0.0
     """Share of samples that are trained without a caption, 0 to 1; 1 drops every caption."""
-    resolution: int | None = None
-    """Side in pixels of a square training image; images of other shapes have about as many pixels. Sample images are
-    generated at this size. Unset: the base model's own resolution."""
     flip: bool = False
     """Mirror half of the samples. Not for faces, letters, or anything else with a left and a right."""
     crop: CropMode = "center"
@@ -61,8 +84,6 @@ class DataOptions:
     """Number of tags at the start of a caption that are neither shuffled nor dropped."""
     tag_dropout: float = 0.0
     """Share of the other tags to drop from each sample, 0 to 1."""
-    cache: Path | None = None
-    """Folder that keeps latents and text embeddings, by content, for other runs. Unset: they stay in memory."""
     mask: MaskSource = "none"
     """Learn only a part of each image. alpha: where the image is opaque; files: where NAME.mask.png is white."""
     validation_split: float = 0.0
@@ -105,6 +126,8 @@ class DataOptions:
         return hold_out(examples, self.validation_split)
 
     def _check_folder(self, examples: "ExampleSet") -> None:
+        from sfumato.training.checks import refuse_output_among
+
         if getattr(self, "resume", False):
             return
         varies = self.shuffle_tags or self.tag_dropout or any(each.options.varies_caption for each in examples)
@@ -113,13 +136,8 @@ class DataOptions:
                 f"--keep-tags {self.keep_tags} has no effect without --shuffle-tags or --tag-dropout; leave it out, or "
                 "give one of them, too."
             )
-        output: Path | None = getattr(self, "output", None)
-        folders = {path.resolve() for path in (self.images, *(example.path.parent for example in examples))}
-        if output is not None and output.resolve() in folders:
-            raise ConfigError(
-                f"--output {output} is a folder of the images; its samples and plot would be learned from, too. Give "
-                f"a folder of its own, such as runs/{output.resolve().name}."
-            )
+        if (output := getattr(self, "output", None)) is not None:
+            refuse_output_among(output, (self.images, *(example.path.parent for example in examples)))
 
     def prepare(
         self,
@@ -134,29 +152,20 @@ class DataOptions:
         """Decode, crop and encode the images, once. embed_text: encode the captions, too.
 
         will_draw: (seed, steps, global batch) of the samples that training takes from this set, so that only the
-        captions in use are embedded. processes: with a cache the main process prepares, and the others read what it
-        wrote. other: settings that differ from the options, as `data.prepare` takes them.
+        captions in use are embedded. processes: as of `prepare_as`. other: settings that differ from the options.
         """
-        from sfumato import data
-        from sfumato.runs.progress import Preparation, speaking
-
-        assert self.resolution is not None, "resolve() fills it"
         chosen: dict[str, Any] = {
-            "resolution": self.resolution,
             "flip": self.flip,
             "crop": self.crop,
             "caption_dropout": self.caption_dropout,
             "shuffle_tags": self.shuffle_tags,
             "keep_tags": self.keep_tags,
             "tag_dropout": self.tag_dropout,
-            "cache": self.cache,
         }
         chosen |= other
-        chosen |= {"embed_text": embed_text, "will_draw": will_draw}
-        is_main = processes is None or processes.is_main
-        shown = Preparation(shown=is_main)
-        with processes.main_first() if processes and chosen["cache"] else nullcontext(), shown:
-            return data.prepare(examples, base, **chosen, progress=shown, say=speaking(is_main))
+        return self.prepare_as(
+            examples, base, processes=processes, embed_text=embed_text, will_draw=will_draw, **chosen
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,5 +400,10 @@ class KindOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerOptions(DataOptions, BaseOptions, StepOptions, RunOptions):
-    """Every option that the trainers share."""
+class TrainingOptions(SizeOptions, BaseOptions, StepOptions, RunOptions):
+    """Every option that the trainers share, whatever they learn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions(DataOptions, TrainingOptions):
+    """Every option that the trainers share that learn from a folder of images."""

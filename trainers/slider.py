@@ -1,0 +1,426 @@
+"""Train a slider: a LoRA whose weight moves images between two ends, such as young and old, or flat and shaded.
+
+    python trainers/slider.py --concept "a person" --more "an old person" --less "a young person" --output DIR
+    accelerate launch trainers/slider.py ...
+    sfumato train slider ...
+
+All three run the same program. At weight 1 the adapter predicts for the concept what moves it one way, at weight -1
+what moves it the other way (Gandikota et al. 2024). Prompts name the two ends, without any image, or pairs of images
+show them. `train` is the whole method; what it calls is in the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
+from sfumato.training import checks, config_defaults
+from sfumato.training.entry_point import training_entry_point
+from sfumato.training.options import KindOptions, TrainingOptions
+from sfumato.weighting.span import parse_span
+
+if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from PIL.Image import Image
+
+    from sfumato.adapters import Attached
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, ExampleSet
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.runs.samples import Samples
+    from sfumato.training.ema import Ema
+    from sfumato.training.slider import Ends, Way
+    from sfumato.training.trained_adapter import TrainedAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(KindOptions, TrainingOptions):
+    """Train a LoRA whose weight, from -1 to 1 and beyond, moves images between two ends that prompts or pairs of images
+    give.
+
+    Example: `sfumato train slider trainers/configs/slider-flat.toml --output runs/flat`
+    """
+
+    concept: tuple[str, ...] = ()
+    """Prompt whose images the slider moves, such as "a person". Repeat the option for several: the slider then learns
+    what their ends have in common, and works on other concepts, too."""
+    more: str | None = None
+    """Prompt of what weight 1 moves the concept to, such as "{concept}, old, with wrinkles". {concept} stands for the
+    concept."""
+    less: str | None = None
+    """Prompt of what weight -1 moves the concept to, such as "{concept}, young". "" is nothing at all. Unset: the
+    concept itself."""
+    strength: float = 1.0
+    """How far weight 1 moves the concept, as a multiple of the difference between the base model's predictions for
+    --more and --less."""
+    drawn: int | None = None
+    """Number of images that the base model generates once, with the concept and both ends as prompts; the slider
+    learns on their noised forms. Unset: the base family's default."""
+    more_images: Path | None = None
+    """Folder of images of what weight 1 moves to, instead of prompts. Each has a partner of the same name and size in
+    --less-images, which shows the same without it."""
+    less_images: Path | None = None
+    """Folder of the partners of --more-images: what weight -1 moves to."""
+    caption: str | None = None
+    """Template for the captions of pairs, such as "a photo of a {caption}". {caption} stands for the caption of the
+    image in --more-images, or for its file name."""
+    rank: int | None = None
+    """LoRA rank: the inner dimension of each update B A. Unset: the base family's default."""
+    alpha: float | None = None
+    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    targets: str = "cross-attention"
+    """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
+    around them), everything (all layers of the U-Net's blocks), or a regular expression over module names."""
+    prior_prompts: tuple[str, ...] = ()
+    """Prompts whose images should stay as the base model generates them, at any weight. Each training batch is joined
+    by one of the same size for these prompts, whose target is the frozen base model's prediction. Repeat the option for
+    several."""
+    prior_weight: float | None = None
+    """Weight of the prior-preservation samples in the loss; the slider's samples have weight 1. Unset: 1."""
+    over_steps: str | None = None
+    """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
+    Sample images use it, and the file asks for it (see sfumato generate --over-steps). With 0.2-1 the base model makes
+    the layout, which stays the same at all weights. Unset: the steps that were trained, see --min-timestep."""
+    save_every: int = 0
+    """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps
+    only the last."""
+    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "pocket": {"steps": 120, "batch": 4, "drawn": 48, "min_snr": 0.0},
+        # The paper's 500 steps; its loss is not weighted.
+        "sd1": {"steps": 500, "batch": 1, "drawn": 40, "min_snr": 0.0},
+        "sd2": {"steps": 500, "batch": 1, "drawn": 40, "min_snr": 0.0},
+        "sdxl": {"steps": 500, "batch": 1, "drawn": 40, "min_snr": 0.0},
+    }
+)
+"""Defaults of this method, by family, for what a config leaves unset."""
+SHOWN = (-1.0, 1.0)
+"""The weights of the sample images; the row before the first step shows 0."""
+
+
+@training_entry_point
+def train(config: Config) -> Path:
+    """Train, and return the path of the adapter."""
+    import torch
+
+    from sfumato.adapters import Kind, attach, target_layers
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training import optimizers
+    from sfumato.training.ema import Ema
+    from sfumato.training.noising import per_sample_losses
+    from sfumato.training.prior import BasePrediction
+    from sfumato.training.slider import WEIGHTS, SliderMetrics
+    from sfumato.training.unrelated import unrelated_to
+
+    ends = check(config)
+    processes = Processes.join(config.device)
+    pairs = read_pairs(config)
+    precision = config.decide_precision(processes, config.optimizer)
+    base = config.load_base(precision)
+    config, filled = resolve(config, base, pairs, processes.count)
+    adapted = target_layers(base.parts(text=False), config.targets)
+    checks.check_module_dropout(config, sum(map(len, adapted.values())))
+    run = Run.start(config, program="slider", processes=processes, writes=["adapters"] if config.save_every else [])
+    run.say(precision.table())
+    run.say_filled(base.family.title, filled)
+    run.say(*Kind.of(config).notes(adapted, config.rank, None))
+
+    batches = processes.micro_batches(config.batch, config.accumulate)
+    global_batch = batches.global_batch
+    prepare = partial(
+        config.prepare_as,
+        base=base,
+        processes=processes,
+        will_draw=(config.seed, config.steps, global_batch),
+        together=config.batch,
+    )
+    more, less = (
+        (prepare(each) for each in pairs) if pairs else (prepare(draw_ends(config, base, ends, run, processes)), None)
+    )
+    run.say_notes(more, less)
+    base.lazy_weights.load_only("unet")  # the others rest until something asks for them
+    lora = attach(
+        adapted,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
+        kind=Kind.of(config),
+        seed=config.seed,
+    )
+    noising = config.noising(base)
+    way = way_of(config, base, ends, more, less, lora)
+    prior = None
+    if config.prior_prompts:
+        prior = BasePrediction(
+            base, more, config.prior_prompts, config.seed, order=config.seed, pristine=lora.disabled, noising=noising
+        )
+    run.identify(data=more, partners=less or "none", base=base.fingerprint())
+    pictures, layers = pluralize(len(more), "pair" if less else "image"), pluralize(len(lora.layers), "adapted layer")
+    run.say(f"{pictures}, {layers}, {lora.count():,} trained numbers")
+
+    parameters = list(lora.parameters())
+    groups = optimizers.groups(lora.by_part(), config.learning_rate, None)
+    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    scaler = precision.scaler()
+    average = Ema(parameters, config.ema)
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
+    unrelated = unrelated_to([prompt for one in ends for prompt in one.prompts])
+    metrics = SliderMetrics(
+        base,
+        more,
+        {"drift": unrelated} if config.measure_every else {},
+        lora,
+        way,
+        config.batch,
+        within=average.applied,
+    )
+    samples = samples_of(config, base, lora, ends, more, run, average)
+    learned = trained_adapter_of(config, base, lora, more, samples, average)
+    run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
+    run.every(config.sample_every, samples.draw)
+    run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
+    lora.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        loss, prior_loss = torch.zeros(2, device=precision.device)
+        further: dict[str, Any] = {}
+        for micro in batches.of(step.number):
+            of_prior = [prior.draw(micro)] if prior else []
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
+            for weight, noised in zip(WEIGHTS, way.draw(config.seed, micro), strict=True):
+                # The backward pass, too: with gradient checkpointing it computes the layers again.
+                with lora.scaled(weight):
+                    with precision.autocast():
+                        errors = per_sample_losses(base, [noised, *of_prior], encode=False, settings=config.loss())
+                        share = errors / (len(WEIGHTS) * global_batch)
+                        part = share[: micro.count].sum()
+                        if prior:
+                            kept = share[micro.count :].sum()
+                            part = part + config.prior_weight * kept
+                            prior_loss += kept.detach()
+                    scaler.scale(part).backward()
+                loss += part.detach()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss, prior_loss)
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            if config.max_norm:
+                further["limited"] = lora.limit_norms(config.max_norm)
+            average.update()
+        scaler.update()
+        optimizer.zero_grad()
+        if prior:
+            further["prior_loss"] = prior_loss
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
+
+    average.swap()
+    path = config.output / f"{config.name}.safetensors"
+    if processes.is_main:
+        save(path, config, learned, samples, run)
+    run.close()
+    processes.wait()
+    return path
+
+
+def check(config: Config) -> list[Ends]:
+    """Refuse options that make no sense, before anything is loaded. Returns the ends that prompts name; none where
+    pairs of images show them."""
+    checks.check_trainer(config)
+    checks.check_kind(config)
+    if config.dora:
+        raise ConfigError("--dora: it learns lengths of weights, which have no opposite at weight -1; leave it out.")
+    if config.over_steps is not None:
+        parse_span(config.over_steps)
+    if not config.prior_prompts:
+        checks.only_with(config, "--prior-prompts", "prior_weight")
+    folders = {"--more-images": config.more_images, "--less-images": config.less_images}
+    if not any(folders.values()):
+        return check_words(config)
+    for option, folder in folders.items():
+        if folder is None:
+            raise ConfigError(f"{option} is missing; pairs need both folders, of images with the same names.")
+        if not folder.is_dir() and not config.resume:
+            raise ConfigError(f"{option} {folder}: no such folder; give one that holds an image of each pair.")
+    checks.only_with(config, "--concept", "more", "less", "strength", "drawn")
+    if config.concept:
+        raise ConfigError(
+            "--concept and --more-images are both given; name the ends by prompts, or show them by pairs."
+        )
+    return []
+
+
+def check_words(config: Config) -> list[Ends]:
+    """The ends that the prompts name. Raises ConfigError where they name none."""
+    from sfumato.training.slider import ends_of
+
+    if not config.concept or config.more is None:
+        missing = "--more" if config.concept else "--concept"
+        raise ConfigError(
+            f"{missing} is missing; wanted --concept with the prompt that the slider moves and --more with what to, or "
+            "pairs of images by --more-images and --less-images."
+        )
+    checks.only_with(config, "--more-images", "caption")
+    if config.epochs is not None:
+        raise ConfigError("--epochs: prompts are learned from, and no images of yours; give --steps.")
+    return ends_of(config.concept, config.more, config.less)
+
+
+def read_pairs(config: Config) -> tuple[ExampleSet, ExampleSet] | None:
+    """The pairs of images with their captions; None where prompts name the ends."""
+    from sfumato import data
+    from sfumato.training.slider import paired
+
+    if config.more_images is None or config.less_images is None:
+        return None
+    folders = (config.more_images, config.less_images)
+    templates = (config.caption, "{caption}")  # the partners' captions are not used, and need not be there
+    read = (data.read_folder(folder, caption_template=form) for folder, form in zip(folders, templates, strict=True))
+    more, less = paired(*read)
+    if not config.resume:
+        checks.refuse_output_among(config.output, folders)
+    return more, less
+
+
+def resolve(
+    config: Config, base: Base, pairs: tuple[ExampleSet, ExampleSet] | None, processes: int
+) -> tuple[Config, list[str]]:
+    """The config with every unset field filled in, and the names of the fields that the base family or the method
+    filled."""
+    from sfumato.data import ExampleSet
+
+    defaults = dict(DEFAULTS[base.family.name])
+    if pairs:
+        del defaults["drawn"]
+    config, filled = config_defaults.resolve(config, base, pairs[0] if pairs else ExampleSet(()), processes, **defaults)
+    values: dict[str, Any] = {"alpha": config.alpha or float(config.rank)}
+    if config.prior_prompts:
+        values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
+    return dataclasses.replace(config, **values), filled
+
+
+def draw_ends(config: Config, base: Base, ends: Sequence[Ends], run: Run, processes: Processes) -> ExampleSet:
+    """The base model's images of the concepts and their ends, each with the concept as its caption; generated once and
+    kept in the run's folder."""
+    from sfumato.data.planning import square_side
+    from sfumato.training.class_pictures import pictures_of_class
+    from sfumato.training.slider import drawn_images, learned_as_concepts, prompt_counts
+
+    images = drawn_images(ends, config.drawn)
+    drawn, now = pictures_of_class(
+        base,
+        prompt_counts(images),
+        resolution=square_side(base, config.resolution),
+        folder=config.output / "drawn",
+        processes=processes,
+        what="the prompts",
+        option="--output",
+    )
+    run.say(f"drawn: {pluralize(len(images), 'image')} of the concepts and their ends ({now} now)")
+    return learned_as_concepts(images, drawn)
+
+
+def way_of(
+    config: Config, base: Base, ends: Sequence[Ends], more: Dataset, less: Dataset | None, lora: Attached
+) -> Way:
+    """How the slider is told its two ways."""
+    from sfumato.training.slider import ShownWay, WordedWay
+
+    noising = config.noising(base)
+    if less is not None:
+        return ShownWay(base, more, less, noising=noising)
+    return WordedWay(base, more, ends, config.strength, pristine=lora.disabled, noising=noising)
+
+
+def samples_of(
+    config: Config, base: Base, lora: Attached, ends: Sequence[Ends], data: Dataset, run: Run, average: Ema
+) -> Samples:
+    """The run's sample images: each prompt at each of the weights SHOWN."""
+    from sfumato.runs.samples import Samples
+    from sfumato.training.sampling import drawing_of
+    from sfumato.training.slider import drawing_at_weights
+    from sfumato.training.unrelated import default_prompts, unrelated_to
+
+    asked, own = config.asked_samples()
+    concepts = [one.concept for one in ends]
+    prompts = asked or (
+        [*concepts[:2], unrelated_to(concepts)[0]] if concepts else default_prompts(data.captions, None, None)
+    )
+    draw = drawing_of(base, lora, span=config_defaults.span_of(config, base), resolution=config.resolution, own=own)
+    return Samples(
+        run,
+        prompts * len(SHOWN),
+        config.seed,
+        drawing_at_weights(lora, draw, SHOWN),
+        modules=[lora],
+        within=average.applied,
+        labels=[f"{prompt} ({weight:+g})" for weight in SHOWN for prompt in prompts],
+    )
+
+
+def samples_by_weight(samples: Samples) -> tuple[list[str], list[tuple[float, list[Image]]]]:
+    """The prompts of the sample images, and (weight, an image for each prompt) of the finished slider; without images
+    where none were generated."""
+    rows, count = samples.ends, len(samples.prompts) // len(SHOWN)
+    if not rows:
+        return [], []
+    found = [(weight, rows[-1][place * count : (place + 1) * count]) for place, weight in enumerate(SHOWN)]
+    before = [(0.0, rows[0][:count])] if len(rows) > 1 else []
+    return samples.prompts[:count], sorted([*found, *before], key=lambda row: row[0])
+
+
+def trained_adapter_of(
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema
+) -> TrainedAdapter:
+    """The result of the training, and what its file says about itself."""
+    from sfumato.precision import DTYPES
+    from sfumato.training.finish import describe_run
+    from sfumato.training.trained_adapter import TrainedAdapter
+
+    about = partial(
+        describe_run, config, base, data, samples, trigger=(), over_steps=config_defaults.span_of(config, base)
+    )
+    if config.concept:  # images that the base model generated are no training images
+        about = partial(about, images=None, captions=(), dataset_sha256="")
+    return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
+
+
+def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
+    """Write the adapter, its model card and the plot; upload them if asked."""
+    from sfumato.cards.slider import write_slider_card
+    from sfumato.training.finish import plot_and_tell, upload
+
+    description, _ = learned.write(path, config.steps)
+    prompts, rows = samples_by_weight(samples)
+    card = write_slider_card(run.folder, path, description, prompts, rows)
+    plot_and_tell(run, f"slider   {path}", card, has_samples=bool(rows))
+    upload(run, [path], config.push_to_hub)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with these arguments."""
+    train(parse(Config, argv, program="train slider"))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
