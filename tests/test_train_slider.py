@@ -18,6 +18,7 @@ from sfumato.drawing.pictures import draw
 from sfumato.files import read_header, read_lora, read_tensors
 from sfumato.precision import decide
 from sfumato.training.slider import drawn_images, ends_of, prompt_counts
+from sfumato.training.subject import with_caption
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -114,7 +115,7 @@ def test_words_are_equal_to_a_plain_loop(train, pocket_folder):
     """Gandikota et al. 2024, eq. 8, on images of the concepts and of both ends, with the concepts as captions."""
     path = train("run", WORDS, "--seed", "3", "--strength", "1.5")
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
-    ends = ends_of(["square", "dot"], "{concept}, noto style", "{concept}, flat style")
+    ends = ends_of(["square", "dot"], ["{concept}, noto style"], ["{concept}, flat style"])
     prompts = [prompt for one in ends for prompt in (one.concept, one.more, one.less)]
     pictures = [draw(base, prompt, 0)[0] for prompt in prompts]
     folder = path.parent / "own"
@@ -226,6 +227,7 @@ def test_prompts_that_shall_stay_join_both_ways(train):
     alone, held = train("alone", WORDS), train("held", (*WORDS, "--prior-prompts", "a cat"))
     assert all("prior_loss" in row for row in rows(held) if "loss" in row)
     assert rows(held)[0]["prior_loss"] == pytest.approx(0.0, abs=1e-9)  # an adapter of nothing changes nothing
+    assert rows(held)[0]["loss"] == pytest.approx(rows(alone)[0]["loss"], rel=1e-4)
     assert rows(held)[-1]["prior_loss"] > 0
     one, other = read_tensors(alone), read_tensors(held)
     assert any(not torch.equal(one[key], other[key]) for key in one)
@@ -302,6 +304,33 @@ def test_samples_and_card_show_the_weights(train, tmp_path):
     assert str(tmp_path) not in json.dumps(dict(told))
 
 
+def test_images_of_the_concept_take_the_place_of_generated_ones(train, pictures, pocket_folder):
+    """As if the base model had drawn them: with the concept as the caption of each."""
+    way = ("--concept", "square", "--more", "a gold square", "--images", str(pictures))
+    path = train("run", way, "--seed", "3")
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
+    folder = with_caption(data.read_folder(pictures, caption_template="{caption}"), "square")
+    dataset = data.prepare(folder, base, resolution=64, embed_text=False)
+
+    def samples(step):
+        return [(dataset.batch(3, step, 2).latents, ["square"] * 2)] * 2
+
+    def predict_targets(found, noise, timesteps, a):
+        noisy = a.sqrt() * found[0][0] + (1 - a).sqrt() * noise
+        plain, gold = (
+            base.unet(noisy, timesteps, encoder_hidden_states=base.encode_text([text] * 2).hidden).sample
+            for text in ("square", "a gold square")
+        )
+        return gold, 2 * plain - gold
+
+    losses: list[float] = []
+    assert_same(path, plain_loop(base, samples, predict_targets, losses), losses)
+    card = (path.parent / "README.md").read_text(encoding="utf-8")
+    assert "Weight 1 moves `square` towards `a gold square`, weight -1 towards `{concept}`, where" in card
+    assert "Learned on 6 images." in card
+    assert not (path.parent / "drawn").exists()
+
+
 def test_the_card_of_pairs_tells_them(train, pairs):
     path = train("run", pairs, "--steps", "1")
     card = (path.parent / "README.md").read_text(encoding="utf-8")
@@ -320,14 +349,16 @@ def test_the_config_of_a_run_runs_again(train, tmp_path):
 
 
 def test_ends():
-    (one,) = ends_of(["a person", "a person"], "{concept}, old", None)
+    (one,) = ends_of(["a person"], ["{concept}, old"], [])
     assert (one.concept, one.more, one.less) == ("a person", "a person, old", "a person")
     assert one.prompts == ["a person", "a person, old"]
-    assert ends_of(["a cat"], "a tiger", "")[0].less == ""
+    assert ends_of(["a cat"], ["a tiger"], [""])[0].less == ""
+    each = ends_of(["cat", "dog"], ["tiger", "wolf"], ["a small {concept}"])
+    assert [(one.more, one.less) for one in each] == [("tiger", "a small cat"), ("wolf", "a small dog")]
 
 
 def test_each_prompt_has_its_share_of_the_images():
-    images = drawn_images(ends_of(["a", "b"], "{concept} x", "y"), 8)
+    images = drawn_images(ends_of(["a", "b"], ["{concept} x"], ["y"]), 8)
     assert [(image.prompt, image.concept) for image in images] == [
         ("a", "a"), ("a x", "a"), ("y", "a"), ("b", "b"), ("b x", "b"), ("y", "b"), ("a", "a"), ("a x", "a"),
     ]  # fmt: skip
@@ -340,8 +371,8 @@ def test_each_prompt_has_its_share_of_the_images():
 def test_defaults(family, wanted):
     from tests.test_train_textual_inversion import base_of
 
-    config = Config(output=Path("runs/a"), concept=("a",), more="b")
-    found, filled = resolve(config, base_of(family), None, 1)
+    config = Config(output=Path("runs/a"), concept=("a",), more=("b",))
+    found, filled = resolve(config, base_of(family), [], 1)
     assert (found.steps, found.batch, found.drawn) == wanted
     assert found.alpha == found.rank
     assert "min_snr" in filled
@@ -353,6 +384,11 @@ def test_defaults(family, wanted):
         ((), "--concept is missing"),
         (("--concept", "a"), "--more is missing"),
         (("--concept", "a", "--more", "{concept}"), "are both 'a'; a slider needs two different ends"),
+        (("--concept", "a", "--more", "b", "--more", "c"), "--more is given 2 times for 1 concept; give it once"),
+        (("--concept", "a", "--concept", "a", "--more", "b"), "--concept 'a' is given twice"),
+        (("--concept", "a", "--more", "b", "--images", ".", "--drawn", "3"), "--images and --drawn are both given"),
+        (("--concept", "a", "--concept", "c", "--more", "b", "--images", "."), "--images are of one concept"),
+        (("--concept", "a", "--more", "b", "--images", "nowhere"), "nowhere: there is no such folder"),
         (("--concept", "a", "--more", "b", "--strength", "0"), "--strength is 0.0; it must be a positive number"),
         (("--concept", "a", "--more", "b", "--drawn", "0"), "--drawn is 0; it must be at least 1"),
         (("--concept", "a", "--more", "b", "--dora"), "--dora: it learns lengths"),
@@ -376,7 +412,7 @@ def test_wrong_use_is_one_line_and_leaves_no_run(options, said, train, tmp_path,
 
 def test_epochs_of_words_are_refused():
     with pytest.raises(Exception, match="no images of yours; give --steps"):
-        check(Config(output=Path("runs/a"), concept=("a",), more="b", epochs=2))
+        check(Config(output=Path("runs/a"), concept=("a",), more=("b",), epochs=2))
 
 
 @pytest.mark.parametrize(

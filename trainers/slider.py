@@ -52,18 +52,21 @@ class Config(KindOptions, TrainingOptions):
     concept: tuple[str, ...] = ()
     """Prompt whose images the slider moves, such as "a person". Repeat the option for several: the slider then learns
     what their ends have in common, and works on other concepts, too."""
-    more: str | None = None
+    more: tuple[str, ...] = ()
     """Prompt of what weight 1 moves the concept to, such as "{concept}, old, with wrinkles". {concept} stands for the
-    concept."""
-    less: str | None = None
-    """Prompt of what weight -1 moves the concept to, such as "{concept}, young". "" is nothing at all. Unset: the
-    concept itself."""
+    concept. Give one prompt for all concepts, or repeat the option for each."""
+    less: tuple[str, ...] = ()
+    """Prompt of what weight -1 moves the concept to, such as "{concept}, young". "" is nothing at all. Give one prompt
+    for all concepts, or one for each. Unset: the concept itself."""
     strength: float = 1.0
     """How far weight 1 moves the concept, as a multiple of the difference between the base model's predictions for
     --more and --less."""
     drawn: int | None = None
     """Number of images that the base model generates once, with the concept and both ends as prompts; the slider
     learns on their noised forms. Unset: the base family's default."""
+    images: Path | None = None
+    """Folder of your own images of the one concept, to learn on instead of images that the base model generates. Their
+    captions are not used."""
     more_images: Path | None = None
     """Folder of images of what weight 1 moves to, instead of prompts. Each has a partner of the same name and size in
     --less-images, which shows the same without it."""
@@ -127,10 +130,10 @@ def train(config: Config) -> Path:
 
     ends = check(config)
     processes = Processes.join(config.device)
-    pairs = read_pairs(config)
+    given = read_images(config)
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
-    config, filled = resolve(config, base, pairs, processes.count)
+    config, filled = resolve(config, base, given, processes.count)
     adapted = target_layers(base.parts(text=False), config.targets)
     checks.check_module_dropout(config, sum(map(len, adapted.values())))
     run = Run.start(config, program="slider", processes=processes, writes=["adapters"] if config.save_every else [])
@@ -147,10 +150,8 @@ def train(config: Config) -> Path:
         will_draw=(config.seed, config.steps, global_batch),
         together=config.batch,
     )
-    more, less = (
-        (prepare(each) for each in pairs) if pairs else (prepare(draw_ends(config, base, ends, run, processes)), None)
-    )
-    run.say_notes(more, less)
+    sets = [prepare(each) for each in given or [draw_ends(config, base, ends, run, processes)]]
+    run.say_notes(*sets)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = attach(
         adapted,
@@ -163,14 +164,15 @@ def train(config: Config) -> Path:
         seed=config.seed,
     )
     noising = config.noising(base)
-    way = way_of(config, base, ends, more, less, lora)
+    way = way_of(config, base, ends, sets, lora)
     prior = None
     if config.prior_prompts:
         prior = BasePrediction(
-            base, more, config.prior_prompts, config.seed, order=config.seed, pristine=lora.disabled, noising=noising
+            base, sets[0], config.prior_prompts, config.seed, order=config.seed, pristine=lora.disabled, noising=noising
         )
-    run.identify(data=more, partners=less or "none", base=base.fingerprint())
-    pictures, layers = pluralize(len(more), "pair" if less else "image"), pluralize(len(lora.layers), "adapted layer")
+    run.identify(data=sets[0], partners=sets[1] if sets[1:] else "none", base=base.fingerprint())
+    pictures = pluralize(len(sets[0]), "image" if ends else "pair")
+    layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {layers}, {lora.count():,} trained numbers")
 
     parameters = list(lora.parameters())
@@ -183,15 +185,15 @@ def train(config: Config) -> Path:
     unrelated = unrelated_to([prompt for one in ends for prompt in one.prompts])
     metrics = SliderMetrics(
         base,
-        more,
+        sets[0],
         {"drift": unrelated} if config.measure_every else {},
         lora,
         way,
         config.batch,
         within=average.applied,
     )
-    samples = samples_of(config, base, lora, ends, more, run, average)
-    learned = trained_adapter_of(config, base, lora, more, samples, average)
+    samples = samples_of(config, base, lora, ends, sets[0], run, average)
+    learned = trained_adapter_of(config, base, lora, sets[0], samples, average)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
@@ -259,7 +261,7 @@ def check(config: Config) -> list[Ends]:
             raise ConfigError(f"{option} is missing; pairs need both folders, of images with the same names.")
         if not folder.is_dir() and not config.resume:
             raise ConfigError(f"{option} {folder}: no such folder; give one that holds an image of each pair.")
-    checks.only_with(config, "--concept", "more", "less", "strength", "drawn")
+    checks.only_with(config, "--concept", "more", "less", "strength", "drawn", "images")
     if config.concept:
         raise ConfigError(
             "--concept and --more-images are both given; name the ends by prompts, or show them by pairs."
@@ -271,45 +273,55 @@ def check_words(config: Config) -> list[Ends]:
     """The ends that the prompts name. Raises ConfigError where they name none."""
     from sfumato.training.slider import ends_of
 
-    if not config.concept or config.more is None:
+    if not config.concept or not config.more:
         missing = "--more" if config.concept else "--concept"
         raise ConfigError(
             f"{missing} is missing; wanted --concept with the prompt that the slider moves and --more with what to, or "
             "pairs of images by --more-images and --less-images."
         )
     checks.only_with(config, "--more-images", "caption")
-    if config.epochs is not None:
+    if config.images is None and config.epochs is not None:
         raise ConfigError("--epochs: prompts are learned from, and no images of yours; give --steps.")
+    if config.images is not None and config.drawn is not None and not config.resume:
+        raise ConfigError("--images and --drawn are both given; learn on your own images, or on generated ones.")
+    if config.images is not None and len(set(config.concept)) > 1:
+        raise ConfigError("--images are of one concept, and --concept is given several times; give it once.")
     return ends_of(config.concept, config.more, config.less)
 
 
-def read_pairs(config: Config) -> tuple[ExampleSet, ExampleSet] | None:
-    """The pairs of images with their captions; None where prompts name the ends."""
+def read_images(config: Config) -> list[ExampleSet]:
+    """The images that are given: those of the concept, or both folders of pairs; none where the base draws them."""
     from sfumato import data
     from sfumato.training.slider import paired
+    from sfumato.training.subject import with_caption
 
-    if config.more_images is None or config.less_images is None:
-        return None
-    folders = (config.more_images, config.less_images)
-    templates = (config.caption, "{caption}")  # the partners' captions are not used, and need not be there
-    read = (data.read_folder(folder, caption_template=form) for folder, form in zip(folders, templates, strict=True))
-    more, less = paired(*read)
+    if config.images is not None:
+        folders = [config.images]
+        # Captions are not used, and need not be there.
+        examples = data.read_folder(config.images, caption_template="{caption}").in_group("instance")
+        found = [with_caption(examples, config.concept[0])]
+    elif config.more_images is not None and config.less_images is not None:
+        folders = [config.more_images, config.less_images]
+        templates = (config.caption, "{caption}")  # nor those of the partners
+        read = (data.read_folder(path, caption_template=form) for path, form in zip(folders, templates, strict=True))
+        found = [*paired(*read)]
+    else:
+        return []
     if not config.resume:
         checks.refuse_output_among(config.output, folders)
-    return more, less
+    return found
 
 
-def resolve(
-    config: Config, base: Base, pairs: tuple[ExampleSet, ExampleSet] | None, processes: int
-) -> tuple[Config, list[str]]:
+def resolve(config: Config, base: Base, given: Sequence[ExampleSet], processes: int) -> tuple[Config, list[str]]:
     """The config with every unset field filled in, and the names of the fields that the base family or the method
-    filled."""
+    filled. given: the images of `read_images`."""
     from sfumato.data import ExampleSet
 
     defaults = dict(DEFAULTS[base.family.name])
-    if pairs:
+    if given:
         del defaults["drawn"]
-    config, filled = config_defaults.resolve(config, base, pairs[0] if pairs else ExampleSet(()), processes, **defaults)
+    of_epoch = given[0] if given else ExampleSet(())
+    config, filled = config_defaults.resolve(config, base, of_epoch, processes, **defaults)
     values: dict[str, Any] = {"alpha": config.alpha or float(config.rank)}
     if config.prior_prompts:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
@@ -337,16 +349,14 @@ def draw_ends(config: Config, base: Base, ends: Sequence[Ends], run: Run, proces
     return learned_as_concepts(images, drawn)
 
 
-def way_of(
-    config: Config, base: Base, ends: Sequence[Ends], more: Dataset, less: Dataset | None, lora: Attached
-) -> Way:
+def way_of(config: Config, base: Base, ends: Sequence[Ends], sets: Sequence[Dataset], lora: Attached) -> Way:
     """How the slider is told its two ways."""
     from sfumato.training.slider import ShownWay, WordedWay
 
     noising = config.noising(base)
-    if less is not None:
-        return ShownWay(base, more, less, noising=noising)
-    return WordedWay(base, more, ends, config.strength, pristine=lora.disabled, noising=noising)
+    if not ends:
+        return ShownWay(base, sets[0], sets[1], noising=noising)
+    return WordedWay(base, sets[0], ends, config.strength, pristine=lora.disabled, noising=noising)
 
 
 def samples_of(
@@ -397,8 +407,10 @@ def trained_adapter_of(
     about = partial(
         describe_run, config, base, data, samples, trigger=(), over_steps=config_defaults.span_of(config, base)
     )
-    if config.concept:  # images that the base model generated are no training images
-        about = partial(about, images=None, captions=(), dataset_sha256="")
+    if config.concept:
+        about = partial(about, captions=())  # which are the concepts
+    if config.drawn is not None:  # images that the base model generated are no training images
+        about = partial(about, images=None, dataset_sha256="")
     return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
 
 

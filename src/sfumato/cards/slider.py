@@ -92,13 +92,16 @@ def _ends(about: Description) -> str:
     config = about.config or {}
     if not config.get("concept"):
         return f"Learned from {about.images} pairs of images: weight 1 moves towards the one, weight -1 to the other."
-    less = "{concept}" if config.get("less") is None else config["less"]
-    ends = [code(end) if end else "nothing at all" for end in (config["more"], less)]
-    concepts = ", ".join(map(code, config["concept"]))
-    where = ", where {concept} is each of these" if "{concept}" in f"{config['more']}{less}" else ""
-    return (
-        f"Weight 1 moves {concepts} towards {ends[0]}, weight -1 towards {ends[1]}{where}. No image was learned from."
+    less = config.get("less") or ["{concept}"]
+    concepts, *ends = (
+        ", ".join(code(text) if text else empty for text in texts)
+        for texts, empty in ((config["concept"], "everything"), (config["more"], "nothing"), (less, "nothing"))
     )
+    where = (
+        ", where {concept} is each of these" if any("{concept}" in text for text in (*config["more"], *less)) else ""
+    )
+    learned = f"Learned on {about.images} images" if about.images else "No image was learned from"
+    return f"Weight 1 moves {concepts} towards {ends[0]}, weight -1 towards {ends[1]}{where}. {learned}."
 
 
 def _with_diffusers(about: Description, adapter: Path, example: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sfumato import randomness
 from sfumato.errors import ConfigError, DataError
-from sfumato.numerals import some
+from sfumato.numerals import pluralize, some
 from sfumato.runs.micro_batch import MicroBatch, MicroBatches
 from sfumato.runs.samples import Draw, evaluating
 from sfumato.training.metrics import Metrics
@@ -55,18 +55,26 @@ class Ends:
         return list(dict.fromkeys((self.concept, self.more, self.less)))
 
 
-def ends_of(concepts: Sequence[str], more: str, less: str | None) -> list[Ends]:
-    """The ends of each concept, which `{concept}` stands for in the others. less: None for the concept itself.
+def ends_of(concepts: Sequence[str], more: Sequence[str], less: Sequence[str]) -> list[Ends]:
+    """The ends of each concept, which `{concept}` stands for in the others. more, less: one for all concepts, or one
+    for each; less: none for the concepts themselves.
 
-    Raises ConfigError where both ends are the same.
+    Raises ConfigError for other numbers of prompts, a concept that comes twice, and where both ends are the same.
     """
-    found = []
-    for concept in dict.fromkeys(concepts):
-        up, down = (text.replace(PLACEHOLDER, concept) for text in (more, PLACEHOLDER if less is None else less))
+    for option, given in (("--more", more), ("--less", less)):
+        if len(given) not in (1, len(concepts)) and not (option == "--less" and not given):
+            times, each = pluralize(len(given), "time"), pluralize(len(concepts), "concept")
+            raise ConfigError(f"{option} is given {times} for {each}; give it once for all or once for each.")
+    found: dict[str, Ends] = {}
+    for place, concept in enumerate(concepts):
+        of_this = (prompts[place % len(prompts)] for prompts in (more, less or [PLACEHOLDER]))
+        up, down = (prompt.replace(PLACEHOLDER, concept) for prompt in of_this)
         if up == down:
             raise ConfigError(f"--more and --less are both {up!r}; a slider needs two different ends.")
-        found.append(Ends(concept, up, down))
-    return found
+        if concept in found:
+            raise ConfigError(f"--concept {concept!r} is given twice; give each concept once.")
+        found[concept] = Ends(concept, up, down)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
