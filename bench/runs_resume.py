@@ -59,7 +59,7 @@ CASES: Mapping[str, Sequence[str]] = {
         *_SHARED, "--rank", "2", "--concept", "square", "--more", "a red {concept}", "--drawn", "4", "--ema", "0.9",
         "--prior-prompts", "a key", "--module-dropout", "0.3",
     ],
-    "slider by pairs": [*_SHARED, "--rank", "2", "--caption", "{caption}", "--accumulate", "2", "--dropout", "0.3"],
+    "slider by pairs, dropped out": [*_SHARED, "--rank", "2", "--caption", "{caption}", "--accumulate", "2", "--dropout", "0.3"],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
     "style_emphasis": _PRETRAIN,
@@ -104,7 +104,7 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
         "dreambooth": adapters,
         "textual_inversion": adapters,
         "slider": ["--base", str(base)],
-        "slider by pairs": [
+        "slider by pairs, dropped out": [
             *("--base", str(base), "--more-images", str(folder / "pictures")),
             *("--less-images", str(folder / "partners")),
         ],

@@ -178,9 +178,10 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         found, _ = learn(case, inputs, tmp_path / "there", "--device", kind)
     wanted, _ = on_cpu(case)
     assert found.keys() == wanted.keys()
+    share = 0.05 if case == "slider" else 0.01  # whose images are drawn on the device, and rounded
     # Attention does not depend on the keys' bias: its gradient is rounding, of which AdamW makes steps like any other.
     for name, tensor in ((name, tensor) for name, tensor in wanted.items() if not name.endswith("k_proj.bias")):
-        assert (found[name] - tensor).norm() <= 0.01 * tensor.norm() + 1e-6, name
+        assert (found[name] - tensor).norm() <= share * tensor.norm() + 1e-6, name
 
 
 @pytest.mark.slow
@@ -194,6 +195,7 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         "dreambooth fused, prior",
         "dreambooth lora",
         "textual_inversion",
+        "slider",
     ],
 )
 def test_in_half_precision_each_trainer_learns_nearly_the_same(case, major, dtype, inputs, on_cpu, tmp_path):
