@@ -59,7 +59,9 @@ CASES: Mapping[str, Sequence[str]] = {
         *_SHARED, "--rank", "2", "--concept", "square", "--more", "a red {concept}", "--drawn", "4", "--ema", "0.9",
         "--prior-prompts", "a key", "--module-dropout", "0.3",
     ],
-    "slider by pairs, dropped out": [*_SHARED, "--rank", "2", "--caption", "{caption}", "--accumulate", "2", "--dropout", "0.3"],
+    "slider by pairs, dropped out": [
+        *_SHARED, "--rank", "2", "--caption", "{caption}", "--accumulate", "2", "--dropout", "0.3",
+    ],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
     "style_emphasis": _PRETRAIN,
