@@ -20,10 +20,6 @@ ROOT = Path(__file__).parents[1]
 
 _DIFFUSERS = ("AutoencoderKL", "DDPMScheduler", "StableDiffusionPipeline", "UNet2DConditionModel")
 
-WRITERS = {"lora": "save", "textual_inversion": "save", "dreambooth": "write_model"}
-"""The function of each trainer that writes what was learned; `dreambooth --method lora` writes its few megabytes by
-another, after the steps."""
-
 CHILD = """
 import sys
 from bench.full_size import watch
@@ -191,9 +187,8 @@ def _ours(trainer: str) -> Any:
         for name in used:
             getattr(importlib.import_module(library), name)
     module: Any = importlib.import_module(f"sfumato.trainers.{trainer}")
-    writer = WRITERS[trainer]
-    assert callable(getattr(module, writer, None)), f"trainers/{trainer}.py has no {writer}"
-    setattr(module, writer, lambda *_, **__: None)
+    assert callable(getattr(module, "save", None)), f"trainers/{trainer}.py has no save"
+    module.save = lambda *_, **__: None
     return module.main
 
 

@@ -25,7 +25,7 @@ from sfumato.numerals import pluralize, some
 from sfumato.prompts.phrases import has_phrase
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
-from sfumato.training.options import KindOptions, TrainerOptions
+from sfumato.training.options import FullOptions, KindOptions
 from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
 from sfumato.weighting.span import parse_span
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
-    from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
@@ -64,7 +63,7 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(KindOptions, TrainerOptions):
+class Config(KindOptions, FullOptions):
     """Bind a subject to a word by fine-tuning the whole U-Net, or a LoRA on it.
 
     Example: `sfumato train dreambooth --method lora --images datasets/flamingo --class-name flamingo --output runs/me`
@@ -100,12 +99,6 @@ class Config(KindOptions, TrainerOptions):
     """Number of images that the base model generates. Unset: the base family's default."""
     class_cache: Path | None = None
     """Folder that keeps generated class images for other runs. Unset: the run's own folder."""
-    drift_limit: float | None = None
-    """Stop and save once the base model's prediction for class prompts or unrelated prompts has moved by more than this
-    share."""
-    rank: int | None = None
-    """LoRA rank: the inner dimension of each update. It is also the rank that --save lora extracts. Unset: the base
-    family's default."""
     alpha: float | None = None
     """LoRA alpha, for --method lora: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
     conv_rank: int | None = None
@@ -120,22 +113,6 @@ class Config(KindOptions, TrainerOptions):
     """Layers that a LoRA adapts: cross-attention, attention, attention+mlp, transformers (attention, MLP and the
     projections around them), everything (all layers of the U-Net's blocks), or a regular expression over module
     names."""
-    train_text_encoder: bool = False
-    """Also train the text encoders. Captions are then encoded at each step."""
-    text_learning_rate: float | None = None
-    """Peak learning rate of the text encoders. Unset: 0.4 of the U-Net's, with --method lora a tenth; with prodigy, the
-    U-Net's."""
-    fused: bool = False
-    """Update each weight during the backward pass, so that the gradients are never all in memory at once. Clipping
-    needs a second backward pass, before that one; --clip 0 avoids it."""
-    ema_on_cpu: bool = False
-    """Keep the running mean of --ema in CPU memory."""
-    save: Literal["folder", "difference", "lora"] | None = None
-    """What to write. folder: the whole model, for diffusers. difference: only what changed, to mix like an adapter.
-    lora: a LoRA, nearly the closest to the change. Unset: folder with --method full, lora with --method lora."""
-    keep_energy: float | None = None
-    """With --method full --save lora: give each layer the smallest rank that keeps this share of its change's energy
-    (squared norm), at most --rank if that is given."""
     over_steps: str | None = None
     """START-END: the part of the sampling steps in which a LoRA is active, from 0 (noise) to 1 (finished image). Sample
     images use it, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base model alone takes
@@ -148,8 +125,6 @@ class Config(KindOptions, TrainerOptions):
     save_every: int = 0
     """With --method lora: steps between adapters that are kept besides the last, to choose from, as
     OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps none."""
-    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
 
 
 @training_entry_point
@@ -166,6 +141,7 @@ def train(config: Config) -> Path:
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
+    from sfumato.training.full import decide_precision
     from sfumato.training.fused import FusedStep
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
@@ -179,7 +155,7 @@ def train(config: Config) -> Path:
     subject = subject_of(config)
     examples = read_examples(config, subject)
     instance = examples.in_group("instance")
-    precision = decide_precision(config, processes)
+    precision = decide_precision(config, processes, adapting=config.method == "lora")
     base = config.load_base(precision)
     config, filled = resolve(config, base, examples, processes.count)
     notes = notes_of(config, base)
@@ -284,9 +260,7 @@ def train(config: Config) -> Path:
             average.update()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
-    if limit.reached and run.step < config.steps:
-        run.say(f"stopped after step {run.step}: {limit.reached} is over --drift-limit {config.drift_limit}")
-        samples.draw(run.step)
+    limit.tell(run, config.steps, samples)
     average.swap()
     path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
     if processes.is_main:
@@ -314,6 +288,7 @@ def check(config: Config) -> None:
     checks.check_trainer(config)
     if config.method == "full" and config.save in (None, "folder"):
         checks.check_name(config, folder=True)
+    checks.check_full(config)
     refuse_idle(config)
     checks.check_kind(config)
     check_words(config)
@@ -322,16 +297,10 @@ def check(config: Config) -> None:
         parse_span(config.over_steps)
     if config.class_images is not None and not config.resume and not config.class_images.exists():
         raise ConfigError(f"--class-images {config.class_images}: there is no such folder; name one, or leave it out.")
-    if config.drift_limit is not None and config.measure_every == 0:
-        raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
 
 
 def refuse_idle(config: Config) -> None:
     """Refuse options that have no effect together with the others."""
-    if not config.train_text_encoder:
-        checks.only_with(config, "--train-text-encoder", "text_learning_rate")
-    if not config.ema:
-        checks.only_with(config, "--ema", "ema_on_cpu")
     if config.prior == "none":
         needed = "--prior pictures or --prior base"
         checks.only_with(config, needed, "class_images", "prior_weight")
@@ -371,29 +340,8 @@ def check_saving(config: Config) -> None:
     """Refuse a form that the method's result cannot be written in."""
     if config.save is not None and config.method == "lora" and config.save != "lora":
         raise ConfigError(f"--save {config.save} wants --method full; a LoRA is written as a LoRA.")
-    if config.keep_energy is not None and not 0 < config.keep_energy <= 1:
-        raise ConfigError(f"--keep-energy is {config.keep_energy}; it must be above 0 and at most 1.")
     if config.keep_energy is not None and (config.method, config.save) != ("full", "lora"):
         raise ConfigError("--keep-energy belongs to --method full --save lora; leave it out, or give both.")
-
-
-def decide_precision(config: Config, processes: Processes) -> Precision:
-    """The precision of an adapter's base model, or of a base model that is itself trained. Raises ConfigError where
-    --fused is impossible."""
-    from sfumato.training import fused
-    from sfumato.training.full import full_precision
-
-    precision = config.decide_precision(processes, config.optimizer, adapting=config.method == "lora")
-    if config.method == "full":
-        precision = full_precision(precision, eight_bit=config.optimizer == "adamw8bit")
-    if config.fused:
-        fused.check(
-            accumulate=config.accumulate,
-            processes=processes.count,
-            optimizer=config.optimizer,
-            scaled=precision.scaler().is_enabled() and not config.clip,
-        )
-    return precision
 
 
 def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) -> tuple[Config, list[str]]:
@@ -674,6 +622,7 @@ def save(
 ) -> None:
     """Write the adapter or the model, its card and the plot; upload them if asked."""
     from sfumato.training.finish import finish, upload
+    from sfumato.training.full import write_model
 
     if learned:
         description, _ = learned.write(path, run.step)
@@ -681,28 +630,6 @@ def save(
         write_model(path, base, config, run, description)
     finish(run, path, description, samples, kind=config.save)
     upload(run, [path], config.push_to_hub)
-
-
-def write_model(path: Path, base: Base, config: Config, run: Run, about: Description) -> None:
-    """Write the base model's own weights after training, in the form that was asked for."""
-    from sfumato.files import describe
-    from sfumato.precision import DTYPES, decide
-    from sfumato.training.full import full_precision, write_changes, write_extracted, write_folder
-
-    dtype = DTYPES[config.save_precision]
-    if config.save == "folder":
-        write_folder(base, path, dtype)
-        return
-    # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
-    original = config.load_base(full_precision(decide("fp32", device="cpu")))
-    original.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
-    after, before = (one.parts(text=config.train_text_encoder) for one in (base, original))
-    as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
-    if config.save == "difference":
-        count = write_changes(path, after, before, **as_file)
-        run.say(f"{pluralize(count, 'module differs', 'modules differ')} from the base's")
-    else:
-        run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
 
 
 def main(argv: Sequence[str]) -> int:

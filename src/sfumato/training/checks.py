@@ -27,7 +27,7 @@ from sfumato.words.placeholders import holds
 if TYPE_CHECKING:
     from sfumato.data import ExampleSet
     from sfumato.runs.options import FolderOptions
-    from sfumato.training.options import KindOptions, TrainerOptions, TrainingOptions
+    from sfumato.training.options import FullOptions, KindOptions, TrainerOptions, TrainingOptions
 
 _AT_LEAST_ONE = (
     *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution", "drawn"),
@@ -124,6 +124,18 @@ def check_kind(config: TrainingOptions) -> None:
         only_with(config, "--algo lokr", "factor")
     if algo != "lora":
         only_with(config, "--algo lora", "loraplus_ratio")
+
+
+def check_full(config: FullOptions) -> None:
+    """Of a trainer that may train a base's own weights: refuse what has no effect, and a share that is none."""
+    if not config.train_text_encoder:
+        only_with(config, "--train-text-encoder", "text_learning_rate")
+    if not config.ema:
+        only_with(config, "--ema", "ema_on_cpu")
+    if config.keep_energy is not None and not 0 < config.keep_energy <= 1:
+        raise ConfigError(f"--keep-energy is {config.keep_energy}; it must be above 0 and at most 1.")
+    if config.drift_limit is not None and config.measure_every == 0:
+        raise ConfigError("--drift-limit looks at the measurements, and --measure-every 0 makes none; leave one out.")
 
 
 def check_module_dropout(config: KindOptions, layers: int) -> None:

@@ -10,7 +10,7 @@ from sfumato import shell
 from sfumato.config import fill
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
-from sfumato.training.options import TrainingOptions
+from sfumato.training.options import FullOptions, TrainingOptions
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
@@ -70,7 +70,8 @@ def resolve(
     if getattr(config, "train_text_encoder", False):
         assert config.learning_rate is not None
         # Whole weights take small steps as it is: sd-scripts' guides have a half to a fifth of the U-Net's for them.
-        share = 0.4 if getattr(config, "method", "lora") == "full" else 0.1
+        is_full = isinstance(config, FullOptions) and getattr(config, "method", "full") == "full"
+        share = 0.4 if is_full else 0.1
         values["text_learning_rate"] = resolve_learning_rate(config, "text_learning_rate", config.learning_rate * share)
     if getattr(config, "save_precision", "") is None:
         values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,33 @@ from sfumato.files.kohya import Target
 from sfumato.files.read import is_finite
 from sfumato.files.save import model_folder
 from sfumato.numerals import pluralize
+from sfumato.precision import DTYPES, decide
 from sfumato.precision.tensors import dtype_name
+from sfumato.training import fused
 
 if TYPE_CHECKING:
     from sfumato.bases import Base
+    from sfumato.files import Description
     from sfumato.precision import Precision
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training.options import FullOptions
+
+
+def decide_precision(config: FullOptions, processes: Processes, *, adapting: bool = False) -> Precision:
+    """The precision of a base whose own weights are trained, or with `adapting` of one beside an adapter. Raises
+    ConfigError where --fused is impossible."""
+    precision = config.decide_precision(processes, config.optimizer, adapting=adapting)
+    if not adapting:
+        precision = full_precision(precision, eight_bit=config.optimizer == "adamw8bit")
+    if config.fused:
+        fused.check(
+            accumulate=config.accumulate,
+            processes=processes.count,
+            optimizer=config.optimizer,
+            scaled=precision.scaler().is_enabled() and not config.clip,
+        )
+    return precision
 
 
 def full_precision(precision: Precision, *, eight_bit: bool = False) -> Precision:
@@ -58,6 +80,27 @@ def unfreeze(base: Base, *, text: bool) -> nn.ModuleDict:
             raise AdapterError(f"{name} is held in {halves[0]}; load the base with full_precision() to train it.")
         module.requires_grad_(True)
     return nn.ModuleDict(parts)
+
+
+def write_model(path: Path, base: Base, config: FullOptions, run: Run, about: Description) -> None:
+    """Write the base's own weights after training, in the form that was asked for. config: resolved."""
+    from sfumato.files import describe
+
+    assert config.save_precision is not None
+    dtype = DTYPES[config.save_precision]
+    if config.save == "folder":
+        write_folder(base, path, dtype)
+        return
+    # On the CPU: beside what has learned, with its optimizer's state, a GPU may have no room for another.
+    original = config.load_base(full_precision(decide("fp32", device="cpu")))
+    original.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
+    after, before = (one.parts(text=config.train_text_encoder) for one in (base, original))
+    as_file: dict[str, Any] = {"family": base.family.name, "metadata": describe(about), "dtype": dtype}
+    if config.save == "difference":
+        count = write_changes(path, after, before, **as_file)
+        run.say(f"{pluralize(count, 'module differs', 'modules differ')} from the base's")
+    else:
+        run.say(write_extracted(path, after, before, rank=config.rank, keep_energy=config.keep_energy, **as_file))
 
 
 def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:

@@ -407,3 +407,33 @@ class TrainingOptions(SizeOptions, BaseOptions, StepOptions, RunOptions):
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions(DataOptions, TrainingOptions):
     """Every option that the trainers share that learn from a folder of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullOptions(TrainerOptions):
+    """What of the base model is trained, and how it is saved."""
+
+    train_text_encoder: bool = False
+    """Also train the text encoders. Captions are then encoded at each step."""
+    text_learning_rate: float | None = None
+    """Peak learning rate of the text encoders. Unset: 0.4 of the U-Net's, or a tenth where a LoRA is trained; with
+    prodigy, the U-Net's."""
+    fused: bool = False
+    """Update each weight during the backward pass, so that the gradients are never all in memory at once. Clipping
+    needs a second backward pass, before that one; --clip 0 avoids it."""
+    ema_on_cpu: bool = False
+    """Keep the running mean of --ema in CPU memory."""
+    drift_limit: float | None = None
+    """Stop and save once the base model's prediction for class prompts or unrelated prompts has moved by more than this
+    share."""
+    save: Literal["folder", "difference", "lora"] | None = None
+    """What to write. folder: the whole model, for diffusers. difference: only what changed, to mix like an adapter.
+    lora: a LoRA, nearly the closest to the change. Unset: folder, or lora where a LoRA is trained."""
+    rank: int | None = None
+    """LoRA rank: the inner dimension of each update, also of those that --save lora extracts. Unset: the base family's
+    default."""
+    keep_energy: float | None = None
+    """With --save lora, where whole weights are trained: give each layer the smallest rank that keeps this share of its
+    change's energy (squared norm), at most --rank if that is given."""
+    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
