@@ -27,6 +27,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "lora": {"caption": "a thing"},
     "lora --train-words": {"caption": "a <thing>", "train-words": "<thing>"},
     "dreambooth": {"class-name": "thing", "prior": "none"},
+    "finetune": {"caption": "a thing"},
 }
 """What a way's options leave open, by their longest beginning."""
 

@@ -51,6 +51,8 @@ CASES: Mapping[str, Sequence[str]] = {
     ],
     "dreambooth 8-bit": [*_SHARED, "--class-name", "square", "--prior", "none", "--optimizer", "adamw8bit"],
     "dreambooth fused, prior": [*_SHARED, "--class-name", "square", "--prior", "base", "--fused"],
+    "finetune": [*_SHARED, "--ema", "0.9", "--ema-on-cpu", "--accumulate", "2", "--caption-dropout", "0.4", "--flip"],
+    "finetune fused with text encoder": [*_SHARED, "--train-text-encoder", "--fused", "--noise-offset", "0.1"],
     "textual_inversion": [
         *_SHARED, "--placeholder", "<sq>", "--initial-words", "red", "--vectors", "2", "--ema", "0.9",
         "--accumulate", "2", "--caption", "{trigger}, {caption}",
@@ -104,6 +106,7 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
     return {
         "lora": adapters,
         "dreambooth": adapters,
+        "finetune": adapters,
         "textual_inversion": adapters,
         "slider": ["--base", str(base)],
         "slider by pairs, dropped out": [

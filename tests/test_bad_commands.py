@@ -12,7 +12,7 @@ from sfumato import cli
 
 PROGRAMS = {f"train {name}": f"sfumato.trainers.{name}" for name in cli.TRAINERS}
 PROGRAMS |= {name: module for name, (module, _) in cli.PIPELINES.items()}
-SLOW = ("train dreambooth", "train textual_inversion")
+SLOW = ("train dreambooth", "train finetune", "train textual_inversion")
 """Of programs that take as long as another of their kind."""
 
 FILES = {
@@ -106,7 +106,7 @@ BAD_NAMES = [
 WRONG_USE = [
     *[(f"train {trainer}", train(*more, "--name", name), "--name")
       for name in BAD_NAMES for trainer, more in (("lora", []), ("textual_inversion", ["--placeholder", "<x>"]),
-                                                  ("dreambooth", ["--class-name", "x"]))],
+                                                  ("dreambooth", ["--class-name", "x"]), ("finetune", []))],
     ("train lora", train("--images", "nowhere"), "nowhere"),
     ("train lora", train("--images", "text.txt"), "text.txt"),
     ("train lora", train("--output", "text.txt"), "text.txt"),

@@ -152,7 +152,7 @@ class Inheriting(Drawing, Config):
 
 
 def test_headings_of_the_trainers_fit_a_narrow_terminal():
-    for program in ("lora", "dreambooth", "textual_inversion"):
+    for program in ("lora", "dreambooth", "finetune", "textual_inversion"):
         panels = _panels(import_module(f"sfumato.trainers.{program}").Config, program)
         assert max(map(len, panels.values())) <= 58
 

@@ -109,7 +109,7 @@ def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatc
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
-    assert len(RECIPES) == 8
+    assert len(RECIPES) == 9
     for command in RECIPES:
         program, *words = shlex.split(command)
         assert program == "sfumato"
@@ -145,7 +145,7 @@ def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkey
 
 
 def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
-    from sfumato.trainers import dreambooth, slider, textual_inversion
+    from sfumato.trainers import dreambooth, finetune, slider, textual_inversion
 
     from sfumato.bases import FAMILIES
     from sfumato.words.placeholders import DEFAULT_LEARNING_RATES
@@ -169,6 +169,7 @@ def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
             "`dreambooth --method lora`; images of the class": f"{shown(booth['lora'])}, {family.rank}; "
             f"{booth['lora']['class_count']}",
             "`dreambooth --method full`; the same": f"{shown(booth['full'])}; {booth['full']['class_count']}",
+            "`finetune`": shown(finetune.DEFAULTS[name]),
             "`textual_inversion`": shown(of_words),
             "`slider`; images that the base draws": f"{shown(slider.DEFAULTS[name])}, {family.rank}; "
             f"{slider.DEFAULTS[name]['drawn']}",

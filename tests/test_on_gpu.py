@@ -158,6 +158,7 @@ ON_MPS = (
     "lora with text encoder",
     "dreambooth fused, prior",
     "dreambooth lora",
+    "finetune",
     "textual_inversion",
     "pretrain vae",
 )
@@ -194,6 +195,7 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         "dreambooth",
         "dreambooth fused, prior",
         "dreambooth lora",
+        "finetune fused with text encoder",
         "textual_inversion",
         "slider",
     ],

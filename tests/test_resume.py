@@ -67,9 +67,9 @@ def test_a_run_goes_on_from_elsewhere_and_with_pictures_that_were_moved(inputs, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lora", "dreambooth lora", "textual_inversion"])
+@pytest.mark.parametrize("case", ["lora", "dreambooth lora", "finetune", "textual_inversion"])
 def test_two_processes_killed_and_resumed_give_what_two_give(case, inputs, tmp_path):
-    """The second and the third sum the gradients of two batches, too; pretrain runs in one process."""
+    """All but the first sum the gradients of two batches, too; pretrain runs in one process."""
     log = tmp_path / "whole.log"
     assert run(command(case, inputs, tmp_path / "whole"), log=log, processes=2) == 0, log.read_text()[-2000:]
     assert cut(case, inputs, tmp_path / "whole", tmp_path / "cut", [2, 3], every=2, processes=2) == ""

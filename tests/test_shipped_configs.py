@@ -13,8 +13,14 @@ from tests.tiny import CPU
 
 CONFIGS = cli.source("sfumato.trainers.lora").parent / "configs"
 FILES = {file.stem: file for file in sorted(CONFIGS.glob("*.toml"))}
-PROGRAMS = {"lora": "lora", "dreambooth": "dreambooth", "word": "textual_inversion", "slider": "slider"}
-PROGRAMS |= {"pocket": "pretrain"}
+PROGRAMS = {
+    "lora": "lora",
+    "dreambooth": "dreambooth",
+    "finetune": "finetune",
+    "slider": "slider",
+    "word": "textual_inversion",
+    "pocket": "pretrain",
+}
 """By the first word of a config's name, but for those of LAST."""
 LAST = {"pocket-style-emphasis": "style_emphasis", "pocket-self-play": "self_play"}
 POCKET = CONFIGS.parents[1] / "src/sfumato/pocket"
@@ -48,7 +54,7 @@ def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path, quick):
     assert cli.main(["train", program, str(FILES[name]), *words]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert len([row for row in rows if "loss" in row]) == 2
-    if name == "dreambooth-subject-full":
+    if name in ("dreambooth-subject-full", "finetune-style"):
         assert load_base(str(tmp_path / "run/run"), precision=CPU).family.name == "pocket"
     else:
         assert inspect_file(tmp_path / "run/run.safetensors")

@@ -235,14 +235,14 @@ def test_the_kinds_are_beside_a_lora_of_the_same_round():
 
 
 def test_what_writes_a_trainer_s_result_is_left_out_of_what_is_watched(monkeypatch):
-    for trainer in ("lora", "textual_inversion", "dreambooth"):
+    for trainer in ("lora", "textual_inversion", "dreambooth", "finetune"):
         module = importlib.import_module(f"sfumato.trainers.{trainer}")
         monkeypatch.setattr(module, "save", module.save)  # put back afterwards
         assert full_size._ours(trainer) is module.main
         assert module.save("anything", anything=1) is None
     monkeypatch.delattr(module, "save")
     with pytest.raises(AssertionError, match="has no save"):
-        full_size._ours("dreambooth")
+        full_size._ours("finetune")
 
 
 def test_rows_are_unclipped_where_their_name_says_so():

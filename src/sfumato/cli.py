@@ -29,6 +29,7 @@ from sfumato.json_text import object_in
 
 TRAINERS = {
     "dreambooth": "a subject bound to a rare word, in the whole U-Net or a LoRA; the class is preserved",
+    "finetune": "a style or a domain in all weights of the U-Net, from images and their captions",
     "textual_inversion": "a new word of one to sixteen embedding vectors, and nothing else",
     "lora": "a style or a subject as a LoRA on the U-Net's cross-attention, or on more: a few megabytes",
     "slider": "a LoRA whose weight moves images between two ends, which prompts or pairs of images give",

@@ -63,20 +63,23 @@ class Training:
     optimizer: OptimizerName = "adamw"
 
 
+def _of_all_weights(options: str, pictures: int) -> tuple[Training, ...]:
+    """A trainer of a base's own weights, as it is and with all that saves memory. pictures: as of `Training`."""
+    plain = Training(options, "whole", pictures=pictures)
+    fused = replace(plain, options=f"{options} --fused", fused=True)
+    smaller: tuple[OptimizerName, ...] = ("adamw8bit", "adafactor")
+    lean = (replace(fused, options=f"{fused.options} --optimizer {name}", optimizer=name) for name in smaller)
+    return (plain, fused, *lean)
+
+
 TRAININGS = (
     Training("textual_inversion", "words", text=True),
     Training("lora", "lora"),
     Training("lora --targets everything", "lora", targets="everything"),
     Training("lora --train-words", "lora", text=True),
     Training("dreambooth --method lora", "lora", targets="everything", pictures=2),
-    Training("dreambooth --method full", "whole", pictures=2),
-    Training("dreambooth --method full --fused", "whole", pictures=2, fused=True),
-    Training(
-        "dreambooth --method full --fused --optimizer adamw8bit", "whole", pictures=2, fused=True, optimizer="adamw8bit"
-    ),
-    Training(
-        "dreambooth --method full --fused --optimizer adafactor", "whole", pictures=2, fused=True, optimizer="adafactor"
-    ),
+    *_of_all_weights("dreambooth --method full", pictures=2),
+    *_of_all_weights("finetune", pictures=1),
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from sfumato.trainers import dreambooth, lora, slider, textual_inversion
+from sfumato.trainers import dreambooth, finetune, lora, slider, textual_inversion
 
 from sfumato import shell
 from sfumato.cards.adapter import _USUAL, code, training_table, write_card
@@ -497,7 +497,7 @@ WHERE_AND_HOW = {
 """Options that a card tells in its own words, or that say where and how a training was computed."""
 
 
-@pytest.mark.parametrize("trainer", [lora, dreambooth, textual_inversion, slider])
+@pytest.mark.parametrize("trainer", [lora, dreambooth, finetune, textual_inversion, slider])
 def test_a_card_tells_every_setting_that_is_not_as_usual(trainer):
     """What is usual is the trainer's own default."""
     defaults = {field.name: field.default for field in dataclasses.fields(trainer.Config)}

@@ -20,6 +20,7 @@ OF_SQUARE = ("--class-name", "square", "--prior", "none")
     [
         ("lora", ("--caption", "{caption}", "--rank", "1")),
         ("dreambooth", (*OF_SQUARE, "--method", "full", "--save", "difference")),
+        ("finetune", ("--caption", "{caption}", "--save", "difference")),
         ("textual_inversion", ("--placeholder", "<x>")),
     ],
 )

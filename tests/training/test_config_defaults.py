@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from sfumato.trainers import dreambooth, lora, textual_inversion
+from sfumato.trainers import dreambooth, finetune, lora, textual_inversion
 
 from sfumato.bases.loading import base_skeleton
 from sfumato.data import ExampleSet
@@ -18,7 +18,8 @@ def filled(trainer, **settings):
 
 
 def test_lion_takes_smaller_steps_unless_told_otherwise():
-    for trainer, needed in ((dreambooth, {}), (lora, {}), (textual_inversion, {"placeholder": ("<x>",)})):
+    of_word = {"placeholder": ("<x>",)}
+    for trainer, needed in ((dreambooth, {}), (finetune, {}), (lora, {}), (textual_inversion, of_word)):
         assert filled(trainer, optimizer="lion", **needed).learning_rate == 2.5e-5
         assert filled(trainer, optimizer="lion", learning_rate=3e-4, **needed).learning_rate == 3e-4
 
@@ -30,7 +31,12 @@ def test_muon_takes_a_rate_three_times_adamws_unless_told_otherwise():
 
 @pytest.mark.parametrize(
     ("trainer", "settings", "share"),
-    [(lora, {}, 0.1), (dreambooth, {"method": "lora"}, 0.1), (dreambooth, {"method": "full"}, 0.4)],
+    [
+        (lora, {}, 0.1),
+        (dreambooth, {"method": "lora"}, 0.1),
+        (dreambooth, {"method": "full"}, 0.4),
+        (finetune, {}, 0.4),
+    ],
 )
 def test_text_encoders_learn_by_a_share_of_the_unets_rate(trainer, settings, share):
     """Whole weights take small steps as it is."""

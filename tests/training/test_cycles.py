@@ -16,6 +16,7 @@ QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0
     [
         ("lora", ("--caption", "{caption}", "--rank", "1")),
         ("dreambooth", ("--class-name", "square", "--prior", "none", "--method", "lora", "--rank", "1")),
+        ("finetune", ("--caption", "{caption}")),
         ("textual_inversion", ("--placeholder", "<x>")),
     ],
 )

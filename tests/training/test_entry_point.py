@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sfumato.trainers import dreambooth, lora, textual_inversion
+from sfumato.trainers import dreambooth, finetune, lora, textual_inversion
 
 from sfumato.errors import AdapterError, RunError
 from sfumato.files import read_tensors
@@ -22,7 +22,7 @@ FEW = {"steps": 1, "batch": 1, "sample_every": 0, "measure_every": 0, "device": 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("trainer", [lora, textual_inversion, dreambooth])
+@pytest.mark.parametrize("trainer", [lora, textual_inversion, dreambooth, finetune])
 def test_it_learns_where_the_caller_computes_no_gradients(trainer, off, pocket_folder, pictures, tmp_path):
     own = {"placeholder": ("<x>",), "caption": "<x>"} if trainer is textual_inversion else {"caption": "a square"}
     if trainer is dreambooth:

@@ -56,8 +56,12 @@ def write_model_card(
     )
     sheet = before_after_sheet(folder, prompts, rows)
     before_after = f"\n## Before and after\n{sheet}" if sheet else ""
-    text = f"""{opening(folder, about, prompts, rows, tags=["dreambooth"])}
-{what} with DreamBooth on {pluralize(about.images or 0, "image")}.
+    # Of the trainers of whole models one alone binds a subject, to the name of its class.
+    is_subject = "class_name" in (about.config or {})
+    how = " with DreamBooth" if is_subject else ""
+    images = pluralize(about.images or 0, "image") + ("" if is_subject else " and their captions")
+    text = f"""{opening(folder, about, prompts, rows, tags=["dreambooth"] if is_subject else [])}
+{what}{how} on {images}.
 {before_after}
 ## Trigger words
 

@@ -1,0 +1,252 @@
+"""Full fine-tuning: all weights of the U-Net, and on request the text encoders', from images and their captions.
+
+    python trainers/finetune.py --images DIR --output DIR --steps N --seed S
+    accelerate launch trainers/finetune.py ...
+    sfumato train finetune ...
+
+All three run the same program. The loss is the denoising error of the images under their own captions (Rombach et al.
+2022, eq. 3), weighted by timestep. `train` is the whole method; what it calls is in the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
+from sfumato.training import checks, config_defaults
+from sfumato.training.entry_point import training_entry_point
+from sfumato.training.options import FullOptions
+
+if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from torch import nn
+
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, ExampleSet
+    from sfumato.files import Description
+    from sfumato.runs.run import Run
+    from sfumato.runs.samples import Samples
+    from sfumato.training.ema import Ema
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        # By family, what differs from its own defaults.
+        "pocket": {"learning_rate": 1e-4, "steps": 240, "batch": 8},
+        # diffusers' guides have these rates, and pass over their images 50 times: so do 4,000 steps of 4 over 320.
+        "sd1": {"learning_rate": 1e-5, "steps": 4000, "batch": 4},
+        "sd2": {"learning_rate": 1e-5, "steps": 4000, "batch": 4},
+        "sdxl": {"learning_rate": 1e-6, "steps": 4000, "batch": 2},
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(FullOptions):
+    """Fine-tune the whole U-Net on images and their captions: a style, or a domain of hundreds of images.
+
+    Example: `sfumato train finetune trainers/configs/finetune-style.toml --images datasets/line-style --output runs/me`
+    """
+
+    prior_weight: float | None = None
+    """Weight of class images (`class = true` in a dataset.toml) in the loss; the training images have weight 1. Each
+    batch is joined by as many class images, so that an unset --batch is half of its default. Unset: 1."""
+
+
+@training_entry_point
+def train(config: Config) -> Path:
+    """Train, and return the path of what was learned: a folder or a file."""
+    from functools import partial
+
+    import torch
+
+    from sfumato import randomness
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training import optimizers
+    from sfumato.training.ema import Ema
+    from sfumato.training.finish import describe_run
+    from sfumato.training.full import decide_precision, unfreeze
+    from sfumato.training.fused import FusedStep
+    from sfumato.training.metrics import DriftLimit, Metrics
+    from sfumato.training.noising import draw_noised, per_sample_losses
+    from sfumato.training.prior import ClassPictures, prepare_datasets
+    from sfumato.training.unrelated import unrelated_to
+    from sfumato.training.validation import prepare_validation
+
+    check(config)
+    processes = Processes.join(config.device)
+    examples = read_examples(config)
+    subjects, of_class = examples.in_group("instance"), examples.in_group("class")
+    precision = decide_precision(config, processes)
+    base = config.load_base(precision)
+    config, filled = resolve(config, base, examples, processes.count)
+    run = Run.start(config, program="finetune", processes=processes, writes=written(config))
+    run.say(precision.table())
+    run.say_filled(base.family.title, filled)
+
+    batches = processes.micro_batches(config.batch, config.accumulate)
+    global_batch = batches.global_batch
+    embed = not config.train_text_encoder
+    dataset, class_set = prepare_datasets(config, base, subjects, of_class, global_batch, processes, embed_text=embed)
+    held_out = prepare_validation(config, base, examples, processes)
+    run.say_notes(dataset, class_set, held_out)
+    # The VAE has given its latents; it rests until something is drawn.
+    base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
+    trained = unfreeze(base, text=config.train_text_encoder)
+    facts = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
+    run.identify(**facts, base=base.fingerprint())
+    parameters = list(trained.parameters())
+    size = sum(p.numel() for p in parameters)
+    beside = f"{len(class_set)} of the class, " if class_set else ""
+    run.say(f"{pluralize(len(dataset), 'image')}, {beside}{size:,} trained numbers")
+
+    parts = {part: model.parameters() for part, model in trained.items()}
+    groups = optimizers.groups(parts, config.learning_rate, config.text_learning_rate)
+    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    scaler = precision.scaler()
+    fused = FusedStep(optimizer, scaler) if config.fused else None
+    average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
+    run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
+    class_captions = list(dict.fromkeys(of_class.captions))
+    watched = {"drift": unrelated_to(class_captions)} | ({"class_drift": class_captions} if class_captions else {})
+    drift_prompts = watched if config.measure_every else {}
+    # Nothing has been trained yet, so that the base predicts as it did before.
+    metrics = Metrics(base, dataset, drift_prompts, within=average.applied, modules=[trained], held_out=held_out)
+    limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row.get("step", 0) <= run.step])
+    samples = samples_of(config, base, trained, subjects, dataset, run, average)
+    run.every(config.measure_every, limit.watching(run, metrics, processes))
+    run.every(config.sample_every, samples.draw)
+    noising = config.noising(base)
+    prior = ClassPictures(base, class_set, config.seed, noising=noising) if class_set else None
+    trained.train()
+    if limit.reached:  # by a run that goes on with the same limit
+        run.end()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        loss, prior_loss = torch.zeros(2, device=precision.device)
+        for micro in batches.of(step.number):
+            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
+            of_prior = [prior.draw(micro)] if prior else []
+            dropped = randomness.seeded(precision.device, config.seed, "dropout", step.number, micro.first)
+            with precision.autocast(), dropped:
+                errors = per_sample_losses(base, [noised, *of_prior], encode=not embed, settings=config.loss())
+                part, prior_part = (own.sum() / global_batch for own in errors.tensor_split([micro.count]))
+                if prior:
+                    part = part + config.prior_weight * prior_part
+            if fused is None:
+                scaler.scale(part).backward()
+            else:  # it changes the weights, so it must not begin with a broken loss
+                norm = fused.backward(part, limit=config.clip, healthy=partial(step.healthy, scaler))
+            loss += part.detach()
+            prior_loss += prior_part.detach()
+            del errors, part, prior_part  # with what led to them, which --fused keeps where it overflows
+        if fused is None:
+            # Before unscaling, so that all processes find the same overflow and skip the same steps.
+            processes.sum_gradients(parameters, loss, prior_loss)
+            scaler.unscale_(optimizer)
+            norm = optimizers.clip(parameters, config.clip)
+            if step.healthy(scaler, loss=loss, gradient_norm=norm):
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        if not step.skipped:
+            average.update()
+        further: dict[str, Any] = {"prior_loss": prior_loss} if prior else {}
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
+
+    limit.tell(run, config.steps, samples)
+    average.swap()
+    path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
+    if processes.is_main:
+        about = describe_run(config, base, dataset, samples, trigger=subjects.triggers, steps=run.step)
+        save(path, config, base, about, samples, run)
+    run.close()
+    processes.wait()
+    return path
+
+
+def check(config: Config) -> None:
+    """Refuse options that make no sense, before anything is loaded."""
+    checks.check_trainer(config)
+    checks.check_full(config)
+    if config.save in (None, "folder"):
+        checks.check_name(config, folder=True)
+    if config.save != "lora":
+        checks.only_with(config, "--save lora", "rank", "keep_energy")
+
+
+def read_examples(config: Config) -> ExampleSet:
+    """Read the images and captions. Raises ConfigError for a --prior-weight of no class."""
+    examples = config.read_examples()
+    if config.prior_weight is not None and not examples.in_group("class"):
+        raise ConfigError(
+            "--prior-weight is for images of a class; give these in a dataset.toml, with class = true, or leave it out."
+        )
+    return examples
+
+
+def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) -> tuple[Config, list[str]]:
+    """The config with every unset field filled in, and the names of the fields that the method or the base family
+    filled."""
+    defaults, has_class = dict(DEFAULTS[base.family.name]), bool(examples.in_group("class"))
+    if has_class:
+        defaults["batch"] = max(1, defaults["batch"] // 2)
+    extracts_by_rank = config.save == "lora" and config.keep_energy is None
+    rank = config.rank
+    config, filled = config_defaults.resolve(config, base, examples, processes, **defaults)
+    values: dict[str, Any] = {"save": config.save or "folder"}
+    if not extracts_by_rank:
+        values["rank"] = rank
+        filled = [name for name in filled if name != "rank"]
+    if has_class:
+        values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
+    return dataclasses.replace(config, **values), filled
+
+
+def written(config: Config) -> list[str]:
+    """The names of what is written into the run's folder, besides what every run writes."""
+    return [config.name] if config.save == "folder" else []
+
+
+def samples_of(
+    config: Config, base: Base, trained: nn.Module, subjects: ExampleSet, dataset: Dataset, run: Run, average: Ema
+) -> Samples:
+    """The run's sample images: of some captions and of some plain things, if none are asked for."""
+    from sfumato.runs.samples import Samples
+    from sfumato.training.sampling import drawing_of
+    from sfumato.training.unrelated import default_prompts
+
+    first = subjects[0]  # sources may have templates and triggers of their own
+    asked, own = config.asked_samples()
+    prompts = asked or default_prompts(dataset.captions, first.template, first.trigger)
+    draw = drawing_of(base, resolution=config.resolution, own=own)
+    return Samples(run, prompts, config.seed, draw, modules=[trained], within=average.applied)
+
+
+def save(path: Path, config: Config, base: Base, about: Description, samples: Samples, run: Run) -> None:
+    """Write the model, its card and the plot; upload them if asked."""
+    from sfumato.training.finish import finish, upload
+    from sfumato.training.full import write_model
+
+    write_model(path, base, config, run, about)
+    finish(run, path, about, samples, kind=config.save)
+    upload(run, [path], config.push_to_hub)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with these arguments."""
+    train(parse(Config, argv, program="train finetune"))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
