@@ -179,7 +179,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "metadata_title": "it is --name",
         "training_comment no_metadata": "there is no counterpart",
         "block_lr_zero_threshold down_lr_weight mid_lr_weight up_lr_weight": "--targets chooses layers by a pattern",
-        "fused_backward_pass": "dreambooth has it as --fused",
+        "fused_backward_pass": "dreambooth and finetune have it as --fused",
         "blocks_to_swap fp8_base": "there is no counterpart; sfumato memory tells what fits",
         "save_last_n_steps save_last_n_epochs max_step_saves_to_keep": (
             "what --save-every kept stays until it is deleted"

@@ -280,8 +280,7 @@ def test_what_keeps_the_base_in_ai_toolkit(home):
     told = of_toolkit(home, train=kept).recipe.told
     assert (told["prior_prompts"], told["prior_weight"]) == (["bear"], 1.0)
     whole = of_toolkit(home, network=None, datasets=sets, train={"unet_lr": 2e-6, "lr": 1e-6}).recipe
-    assert (whole.program, whole.values["method"], whole.values["prior"]) == ("dreambooth", "full", "pictures")
-    assert (whole.ask, whole.values["learning_rate"]) == (("class_name",), 2e-6)
+    assert (whole.program, whole.ask, whole.values["learning_rate"]) == ("finetune", (), 2e-6)
 
 
 def test_a_word_alone_of_ai_toolkit(home):

@@ -76,6 +76,41 @@ def test_a_lora_of_a_style_and_a_word_of_diffusers(home):
     )
 
 
+NARUTO = r"""
+accelerate launch --mixed_precision="fp16" {script} \
+  --pretrained_model_name_or_path=a --train_data_dir=img --use_ema --resolution=512 --center_crop --random_flip \
+  --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing --max_train_steps=15000 \
+  --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler="constant" --lr_warmup_steps=0 --output_dir="out" {more}
+"""
+
+
+def test_the_whole_model_of_diffusers_with_captions(home):
+    """By the guide's command."""
+    more = "--offload_ema --input_perturbation=0.1 --validation_prompts 'a cat' 'a dog' --validation_epochs 5"
+    told, usual, notes = converted(home, NARUTO.format(script="train_text_to_image.py", more=more))
+    assert told == {
+        **{"images": "img", "ema_on_cpu": True, "input_perturbation": 0.1, "sample_prompts": ["a cat", "a dog"]},
+        **{"flip": True, "base": "a", "precision": "fp16", "gradient_checkpointing": True, "steps": 15000, "batch": 1},
+        **{"accumulate": 4, "resolution": 512, "learning_rate": 1e-5, "optimizer": "adamw", "clip": 1.0},
+        **{"schedule": "constant", "optimizer_args": ["betas=0.9,0.999"]},
+    }
+    assert usual == {"ema": 0.9999, "min_snr": 0.0, "weight_decay": 0.01}
+    assert notes == ("validation_epochs = 5: --sample-every of sfumato train finetune counts steps",)
+    assert (
+        convert(written(home / "a.sh", NARUTO.format(script="train_text_to_image.py", more="")), home).recipe.ask == ()
+    )
+
+
+def test_the_whole_model_of_sdxl_of_diffusers(home):
+    command = f"train_text_to_image_sdxl.py {BASE}=a --train_data_dir=img --proportion_empty_prompts=0.2"
+    told, usual, notes = converted(home, f"{command} --timestep_bias_strategy=none --validation_prompt='a cat'")
+    assert (told["caption_dropout"], told["sample_prompts"], "ema" in usual) == (0.2, ["a cat"], False)
+    assert (usual["resolution"], usual["learning_rate"], usual["epochs"], usual["batch"]) == (1024, 1e-4, 100, 16)
+    assert (usual["crop"], usual["schedule"], "rank" in usual, notes) == ("random", "constant", False, ())
+    _, _, notes = converted(home, f"{command} --timestep_bias_strategy=later --timestep_bias_portion=0.5")
+    assert notes == ("timestep_bias_strategy = later: has no counterpart here and is left out",)
+
+
 @pytest.mark.parametrize(
     ("line", "rate"),
     [
@@ -99,6 +134,7 @@ def test_text_encoders_have_the_rate_that_diffusers_scripts_give_them(line, rate
         ("textual_inversion_sdxl.py --placeholder_token=x", 512),
         ("train_dreambooth_lora_sdxl.py --instance_prompt=a", 1024),
         ("train_text_to_image_lora_sdxl.py --train_data_dir=img", 1024),
+        ("train_text_to_image_sdxl.py --train_data_dir=img", 1024),
     ],
 )
 def test_the_size_of_diffusers_scripts_for_sdxl(line, side, home):

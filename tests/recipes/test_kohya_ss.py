@@ -93,6 +93,48 @@ def test_its_other_windows(home):
     assert "train_text_encoder" not in of_window(home, LoRA_type=None, learning_rate_te=0).recipe.values
 
 
+CAPTIONED = {
+    **{"LoRA_type": None, "train_data_dir": None, "image_folder": "img", "train_dir": "prepared", "dataset_repeats": 4},
+    **{"caption_metadata_filename": "meta_cap.json", "latent_metadata_filename": "meta_lat.json", "full_path": True},
+    **{"sdxl_checkbox": False, "train_text_encoder": True, "learning_rate": 1e-5, "learning_rate_te": 5e-6},
+    **{"learning_rate_te1": 1e-6, "learning_rate_te2": 2e-6, "create_caption": True, "batch_size": 1, "block_lr": ""},
+}
+
+
+def test_its_window_of_fine_tuning(home):
+    training = of_window(home, **CAPTIONED)
+    assert (training.source, training.recipe.program) == ("fine_tune.py in saved.json", "finetune")
+    told = {"epochs": 3, "learning_rate": 1e-5, "train_text_encoder": True, "text_learning_rate": 5e-6}
+    assert told.items() <= training.recipe.told.items()
+    (source,) = tomllib.loads(training.images.text)["source"]
+    assert (source["path"], source["repeats"]) == ("img", 4)
+    assert training.notes[0].startswith("in_json = prepared/meta_cap.json: captions are read from .txt files beside")
+    assert not [note for note in training.notes if note.startswith(("learning_rate", "dataset_repeats", "train_text"))]
+    assert of_window(home, **CAPTIONED, flip_aug=True).recipe.told["epochs"] == 2  # half of 3, rounded up
+    assert of_window(home, **CAPTIONED, flip_aug=True, max_train_steps=9).recipe.told["steps"] == 5
+    assert "train_text_encoder" not in of_window(home, **{**CAPTIONED, "learning_rate_te": 0}).recipe.values
+    large = of_window(home, **{**CAPTIONED, "sdxl_checkbox": True, "fused_backward_pass": True})
+    assert (large.source, large.recipe.told["text_learning_rate"]) == ("sdxl_train.py in saved.json", 2e-6)
+    assert large.recipe.told["fused"] is True
+    assert "clip_skip" not in large.recipe.told
+
+
+def test_its_window_of_dreambooth_with_sdxl(home):
+    """sdxl_train.py on folders of images, whose text encoders learn where one has a rate."""
+    rates = {"learning_rate": 1e-6, "learning_rate_te": 1e-3, "learning_rate_te1": 0, "learning_rate_te2": 0}
+    training = of_window(home, LoRA_type=None, sdxl=True, **rates, stop_text_encoder_training_pct=10)
+    assert (training.source, training.recipe.program) == ("sdxl_train.py in saved.json", "finetune")
+    assert "train_text_encoder" not in training.recipe.values
+    assert training.recipe.told["learning_rate"] == 1e-6
+    assert not [note for note in training.notes if note.startswith(("stop_text", "learning_rate"))]
+    both = of_window(home, LoRA_type=None, sdxl=True, **{**rates, "learning_rate_te1": 2e-6})
+    assert both.recipe.told["text_learning_rate"] == 2e-6
+    note = (
+        "learning_rate_te1 = 2e-06, learning_rate_te2 = 0: both text encoders learn, at one rate, the highest of these"
+    )
+    assert note in both.notes
+
+
 def test_each_window_tells_what_it_does(home):
     """Of whole models and words both kinds of noise, of whole models zeros, and of words no dropout of captions."""
     noise = {"noise_offset": 0.05, "pyramid_noise": 0.3}
@@ -140,7 +182,10 @@ def test_what_kohya_ss_has_alone_is_named(home):
             "LoRA_type LyCORIS/iA3 has no counterpart; Standard, Kohya LoCon, LoCon, LyCORIS",
         ),
         ({"flux1_checkbox": True}, "its model is that of flux1_checkbox; wanted SD 1.x, SD 2.x or SDXL."),
-        ({"LoRA_type": None, "sdxl": True}, "a whole model by fine_tune.py or sdxl_train.py, which are not converted."),
+        (
+            {"LoRA_type": None, "sdxl": True, "block_lr": "1e-5,1e-5"},
+            "block_lr gives each block of the U-Net a rate of its own, and here is one.",
+        ),
         ({"unet_lr": 0}, "trains no U-Net (network_train_text_encoder_only), which `lora` always does."),
         ({"additional_parameters": "--a 'b"}, 'additional_parameters "--a \'b": No closing quotation.'),
     ],

@@ -148,8 +148,8 @@ def test_words_and_whole_models_of_onetrainer(home):
     assert (found["placeholder"], found["initial_words"], found["vectors"]) == (["<fox>"], ["fox"], 4)
     assert (found["keep_scale"], found["learning_rate"]) == (True, 3e-4)
     recipe = of_onetrainer(home, training_method="FINE_TUNE", ema="CPU").recipe
-    assert (recipe.program, recipe.values["method"], recipe.values["prior"]) == ("dreambooth", "full", "none")
-    assert (recipe.ask, recipe.values["ema_on_cpu"]) == (("class_name",), True)
+    assert (recipe.program, recipe.ask, recipe.values["ema_on_cpu"]) == ("finetune", (), True)
+    assert not {"method", "prior", "rank", "targets"} & recipe.values.keys()
 
 
 @pytest.mark.usefixtures("quick")

@@ -7,6 +7,7 @@ import pytest
 from converting import BASE, TEDDY, converted, written
 
 from sfumato import cli
+from sfumato.errors import ConfigError
 from sfumato.recipes import convert
 
 NETWORK = r"""#!/bin/bash
@@ -175,6 +176,116 @@ def test_the_other_scripts_of_sd_scripts(home):
     found = training.recipe.values
     assert (found["method"], found["prior"], found["train_text_encoder"]) == ("full", "pictures", True)
     assert found["learning_rate"] == found["text_learning_rate"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("command", "told", "usual", "notes"),
+    [
+        ("fine_tune.py", {}, {"learning_rate": 2e-6, "steps": 1600, "schedule": "constant"}, []),
+        ("sdxl_train.py", {}, {"learning_rate": 2e-6, "batch": 1, "min_snr": 0.0}, []),
+        (
+            "fine_tune.py --train_text_encoder --learning_rate 1e-5",
+            {"learning_rate": 1e-5, "train_text_encoder": True, "text_learning_rate": 1e-5},
+            {},
+            [],
+        ),
+        ("fine_tune.py --train_text_encoder", {"train_text_encoder": True}, {"text_learning_rate": 2e-6}, []),
+        ("fine_tune.py --train_text_encoder --learning_rate_te 3e-6", {"text_learning_rate": 3e-6}, {}, []),
+        ("fine_tune.py --train_text_encoder --learning_rate_te 0", {"train_text_encoder": None}, {}, []),
+        ("fine_tune.py --learning_rate_te 3e-6 --clip_skip 2", {"text_learning_rate": None, "clip_skip": 1}, {}, []),
+        (
+            "sdxl_train.py --train_text_encoder --learning_rate_te1 3e-6 --learning_rate_te2 3e-6",
+            {"text_learning_rate": 3e-6},
+            {},
+            [],
+        ),
+        (
+            "sdxl_train.py --train_text_encoder --learning_rate_te1 3e-6",
+            {"text_learning_rate": 3e-6},
+            {},
+            ["both text encoders learn, at one rate, the highest of these"],
+        ),
+        (
+            "sdxl_train.py --fused_backward_pass --optimizer_type adafactor --optimizer_args relative_step=False",
+            {"fused": True},
+            {},
+            ["clips the gradient of each weight there"],
+        ),
+        (
+            "sdxl_train.py --fused_backward_pass --max_grad_norm 0 --optimizer_type adafactor "
+            "--optimizer_args relative_step=False",
+            {"fused": True, "clip": 0.0},
+            {},
+            [],
+        ),
+        ("sdxl_train.py --save_every_n_steps 100", {"save_every": None}, {}, ["save_every_n_steps = 100"]),
+    ],
+)
+def test_fine_tune_and_sdxl_train_are_finetune(command, told, usual, notes, home):
+    """By what library/train_util.py and the two scripts do where they are told nothing."""
+    script, _, more = command.partition(" ")
+    training = convert(written(home / "a.sh", f"{script} {BASE}=a --train_data_dir=img {more}"), home / "i.toml")
+    recipe = training.recipe
+    assert (recipe.program, recipe.ask) == ("finetune", ())
+    assert {key: recipe.told.get(key) for key in told} == told
+    assert {key: recipe.usual.get(key) for key in usual} == usual
+    assert [note for note in training.notes if not note.startswith("img: caption_extension")] == [
+        note for note in training.notes if any(part in note for part in notes)
+    ]
+    assert all(any(part in note for note in training.notes) for part in notes)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sdxl_train.py --block_lr=1e-5,1e-6", "block_lr gives each block of the U-Net a rate of its own"),
+        ("sdxl_train.py --learning_rate=0", r"its U-Net does not learn \(learning_rate 0\), which `finetune` always"),
+    ],
+)
+def test_whole_models_that_cannot_be_had_are_refused(command, said, home):
+    with pytest.raises(ConfigError, match=said):
+        converted(home, f"{command} {BASE}=a")
+
+
+def test_images_with_their_captions_in_a_file_are_repeated_as_often(home):
+    """The captions themselves are told to be listed beside the images."""
+    shutil.copytree(TEDDY, home / "bears")
+    command = f"fine_tune.py {BASE}=a --train_data_dir=bears --in_json=meta.json --dataset_repeats=3"
+    training = convert(written(home / "a.sh", command), home / "i.toml")
+    assert tomllib.loads(training.images.text)["source"] == [{"path": "bears", "repeats": 3}]
+    assert training.notes == (
+        "in_json = meta.json: captions are read from .txt files beside the images, or from a metadata.jsonl; list them "
+        "there",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "script"),
+    [
+        ('in_json = "m.json"', "fine_tune.py"),
+        ('in_json = "m.json"\nlearning_rate_te1 = 1e-6', "sdxl_train.py"),
+        ("sdxl = true", "sdxl_train.py"),
+        ("learning_rate = 1e-6", "train_db.py"),
+        ("network_dim = 4\nsdxl = true", "sdxl_train_network.py"),
+        ("network_dim = 4\nlearning_rate_te1 = 1e-6", "train_network.py"),
+    ],
+)
+def test_a_config_tells_which_script_it_is_for(settings, script, home):
+    text = f'pretrained_model_name_or_path = "a"\ntrain_data_dir = "img"\n{settings}\n'
+    assert convert(written(home / "a.toml", text), home / "i.toml").source == f"{script} in a.toml"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_training_of_a_whole_model_trains(home, pocket_folder, capsys):
+    shutil.copytree(TEDDY, home / "bears")
+    command = f"fine_tune.py {BASE}={pocket_folder} --train_data_dir=bears --in_json=m.json --resolution=64 "
+    written(home / "a.sh", command + "--max_train_steps=2 --mixed_precision=no --output_name=bear --learning_rate=1e-5")
+    assert cli.main(["recipe", "a.sh", "-o", "mine.toml"]) == 0
+    command = capsys.readouterr().out.split()
+    assert command[:4] == ["sfumato", "train", "finetune", "mine.toml"]
+    quiet = ["--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
+    assert cli.main([*command[1:], *quiet]) == 0
+    assert (home / "runs/mine/bear/model_index.json").is_file()
 
 
 def test_the_weight_of_regularization_images_counts_once(home):

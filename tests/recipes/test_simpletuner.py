@@ -118,7 +118,7 @@ WHOLE = {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 16, "
         ({"user_prompt_library": "config/bear/library.json"}, {"sample_prompts": ["a cat", "a fox", "a crab"]}, {}),
         ({"train_text_encoder": True, "text_encoder_lr": 1e-5}, {"text_learning_rate": 1e-5}, {}),
         ({"lora_type": "lycoris"}, {"algo": "lokr", "rank": 10_000, "factor": 16}, {"targets": "everything"}),
-        ({"model_type": "full", "use_ema": True}, {"ema_on_cpu": True}, {"method": "full", "prior": "none"}),
+        ({"model_type": "full", "use_ema": True}, {"ema_on_cpu": True}, {"method": None, "targets": None}),
     ],
 )
 def test_a_setting_of_simpletuner_means_here(changes, told, usual, home):
@@ -219,8 +219,8 @@ def test_a_lycoris_of_another_kind_is_refused(home):
 def test_a_toml_of_simpletuner_is_read(home):
     text = 'model_family = "sd2x"\nmodel_type = "full"\npretrained_model_name_or_path = "a"\nlearning_rate = 1e-6\n'
     training = convert(written(home / "config.toml", text), home / "i.toml")
-    assert (training.source, training.recipe.program) == ("SimpleTuner in config.toml", "dreambooth")
-    assert training.recipe.told["learning_rate"] == 1e-6
+    assert (training.source, training.recipe.program) == ("SimpleTuner in config.toml", "finetune")
+    assert (training.recipe.told["learning_rate"], training.recipe.ask) == (1e-6, ("images",))
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,5 +1,5 @@
 """ai-toolkit: a training of its config, of which one with a network is `lora`, one with a new word alone
-`textual_inversion`, any other `dreambooth`.
+`textual_inversion`, any other `finetune`.
 
 Names and defaults are those of toolkit/config_modules.py there; targets are those of toolkit/lora_special.py and
 toolkit/lycoris_special.py, optimizers and schedules those of toolkit/optimizer.py and toolkit/scheduler.py.
@@ -81,7 +81,7 @@ def convert(asked: Asked) -> Recipe:
     if adapter := asked.part("adapter").text("type"):
         raise ConfigError(f"{asked.name}: its adapter is {adapter:.40}, which has no counterpart; take it out.")
     has_network, has_word = bool(asked.part("network").values), bool(asked.part("embedding").values)
-    recipe = Recipe("lora" if has_network else "textual_inversion" if has_word else "dreambooth")
+    recipe = Recipe("lora" if has_network else "textual_inversion" if has_word else "finetune")
     _of_base(asked, recipe)
     if recipe.program == "textual_inversion":
         recipe.say("placeholder", [_placeholder(asked)])
@@ -90,10 +90,6 @@ def convert(asked: Asked) -> Recipe:
         raise ConfigError(f"{asked.name}: its U-Net does not learn (train_unet), which `{recipe.program}` always does.")
     if recipe.program == "lora":
         _adapter(asked.part("network"), recipe)
-    elif recipe.program == "dreambooth":
-        recipe.say("method", None, "full")
-        recipe.ask = ("class_name",)
-        recipe.notes.append(shared.CLASS_NAME)
     if has_word:
         _vectors(asked, recipe)
     _rates(asked.part("train"), recipe)
@@ -187,11 +183,11 @@ def _vectors(asked: Asked, recipe: Recipe) -> None:
 def _rates(train: Asked, recipe: Recipe) -> None:
     """A network has one rate, for its text encoders too; what learns without one may have rates of its own."""
     rate = train.number("lr")
-    own = {"textual_inversion": "embedding_lr", "dreambooth": "unet_lr"}.get(recipe.program, "lr")
+    own = {"textual_inversion": "embedding_lr", "finetune": "unet_lr"}.get(recipe.program, "lr")
     recipe.say("learning_rate", train.number(own, rate), _RATE)
     if train.flag("train_text_encoder") and recipe.program != "textual_inversion":
         recipe.say("train_text_encoder", True)
-        of_text = "text_encoder_lr" if recipe.program == "dreambooth" else "lr"
+        of_text = "text_encoder_lr" if recipe.program == "finetune" else "lr"
         recipe.say("text_learning_rate", train.number(of_text, rate), _RATE)
     if shared.ours_of(train.text("optimizer") or "") == "prodigy":
         for option in ("learning_rate", "text_learning_rate", "word_learning_rate"):
@@ -288,8 +284,6 @@ def _prior(asked: Asked, recipe: Recipe) -> None:
     if of_class:
         recipe.say("prior_weight", train.number("reg_weight"))
         recipe.notes.append("is_reg: such images come in every second step there, and beside each batch here")
-    if recipe.program == "dreambooth":
-        recipe.say("prior", None, "pictures" if of_class else "none")
     if train.flag("diff_output_preservation"):
         thing = train.text("diff_output_preservation_class")
         if recipe.program == "lora" and thing:
@@ -308,7 +302,7 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     recipe.say("save_precision", _FORMATS.get(save.text("dtype") or ""), "fp16")
     train = asked.part("train")
     every = save.whole("save_every")
-    if every is not None and recipe.program == "dreambooth":
+    if every is not None and recipe.program == "finetune":
         recipe.notes.append(f"save_every = {every}: only adapters are kept while a run goes on")
     elif every is not None:
         recipe.say("save_every", _updates(train, every))

@@ -1,4 +1,5 @@
-"""diffusers' example scripts: those of LoRAs are `lora` or `dreambooth --method lora`, the others their namesakes."""
+"""diffusers' example scripts: those of LoRAs are `lora` or `dreambooth --method lora`, train_text_to_image.py is
+`finetune`, the others their namesakes."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from sfumato.recipes import shared
 from sfumato.recipes.asked import Asked, Recipe
 
 _RATES = {
+    "train_text_to_image.py": 1e-4,
+    "train_text_to_image_sdxl.py": 1e-4,
     "train_text_to_image_lora.py": 1e-4,
     "train_text_to_image_lora_sdxl.py": 1e-4,
     "train_dreambooth.py": 5e-6,
@@ -17,12 +20,13 @@ _RATES = {
 }
 _IDLE = frozenset((
     "allow_tf32", "cache_dir", "caption_column", "checkpointing_steps", "class_data_dir", "class_prompt",
-    "dataloader_num_workers", "hub_token", "image_column", "image_interpolation_mode", "local_rank", "logging_dir",
-    "lr_power", "no_safe_serialization", "num_class_images", "num_validation_images", "output_dir",
-    "output_kohya_format", "prior_generation_precision", "prior_loss_weight", "prodigy_decouple",
-    "prodigy_safeguard_warmup", "prodigy_use_bias_correction", "repeats", "resume_from_checkpoint",
-    "sample_batch_size", "save_as_full_pipeline", "set_grads_to_none", "skip_save_text_encoder", "tokenizer_name",
-    "validation_scheduler", "variant",
+    "dataloader_num_workers", "dream_detail_preservation", "foreach_ema", "hub_token", "image_column",
+    "image_interpolation_mode", "local_rank", "logging_dir", "lr_power", "no_safe_serialization", "non_ema_revision",
+    "num_class_images", "num_validation_images", "output_dir", "output_kohya_format", "prior_generation_precision",
+    "prior_loss_weight", "prodigy_decouple", "prodigy_safeguard_warmup", "prodigy_use_bias_correction", "repeats",
+    "resume_from_checkpoint", "sample_batch_size", "save_as_full_pipeline", "set_grads_to_none",
+    "skip_save_text_encoder", "timestep_bias_begin", "timestep_bias_end", "timestep_bias_multiplier",
+    "timestep_bias_portion", "tokenizer_name", "tracker_project_name", "validation_scheduler", "variant",
 ))  # fmt: skip
 """What changes nothing of what is learned, or belongs to another setting."""
 
@@ -37,8 +41,8 @@ def convert(asked: Asked) -> Recipe:
         recipe = Recipe("dreambooth")
         _subject(asked, recipe, method="lora" if "lora" in script else "full")
     else:
-        recipe = Recipe("lora")
-        _style(asked, recipe)
+        recipe = Recipe("lora" if "lora" in script else "finetune")
+        _captioned(asked, recipe)
     _base_and_steps(asked, recipe)
     if asked.flag("train_text_encoder"):
         _text_encoders(asked, recipe)
@@ -79,7 +83,8 @@ def _base_and_steps(asked: Asked, recipe: Recipe) -> None:
         recipe.say("epochs", epochs, 1 if recipe.program == "dreambooth" else 100)
     recipe.say("batch", asked.whole("train_batch_size"), 4 if recipe.program == "dreambooth" else 16)
     recipe.say("accumulate", asked.whole("gradient_accumulation_steps"))
-    shared.resolution(asked, recipe, 1024 if asked.script.endswith("_lora_sdxl.py") else 512)
+    is_large = asked.script.endswith(("_lora_sdxl.py", "_image_sdxl.py"))
+    shared.resolution(asked, recipe, 1024 if is_large else 512)
     rate, usual = asked.number("learning_rate"), _RATES[asked.script]
     if asked.flag("scale_lr"):
         rate = (rate or usual) * recipe.values["batch"] * recipe.values.get("accumulate", 1)
@@ -117,7 +122,7 @@ def _optimizer(asked: Asked, recipe: Recipe) -> None:
         recipe.say("clip", asked.number("max_grad_norm"))
 
 
-def _style(asked: Asked, recipe: Recipe) -> None:
+def _captioned(asked: Asked, recipe: Recipe) -> None:
     folder = asked.path("train_data_dir")
     if folder is None:
         raise ConfigError(
@@ -125,9 +130,24 @@ def _style(asked: Asked, recipe: Recipe) -> None:
             "with a metadata.jsonl, and name it as --train_data_dir."
         )
     recipe.say("images", folder)
-    _lora(asked, recipe)
+    if recipe.program == "lora":
+        _lora(asked, recipe)
+    else:
+        _whole(asked, recipe)
     recipe.say("flip", asked.flag("random_flip") or None)
     recipe.say("crop", None, None if asked.flag("center_crop") else "random")
+
+
+def _whole(asked: Asked, recipe: Recipe) -> None:
+    if asked.flag("use_ema"):
+        recipe.say("ema", None, 0.9999)
+        recipe.say("ema_on_cpu", asked.flag("offload_ema") or None)
+    asked.taken.add("offload_ema")
+    recipe.say("caption_dropout", asked.number("proportion_empty_prompts") or None)
+    recipe.say("input_perturbation", asked.number("input_perturbation") or None)
+    recipe.say("sample_prompts", asked.several("validation_prompts") or None)
+    if (bias := asked.text("timestep_bias_strategy", "none")) != "none":
+        recipe.notes.append(f"timestep_bias_strategy = {bias}: has no counterpart here and is left out")
 
 
 def _lora(asked: Asked, recipe: Recipe) -> None:

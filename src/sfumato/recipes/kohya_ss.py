@@ -1,6 +1,7 @@
 """kohya_ss: what one of its windows saves -> the script of sd-scripts that it starts, and that script's settings.
 
-Names and meanings are those of kohya_gui/lora_gui.py, dreambooth_gui.py and textual_inversion_gui.py there.
+Names and meanings are those of kohya_gui/lora_gui.py, dreambooth_gui.py, finetune_gui.py and textual_inversion_gui.py
+there.
 """
 
 from __future__ import annotations
@@ -31,12 +32,31 @@ _PASSED_ON = frozenset((
 """Settings that mean in sd-scripts what they mean in the window, as far as they change a training."""
 _CALLED = {
     "max_resolution": "resolution", "optimizer": "optimizer_type", "lora_network_weights": "network_weights",
-    "stop_text_encoder_training_pct": "stop_text_encoder_training",
+    "stop_text_encoder_training_pct": "stop_text_encoder_training", "image_folder": "train_data_dir",
 }  # fmt: skip
 """What a window calls a setting, or once did."""
-_ZERO_TOO = frozenset(("max_grad_norm", "prior_loss_weight", "learning_rate_te"))
-"""Numbers of which 0 says something in the window of DreamBooth; of all others it says that they are unset."""
+_WHOLE = ("train_db.py", "fine_tune.py", "sdxl_train.py")
+_ZERO_TOO = frozenset(
+    (
+        "max_grad_norm",
+        "prior_loss_weight",
+        "learning_rate",
+        "learning_rate_te",
+        "learning_rate_te1",
+        "learning_rate_te2",
+    )
+)
+"""Numbers of which 0 says something in the windows of whole models; of all others it says that they are unset."""
+_OF_SCRIPT = {
+    "fine_tune.py": frozenset(("dataset_repeats", "train_text_encoder")),
+    "sdxl_train.py": frozenset((
+        "block_lr", "dataset_repeats", "fused_backward_pass", "fused_optimizer_groups", "learning_rate_te1",
+        "learning_rate_te2", "train_text_encoder",
+    )),
+}  # fmt: skip
+"""What a window tells one script alone."""
 _KEPT_BACK = {
+    "sdxl_train.py": frozenset(("stop_text_encoder_training", "learning_rate_te")),
     "train_network.py": frozenset(("stop_text_encoder_training",)),
     "train_textual_inversion.py": frozenset(("stop_text_encoder_training", "caption_dropout_rate")),
 }
@@ -69,16 +89,20 @@ def settings(values: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]
     """
     if other := next((key for key in _OTHERS if values.get(key)), None):
         raise ConfigError(f"{name}: its model is that of {other}; wanted SD 1.x, SD 2.x or SDXL.")
-    script = "train_db.py"
+    is_sdxl, is_finetune = bool(values.get("sdxl") or values.get("sdxl_checkbox")), "dataset_repeats" in values
     if "LoRA_type" in values:
         script = "train_network.py"
     elif "token_string" in values:
         script = "train_textual_inversion.py"
-    elif values.get("sdxl") or "dataset_repeats" in values:
-        raise ConfigError(f"{name}: a whole model by fine_tune.py or sdxl_train.py, which are not converted.")
-    zero_too = _ZERO_TOO if script == "train_db.py" else frozenset()
+    elif is_sdxl:
+        script = "sdxl_train.py"
+    else:
+        script = "fine_tune.py" if is_finetune else "train_db.py"
+    zero_too = _ZERO_TOO if script in _WHOLE else frozenset()
     found = {_CALLED.get(key, key): value for key, value in values.items() if _is_set(value) or key in zero_too}
-    told = (_PASSED_ON | set(_CALLED.values())) - _KEPT_BACK.get(script, frozenset())
+    told = (_PASSED_ON | set(_CALLED.values()) | _OF_SCRIPT.get(script, frozenset())) - _KEPT_BACK.get(
+        script, frozenset()
+    )
     kept = {key: value for key, value in found.items() if key in told}
     kept = {key: value for key, value in kept.items() if _number(value) != _USUAL.get(key, math.nan)}
     kept |= _steps(found) | _of_noise(found, script)
@@ -89,7 +113,12 @@ def settings(values: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]
         kept[f"use_{template}_template"] = found.get("template") == f"{template} template"
     if script == "train_network.py":
         kept |= _network(found, name)
-    return f"{'sdxl_' if values.get('sdxl') else ''}{script}", kept
+    elif is_finetune:
+        kept |= _captioned(found, kept)
+    elif script == "sdxl_train.py":
+        kept["train_text_encoder"] = any((_number(found.get(f"learning_rate_te{n}")) or 0) > 0 for n in (1, 2))
+    is_named_so = is_sdxl and script not in _WHOLE
+    return f"{'sdxl_' if is_named_so else ''}{script}", kept
 
 
 def _is_set(value: Any) -> bool:
@@ -112,6 +141,16 @@ def _steps(found: Mapping[str, Any]) -> dict[str, Any]:
     steps, percent = _number(found.get("lr_warmup_steps")), _number(found.get("lr_warmup"))
     told["lr_warmup_steps"] = steps or (percent or 0) / 100
     return told
+
+
+def _captioned(found: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The window of fine-tuning: its captions are in a file that it writes, and mirrored images count as two."""
+    if "dataset_config" in found:
+        return {}
+    halves = bool(found.get("flip_aug")) and "max_train_epochs" not in found
+    key = "max_train_steps" if "max_train_steps" in found else "max_train_epochs"
+    metadata = f"{found.get('train_dir', '')}/{found.get('caption_metadata_filename', 'meta_cap.json')}"
+    return {"in_json": metadata} | ({key: math.ceil((_number(kept[key]) or 1) / 2)} if halves else {})
 
 
 def _of_noise(found: Mapping[str, Any], script: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""OneTrainer: a training's config, of which LORA is `lora`, EMBEDDING `textual_inversion`, FINE_TUNE `dreambooth`.
+"""OneTrainer: a training's config, of which LORA is `lora`, EMBEDDING `textual_inversion`, FINE_TUNE `finetune`.
 
 Names and defaults are those of modules/util/config/TrainConfig.py there, and of its optimizers in optimizer_util.py.
 Its window saves every setting, so that only those are named in notes which are not as it has them from the start.
@@ -17,7 +17,7 @@ from sfumato.recipes import shared
 from sfumato.recipes.asked import Asked, Recipe
 from sfumato.text_files import decode
 
-_PROGRAMS = {"LORA": "lora", "EMBEDDING": "textual_inversion", "FINE_TUNE": "dreambooth"}
+_PROGRAMS = {"LORA": "lora", "EMBEDDING": "textual_inversion", "FINE_TUNE": "finetune"}
 _BASES = re.compile(r"STABLE_DIFFUSION_(15|20|20_BASE|21|21_BASE|XL_10_BASE)")
 _TARGETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
 _FORMATS = {"FLOAT_32": "fp32", "TFLOAT_32": "fp32", "FLOAT_16": "fp16", "BFLOAT_16": "bf16"}
@@ -64,7 +64,7 @@ def convert(asked: Asked) -> Recipe:
         raise ConfigError(f"{asked.name}: training_method is {method:.40}; wanted {', '.join(_PROGRAMS)}.")
     recipe = Recipe(_PROGRAMS[method])
     _of_base(asked, recipe)
-    {"lora": _adapter, "dreambooth": _whole, "textual_inversion": _word}[recipe.program](asked, recipe)
+    {"lora": _adapter, "finetune": _rates, "textual_inversion": _word}[recipe.program](asked, recipe)
     _optimizer(asked, recipe)
     _steps(asked, recipe)
     _loss(asked, recipe)
@@ -173,14 +173,6 @@ def _rates(asked: Asked, recipe: Recipe) -> None:
         recipe.notes.append("of SDXL's text encoders only one learns there; here both do, or neither")
 
 
-def _whole(asked: Asked, recipe: Recipe) -> None:
-    recipe.say("method", None, "full")
-    recipe.say("prior", None, "none")
-    _rates(asked, recipe)
-    recipe.ask = ("class_name",)
-    recipe.notes.append(shared.CLASS_NAME)
-
-
 def _word(asked: Asked, recipe: Recipe) -> None:
     word = asked.part("embedding")
     if start := word.text("model_name"):
@@ -263,7 +255,7 @@ def _loss(asked: Asked, recipe: Recipe) -> None:
     recipe.say("max_timestep", int(1000 * high) if high is not None and high < 1 else None)
     if asked.text("ema", "OFF") != "OFF":
         recipe.say("ema", asked.number("ema_decay", 0.999))
-        if recipe.program == "dreambooth":
+        if recipe.program == "finetune":
             recipe.say("ema_on_cpu", asked.text("ema") == "CPU" or None)
         every = asked.whole("ema_update_step_interval", 5)
         if every and every > 1:
@@ -280,7 +272,7 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     destination = (asked.text("output_model_destination") or "").replace("\\", "/")
     name = asked.text("save_filename_prefix") or PurePosixPath(destination).stem or None
     recipe.say("name", name if name != "model" else None)  # which it calls every one, and a run a folder of its own
-    if asked.text("save_every_unit") == "STEP" and recipe.program != "dreambooth":
+    if asked.text("save_every_unit") == "STEP" and recipe.program != "finetune":
         recipe.say("save_every", asked.whole("save_every"))
     elif (asked.text("save_every_unit") or "NEVER") != "NEVER":
         unit = (asked.text("save_every_unit") or "").lower()

@@ -16,12 +16,13 @@ from sfumato.recipes.scripts import UNSET, commands
 from sfumato.text_files import decode
 
 SD_SCRIPTS = (
-    "train_network.py", "sdxl_train_network.py", "train_db.py", "train_textual_inversion.py",
-    "sdxl_train_textual_inversion.py",
+    "train_network.py", "sdxl_train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py",
+    "train_textual_inversion.py", "sdxl_train_textual_inversion.py",
 )  # fmt: skip
 DIFFUSERS = (
-    "train_text_to_image_lora.py", "train_text_to_image_lora_sdxl.py", "train_dreambooth.py",
-    "train_dreambooth_lora.py", "train_dreambooth_lora_sdxl.py", "textual_inversion.py", "textual_inversion_sdxl.py",
+    "train_text_to_image.py", "train_text_to_image_sdxl.py", "train_text_to_image_lora.py",
+    "train_text_to_image_lora_sdxl.py", "train_dreambooth.py", "train_dreambooth_lora.py",
+    "train_dreambooth_lora_sdxl.py", "textual_inversion.py", "textual_inversion_sdxl.py",
 )  # fmt: skip
 SCRIPTS = (*SD_SCRIPTS, *DIFFUSERS)
 ONETRAINER = "OneTrainer"
@@ -134,11 +135,21 @@ def _of_config(path: Path, text: str) -> Asked:
             f"{path.name}: no pretrained_model_name_or_path in it, so it is no training of sd-scripts. Name its "
             "--config_file, or a script with its command."
         )
-    if "token_string" in flat:
+    return Asked(path.name, _script_of(flat), flat, path.resolve().parent)
+
+
+def _script_of(settings: dict[str, Any]) -> str:
+    """The script of sd-scripts whose settings these are."""
+    is_sdxl = bool(settings.get("sdxl") or {"learning_rate_te1", "learning_rate_te2", "block_lr"} & settings.keys())
+    if "token_string" in settings:
         script = "train_textual_inversion.py"
+    elif {"network_module", "network_dim"} & settings.keys():
+        script = "train_network.py"
+    elif is_sdxl:
+        return "sdxl_train.py"
     else:
-        script = "train_network.py" if {"network_module", "network_dim"} & flat.keys() else "train_db.py"
-    return Asked(path.name, f"sdxl_{script}" if flat.get("sdxl") else script, flat, path.resolve().parent)
+        return "fine_tune.py" if "in_json" in settings else "train_db.py"
+    return f"sdxl_{script}" if settings.get("sdxl") else script
 
 
 def _of_command(path: Path, text: str) -> Asked:

@@ -1,6 +1,7 @@
-"""sd-scripts (kohya): train_network.py is `lora`, train_db.py `dreambooth`, train_textual_inversion.py its namesake.
+"""sd-scripts (kohya): train_network.py is `lora`, train_db.py `dreambooth`, fine_tune.py and sdxl_train.py `finetune`,
+train_textual_inversion.py its namesake.
 
-Names, defaults and meanings are those of library/train_util.py, train_network.py and networks/lora.py there.
+Names, defaults and meanings are those of library/train_util.py, the scripts and networks/lora.py there.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ DATA = frozenset((
     "alpha_mask", "bucket_no_upscale", "bucket_reso_steps", "cache_info", "caption_dropout_every_n_epochs",
     "caption_dropout_rate", "caption_extension", "caption_extention", "caption_prefix", "caption_separator",
     "caption_suffix", "caption_tag_dropout_rate", "class_tokens", "color_aug", "conditioning_data_dir",
-    "dataset_config", "debug_dataset", "enable_bucket", "enable_wildcard", "face_crop_aug_range", "flip_aug",
-    "in_json", "keep_tokens", "keep_tokens_separator", "masked_loss", "max_bucket_reso", "max_resolution",
+    "dataset_config", "dataset_repeats", "debug_dataset", "enable_bucket", "enable_wildcard", "face_crop_aug_range",
+    "flip_aug", "in_json", "keep_tokens", "keep_tokens_separator", "masked_loss", "max_bucket_reso", "max_resolution",
     "min_bucket_reso", "prior_loss_weight", "random_crop", "reg_data_dir", "secondary_separator", "shuffle_caption",
     "token_warmup_min", "token_warmup_step", "train_data_dir", "validation_seed", "weighted_captions",
 ))  # fmt: skip
 """What `sfumato.data.foreign` converts, or has a note on."""
-OF_SUBSETS = DATA - {"dataset_config", "in_json", "max_resolution", "reg_data_dir", "train_data_dir"}
+OF_SUBSETS = DATA - {
+    "dataset_config", "dataset_repeats", "in_json", "max_resolution", "reg_data_dir", "train_data_dir"
+}  # fmt: skip
 """What holds for those subsets of a config of data sets that say nothing of it."""
 _IDLE = frozenset((
     "async_upload", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "config_file",
@@ -33,6 +36,10 @@ _IDLE = frozenset((
     "skip_cache_check", "text_encoder_batch_size", "tokenizer_cache_dir", "wandb_api_key", "weighting_scheme",
 ))  # fmt: skip
 """What changes nothing of what is learned, or belongs to another setting."""
+_PROGRAMS = {
+    "train_network.py": "lora", "train_db.py": "dreambooth", "fine_tune.py": "finetune", "train.py": "finetune",
+}  # fmt: skip
+"""By script, without the sdxl_ before it."""
 _RATE = 2e-6
 _LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
 _PRESETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
@@ -42,11 +49,12 @@ def convert(asked: Asked) -> Recipe:
     """The recipe of one of its trainings. Raises ConfigError for one that has no counterpart."""
     is_sdxl = asked.script.startswith("sdxl_")
     script = asked.script.removeprefix("sdxl_")
-    program = {"train_network.py": "lora", "train_db.py": "dreambooth"}.get(script, "textual_inversion")
+    program = _PROGRAMS.get(script, "textual_inversion")
     recipe = Recipe(program)
     _of_base(asked, recipe, is_sdxl=is_sdxl)
     _steps(asked, recipe)
-    {"lora": _network, "dreambooth": _whole, "textual_inversion": _word}[program](asked, recipe)
+    kinds = {"lora": _network, "dreambooth": _subject, "finetune": _whole, "textual_inversion": _word}
+    kinds[program](asked, recipe)
     optimizer = "adamw8bit" if asked.flag("use_8bit_adam") else "lion" if asked.flag("use_lion_optimizer") else "adamw"
     args = asked.pairs("optimizer_args")
     shared.optimizer(asked, recipe, asked.text("optimizer_type", optimizer) or optimizer, args, {})
@@ -168,7 +176,7 @@ def _lycoris(asked: Asked, recipe: Recipe, args: dict[str, str]) -> None:
         )
 
 
-def _whole(asked: Asked, recipe: Recipe) -> None:
+def _subject(asked: Asked, recipe: Recipe) -> None:
     rate = asked.number("learning_rate")
     recipe.say("method", None, "full")
     recipe.say("prior", None, "pictures" if asked.text("reg_data_dir") else "none")
@@ -181,7 +189,32 @@ def _whole(asked: Asked, recipe: Recipe) -> None:
         recipe.say("train_text_encoder", None, True)
         recipe.say("text_learning_rate", of_text, _RATE)
     recipe.ask = ("class_name",)
-    recipe.notes.append(shared.CLASS_NAME)
+    recipe.notes.append('--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"')
+
+
+def _whole(asked: Asked, recipe: Recipe) -> None:
+    """fine_tune.py and sdxl_train.py. Raises ConfigError for rates that differ within the U-Net, or leave it out."""
+    rate = asked.number("learning_rate")
+    if asked.text("block_lr"):
+        raise ConfigError(f"{asked.name}: block_lr gives each block of the U-Net a rate of its own, and here is one.")
+    if rate == 0:
+        raise ConfigError(f"{asked.name}: its U-Net does not learn (learning_rate 0), which `finetune` always does.")
+    recipe.say("learning_rate", rate, _RATE)
+    keys = ("learning_rate_te1", "learning_rate_te2") if asked.script.startswith("sdxl_") else ("learning_rate_te",)
+    given = {key: asked.number(key, rate) for key in keys}
+    rates = {key: _RATE if each is None else each for key, each in given.items()}
+    if asked.flag("train_text_encoder") and any(rates.values()):
+        recipe.say("train_text_encoder", True)
+        is_told = any(each is not None for each in given.values())
+        recipe.say("text_learning_rate", max(rates.values()) if is_told else None, _RATE)
+        if len(set(rates.values())) > 1:
+            told = ", ".join(f"{key} = {each:g}" for key, each in rates.items())
+            recipe.notes.append(f"{told}: both text encoders learn, at one rate, the highest of these")
+    recipe.say("fused", asked.flag("fused_backward_pass") or None)
+    if "fused" in recipe.told and asked.number("max_grad_norm", 1.0):
+        recipe.notes.append(
+            "fused_backward_pass: clips the gradient of each weight there; --clip is of the norm of all"
+        )
 
 
 def _word(asked: Asked, recipe: Recipe) -> None:
@@ -232,7 +265,7 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     recipe.say("sample_every", asked.whole("sample_every_n_steps"))
     recipe.say("measure_every", asked.whole("validate_every_n_steps"))
     recipe.say("validation_split", asked.number("validation_split") or None)
-    if recipe.program != "dreambooth":
+    if recipe.program not in ("dreambooth", "finetune"):
         recipe.say("save_every", asked.whole("save_every_n_steps"))
     if asked.text("log_with") in ("tensorboard", "all") or (asked.text("logging_dir") and not asked.text("log_with")):
         recipe.say("tensorboard", True)

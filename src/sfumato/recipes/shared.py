@@ -33,8 +33,6 @@ LENGTHS = "one length is learned for each input here, which web interfaces read,
 """Of a DoRA."""
 WHOLE = 10_000
 """A rank that is more than any layer's width, with which a LoKr's factors are whole."""
-CLASS_NAME = '--class-name is the word for what the subject is, such as "dog" of captions with "sks dog"'
-"""Of a whole model that learns."""
 
 
 def base(asked: Asked, recipe: Recipe) -> None:

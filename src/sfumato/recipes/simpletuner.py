@@ -1,4 +1,4 @@
-"""SimpleTuner: a training's config.json, of which model_type lora is `lora` and full `dreambooth`.
+"""SimpleTuner: a training's config.json, of which model_type lora is `lora` and full `finetune`.
 
 Names and defaults are those of simpletuner_sdk/server/services/field_registry there; targets and bases those of
 helpers/models, optimizers those of helpers/training/optimizer_param.py.
@@ -92,16 +92,11 @@ def convert(asked: Asked) -> Recipe:
         raise ConfigError(f"{asked.name}: model_type is {method:.40}; wanted lora or full.")
     if asked.flag("controlnet"):
         raise ConfigError(f"{asked.name}: trains a ControlNet (controlnet), which has no counterpart.")
-    recipe = Recipe("lora" if method == "lora" else "dreambooth")
+    recipe = Recipe("lora" if method == "lora" else "finetune")
     _of_base(asked, recipe)
-    if method == "full":
-        recipe.say("method", None, "full")
-        recipe.say("prior", None, "none")
-        recipe.ask = ("class_name",)
-        recipe.notes.append(shared.CLASS_NAME)
-    elif asked.text("lora_type", "standard") == "lycoris":
+    if method == "lora" and asked.text("lora_type", "standard") == "lycoris":
         _lycoris(asked, recipe)
-    else:
+    elif method == "lora":
         _lora(asked, recipe)
     rate = asked.number("learning_rate")
     recipe.say("learning_rate", rate, 4e-7)
@@ -281,7 +276,7 @@ def _loss(asked: Asked, recipe: Recipe) -> None:
     recipe.say("caption_dropout", asked.number("caption_dropout_probability"), 0.1)
     if asked.flag("use_ema"):
         recipe.say("ema", asked.number("ema_decay", 0.995))
-        if recipe.program == "dreambooth":
+        if recipe.program == "finetune":
             recipe.say("ema_on_cpu", asked.text("ema_device", "cpu") == "cpu" or None)
 
 

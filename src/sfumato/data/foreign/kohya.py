@@ -174,17 +174,22 @@ def _training(values: Mapping[str, Any]) -> dict[str, Any] | None:
 def _folders(own: Mapping[str, Any], folder: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Folders that hold folders with repeats: of the subject, and of the class (reg_data_dir)."""
     if own.get("in_json"):
-        notes.append("in_json: list the captions in metadata.jsonl or .txt files instead")
+        notes.append(
+            f"in_json = {own['in_json']}: captions are read from .txt files beside the images, or from a "
+            "metadata.jsonl; list them there"
+        )
     for key, is_class in (("train_data_dir", False), ("reg_data_dir", True)):
         if own.get(key):
-            one = {**own, "image_dir": own[key], "is_reg": is_class, "num_repeats": 1}
+            # Without the metadata the names of folders tell the repeats.
+            repeats = own.get("dataset_repeats") or 1 if own.get("in_json") else 1
+            one = {**own, "image_dir": own[key], "is_reg": is_class, "num_repeats": repeats}
             yield _source(one)
             there = find(own[key], folder)
             for place in sorted(there.glob("*_*/")) if there else []:
                 named = f"{own[key]}/{place.name}"
                 notes.extend(notes_on(named, folder))
                 notes.extend(_unlike_lines(named, folder, own))
-            notes.extend(_unread(one, folder))
+            notes.extend([] if own.get("in_json") else _unread(one, folder))
     data = {key: own[key] for key in (*_TRAINING_ELSEWHERE, *_TRAINING_ONLY) if key in own}
     notes.extend(left_over(data, frozenset(), _TRAINING_ELSEWHERE))
     notes.append(OF_TRAINING)
