@@ -253,6 +253,14 @@ def test_memory_that_is_saved_changes_nothing(train):
     assert not same(weights_of(plain), weights_of(train("last")))
 
 
+def test_with_ema_the_mean_is_saved(train, pocket_folder):
+    """After one step 0.9 of the change: the decay of a young mean is (1 + 0) / (10 + 0)."""
+    start, last = weights_of(pocket_folder), weights_of(train("last", "--steps", "1"))
+    mean = weights_of(train("mean", "--steps", "1", "--ema", "0.5", "--ema-on-cpu"))
+    for name, tensor in start.items():
+        assert_close(mean[name] - tensor, 0.9 * (last[name] - tensor), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
     """One global batch of 4, to rounding; a prior of a class's images is no less so."""
