@@ -37,7 +37,10 @@ CASES: Mapping[str, Sequence[str]] = {
         "--flip", "--noise-offset", "0.1", "--warmup", "2", "--crossed-share", "0.5", "--rank-dropout", "0.2",
         "--module-dropout", "0.3",
     ],
-    "lora with text encoder": [*_SHARED, "--rank", "2", "--train-text-encoder"],
+    "lora with text encoder": [
+        *_SHARED, "--rank", "2", "--train-text-encoder", "--rank-of", "mid,te=1", "--rank-of", "to_k=0", "--rate-of",
+        "up.0=0.5",
+    ],
     "lora prodigy": [*_SHARED, "--rank", "2", "--optimizer", "prodigy"],
     "lora muon": [*_SHARED, "--rank", "2", "--optimizer", "muon"],
     "lora lion": [*_SHARED, "--rank", "2", "--optimizer", "lion"],

@@ -16,6 +16,7 @@ from sfumato.errors import ConfigError
 from sfumato.training.options import AlgoName
 
 if TYPE_CHECKING:
+    from sfumato.adapters import ByLayer, Kind
     from sfumato.bases import Base
     from sfumato.forecast import Setting, StepMemory, Training
 
@@ -45,6 +46,9 @@ class Config:
     """LoRA rank. Unset: the base family's default."""
     conv_rank: int | None = None
     """LoRA rank for convolutions larger than 1x1. Unset: --rank."""
+    rank_of: tuple[str, ...] = ()
+    """PATTERN=RANK: another LoRA rank for some layers, as for training; 0 leaves them out. Repeat the option for
+    several."""
     algo: AlgoName = "lora"
     """Kind of adapter, as for training: lora, loha or lokr. The rows of the table call all of them lora."""
     dora: bool = False
@@ -71,6 +75,18 @@ def check(config: Config) -> None:
             raise ConfigError(f"{shell.option(name)} {value:g}: must be a number above 0.")
     if config.factor is not None and config.algo != "lokr":
         raise ConfigError("--factor has no effect without --algo lokr; leave it out, or give both.")
+
+
+def check_ranks(base: Base, kind: Kind, rank: int, conv_rank: int | None, by_layer: ByLayer) -> None:
+    """Refuse ranks that are too wide for all layers, rules that fit none, and rules that leave a way to train none."""
+    from sfumato import forecast
+    from sfumato.adapters import target_layers
+
+    parts = base.parts(text=False)
+    kind.notes(by_layer.kept(target_layers(parts, "everything")), rank, conv_rank, by_layer)
+    for way in forecast.TRAININGS:
+        if way.trained == "lora" and not by_layer.without_left_out(target_layers(parts, way.targets))["unet"]:
+            raise ConfigError(f"--rank-of leaves out all that {way.options} adapts ({way.targets}); leave fewer out.")
 
 
 def rows_of(base: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str, list[float]]]:
@@ -103,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(Config, argv, program="memory")
     check(config)
     from sfumato import forecast
-    from sfumato.adapters import Kind, target_layers
+    from sfumato.adapters import ByLayer, Kind
     from sfumato.data.planning import square_side
     from sfumato.precision import NAMES, forecast_precision
 
@@ -111,20 +127,22 @@ def main(argv: Sequence[str]) -> int:
     base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
     side = square_side(base, config.resolution or base.resolution)  # refuses what is too small
     rank, computed = config.rank or base.defaults.rank, NAMES[beside.compute]
-    kind = Kind.of(config)
-    kind.notes(target_layers(base.parts(text=False), "everything"), rank, config.conv_rank)  # refuses what is too wide
-    setting = forecast.Setting(config.device, beside, side, config.batch, rank, config.conv_rank, kind)
+    kind, by_layer = Kind.of(config), ByLayer.of(config)
+    check_ranks(base, kind, rank, config.conv_rank, by_layer)
+    setting = forecast.Setting(config.device, beside, side, config.batch, rank, config.conv_rank, kind, by_layer)
     rows = rows_of(base, setting, replace(setting, precision=alone))
     if config.json:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
         about |= {"algo": config.algo, "dora": config.dora, "factor": config.factor}
-        about |= {"rank": rank, "conv_rank": config.conv_rank or rank, "device": config.device, "precision": computed}
+        about |= {"rank": rank, "conv_rank": config.conv_rank or rank, "rank_of": list(config.rank_of)}
+        about |= {"device": config.device, "precision": computed}
         print(_as_json(config, about | {"precision_without_adapters": NAMES[alone.compute]}, dict(rows)))
         return 0
     where = "a GPU" if config.device == "gpu" else "a CPU"
     if alone.compute != beside.compute:
         computed += f" ({NAMES[alone.compute]} where no adapter is trained)"
     ranks = f"rank {rank}" + (f", {config.conv_rank} of convolutions" if config.conv_rank else "")
+    ranks += "".join(f", {text}" for text in config.rank_of)
     if config.algo != "lora" or config.dora:
         ranks += f", {config.algo}" + (f" factor {config.factor}" if config.factor else "") + " with dora" * config.dora
     print(f"{base.name} ({base.family.title}), {side} px, batch {config.batch}, {ranks}, {computed} on {where}")

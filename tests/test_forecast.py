@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from sfumato import cli, forecast, load_base
-from sfumato.adapters import Kind, attach, target_layers
+from sfumato.adapters import ByLayer, Kind, attach, target_layers
 from sfumato.forecast import (
     BESIDE,
     TRAININGS,
@@ -131,6 +132,19 @@ def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
 
 
 @pytest.mark.slow
+def test_layers_with_ranks_of_their_own_train_as_many_numbers_as_in_a_training(shapes):
+    """A layer that is left out has none, and a name of no layer that a way to train adapts is passed over."""
+    way = Training("", "lora", targets="mid_block.*(conv1|to_q|to_k)$")
+    rules = ByLayer.of(SimpleNamespace(rank_of=("conv1=1", "to_k=0", "to_v=2")))
+    found = step_memory(shapes, way, replace(ON_CPU, by_layer=rules))
+    hosts = target_layers(shapes.parts(text=False), way.targets)["unet"]
+    ranks = {path: 1 if path.endswith("conv1") else 4 for path in hosts if not path.endswith("to_k")}
+    assert sum(shape.numel() for shape in found.trained) == sum(
+        rank * (hosts[path].weight.shape[0] + hosts[path].weight[0].numel()) for path, rank in ranks.items()
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Kind("loha"), Kind("lokr", factor=4), Kind("lora", dora=True)])
 def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
     """Theirs is of the weight's size, and made again for the way back: few are alive beside a LoRA's step."""
@@ -205,6 +219,8 @@ def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
     [
         (["--batch", "0"], "--batch 0: must be a number above 0."),
         (["--conv-rank", "0"], "--conv-rank 0: must be a number above 0."),
+        (["--rank-of", "te=4"], "--rank-of te=4: names none of the"),
+        (["--rank-of", "attn2=0"], "--rank-of leaves out all that lora adapts (cross-attention); leave fewer out."),
         (["--within", "-1"], "--within -1: must be a number above 0."),
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16: is for GPUs."),
         (["--base", "sd1", "--vae", "pocket"], "--vae pocket: --base sd1 names no model"),

@@ -568,6 +568,13 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
         (["--rank", "65"], "--rank 65: the widest layer has 64 directions"),
         (["--conv-rank", "0"], "--conv-rank is 0"),
         (["--conv-alpha", "1"], "--conv-rank and --conv-alpha are for convolutions of more than 1x1, and none is"),
+        (["--rank-of", "te=1"], "--rank-of te=1: names none of the"),
+        (["--rank-of", "mid=65"], "--rank-of mid=65: the widest layer has 64 directions"),
+        (["--rate-of", "mid"], "--rate-of 'mid': wanted PATTERN=FACTOR, such as up.1=0.5, or mid=0 to leave it out"),
+        (
+            ["--rate-of", "mid=0.5", "--optimizer", "prodigy"],
+            "--rate-of mid=0.5 with --optimizer prodigy: it finds one",
+        ),
         (["--learning-rate", "-1"], "--learning-rate is -1"),
         (["--dropout", "1"], "--dropout is 1"),
         (["--rank-dropout", "1"], "--rank-dropout is 1.0; it must be at least 0 and below 1"),
@@ -689,7 +696,7 @@ def test_convolutions_learn_within_their_own_rank(train, capsys):
     capsys.readouterr()
     with pytest.raises(AssertionError):
         train("refused", *everything, "--init-from", str(path))
-    assert "Give its own --conv-rank" in capsys.readouterr().err
+    assert "Give the --rank, --conv-rank and --rank-of it was trained with" in capsys.readouterr().err
 
 
 def test_a_crossing_of_no_sample_is_refused(tmp_path):
@@ -712,3 +719,28 @@ def test_what_lies_beside_the_adapter_is_known_before_it_is_written(tmp_path):
     words = dataclasses.replace(plain, train_words=("<otter>", "<hat>"), save_every=5)
     assert written(words) == ["adapters", "n-otter.safetensors", "n-hat.safetensors"]
     assert written(dataclasses.replace(words, bundle=True)) == ["adapters"]
+
+
+def test_layers_have_ranks_and_rates_of_their_own(train, capsys):
+    """A layer that is left out is not in the file, which says the rules and the ranks. One whose rate is a tenth has
+    learned a tenth as much: AdamW's first step is as long as the rate."""
+    rules = ("--rank-of", "to_k=0", "--rank-of", "mid=1", "--rate-of", "up=0.1", "--steps", "1", "--alpha", "4")
+    path = train("run", *rules, "--weight-decay", "0", "--schedule", "constant", "--precision", "fp32", "--clip", "0")
+    modules = read_lora(path).modules
+    assert {name.split(".")[-1] for _, name in modules} == {"to_q", "to_v", "0"}
+    assert {name.split("_")[0]: module.rank for (_, name), module in modules.items()} == {"down": 2, "mid": 1, "up": 2}
+    for (_, name), module in modules.items():  # the scale is 2 in each; the file has one alpha, and the rest in B
+        most = module.scale * module.up.abs().max()
+        assert_close(float(most), 2e-2 * (0.1 if name.startswith("up") else 1), rtol=1e-3, atol=0)
+    metadata = read_header(path).metadata
+    assert json.loads(metadata["ss_network_args"]) == {"rank_of": "to_k=0 mid=1", "rate_of": "up=0.1"}
+    assert json.loads(metadata["sfumato.config"])["rank_of"] == ["to_k=0", "mid=1"]
+    assert {row["rate"] for row in rows(path) if "rate" in row} == {1e-2}
+    assert "| rank_of | ['to_k=0', 'mid=1'] |" in (path.parent / "README.md").read_text()
+    capsys.readouterr()
+    assert cli.main(["inspect", str(path)]) == 0
+    assert "ranks      2 (18), 1 (3)\n" in capsys.readouterr().out  # in so many layers
+    for wrong, said in ((rules[:2], "and the file has"), (rules[2:4], "that left layers out")):
+        with pytest.raises(AssertionError):
+            train("refused", *wrong, "--init-from", str(path))
+        assert said in capsys.readouterr().err

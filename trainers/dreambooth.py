@@ -312,7 +312,17 @@ def refuse_idle(config: Config) -> None:
         checks.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
         of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets", "over_steps", "own_negative")
-        of_kind = ("algo", "dora", "factor", "dropout", "rank_dropout", "module_dropout", "max_norm")
+        of_kind = (
+            "algo",
+            "dora",
+            "factor",
+            "dropout",
+            "rank_dropout",
+            "module_dropout",
+            "max_norm",
+            "rank_of",
+            "rate_of",
+        )
         checks.only_with(config, "--method lora", *of_lora, "save_every", *of_kind)
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")
@@ -510,7 +520,7 @@ def prior_of(
 
 def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
     """What is trained: the base model's own weights, or with --method lora a new adapter that changes nothing yet."""
-    from sfumato.adapters import Kind, attach
+    from sfumato.adapters import ByLayer, Kind, attach
     from sfumato.training.full import unfreeze
 
     if config.method == "full":
@@ -525,26 +535,27 @@ def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
         kind=Kind.of(config),
+        by_layer=ByLayer.of(config),
         seed=config.seed,
     )
 
 
 def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
     """The layers that a LoRA changes, by part and path."""
-    from sfumato.adapters import target_layers
+    from sfumato.adapters import ByLayer, target_layers
 
-    return target_layers(base.parts(text=config.train_text_encoder), config.targets)
+    return ByLayer.of(config).kept(target_layers(base.parts(text=config.train_text_encoder), config.targets))
 
 
 def notes_of(config: Config, base: Base) -> list[str]:
     """What there is to say of the layers that a LoRA changes."""
-    from sfumato.adapters import Kind
+    from sfumato.adapters import ByLayer, Kind
 
     if config.method == "full":
         return []
     parts = adapted(base, config)
     checks.check_module_dropout(config, sum(map(len, parts.values())))
-    return Kind.of(config).notes(parts, config.rank, config.conv_rank)
+    return Kind.of(config).notes(parts, config.rank, config.conv_rank, ByLayer.of(config))
 
 
 def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
@@ -554,7 +565,8 @@ def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, 
 
     rates = config.learning_rate, config.text_learning_rate
     if isinstance(trained, Attached):
-        return optimizers.groups(trained.by_part(), *rates, ups=trained.ups(), up_ratio=config.loraplus_ratio)
+        ups, factors = trained.ups(), trained.rate_factors()
+        return optimizers.groups(trained.by_part(), *rates, ups=ups, up_ratio=config.loraplus_ratio, factors=factors)
     return optimizers.groups({part: model.parameters() for part, model in trained.items()}, *rates)
 
 

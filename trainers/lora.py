@@ -120,7 +120,7 @@ class Config(KindOptions, TrainerOptions):
     Only samples at the noisier seven tenths of the timesteps take part, and the share is of these. The base model
     generates its version of each image once, before training."""
     init_from: Path | None = None
-    """Start from this adapter instead of from scratch. It must have the same targets and rank. If its file has new
+    """Start from this adapter instead of from scratch. It must have the same targets and ranks. If its file has new
     words that --train-words names, these start from there, too."""
     adapter_guidance: float = 0.0
     """Adapter guidance: how often the adapter's change of the U-Net counts when generating. Sample images use it, and
@@ -146,7 +146,7 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.adapters import Kind, target_layers
+    from sfumato.adapters import ByLayer, Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
@@ -168,8 +168,9 @@ def train(config: Config) -> Path:
     kinds = 1 + bool(config.prior_prompts) + bool(of_class)
     config, filled = resolve(config, base, examples, processes.count, kinds=kinds)
     words = new_words(base, config, examples) if config.train_words else None
-    adapted = target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv)
-    notes = Kind.of(config).notes(adapted, config.rank, config.conv_rank)
+    by_layer = ByLayer.of(config)
+    adapted = by_layer.kept(target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv))
+    notes = Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer)
     checks.check_module_dropout(config, sum(map(len, adapted.values())))
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
@@ -205,7 +206,9 @@ def train(config: Config) -> Path:
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
     rates = config.learning_rate, config.text_learning_rate
-    groups = optimizers.groups(lora.by_part(), *rates, ups=lora.ups(), up_ratio=config.loraplus_ratio)
+    groups = optimizers.groups(
+        lora.by_part(), *rates, ups=lora.ups(), up_ratio=config.loraplus_ratio, factors=lora.rate_factors()
+    )
     if words:
         groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate, "is_table": True})
     optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
@@ -429,7 +432,7 @@ def take_turns(step: int, words_first: int, lora: Attached, words: Words, averag
 
 def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config: Config) -> Attached:
     """A new adapter of these layers, by part and path. It changes nothing yet."""
-    from sfumato.adapters import Kind, attach
+    from sfumato.adapters import ByLayer, Kind, attach
 
     return attach(
         adapted,
@@ -442,6 +445,7 @@ def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config:
         module_dropout=config.module_dropout,
         rank_stabilised=config.rank_stabilised,
         kind=Kind.of(config),
+        by_layer=ByLayer.of(config),
         seed=config.seed,
     )
 

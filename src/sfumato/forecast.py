@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.adapters import Kind, attach, target_layers
+from sfumato.adapters import ByLayer, Kind, attach, target_layers
+from sfumato.adapters.by_layer import EQUAL
 from sfumato.adapters.kinds import LORA
 from sfumato.bases.loading import base_skeleton, family_skeleton
 from sfumato.data.latents import encoded_at_once
@@ -86,7 +87,7 @@ TRAININGS = (
 @dataclass(frozen=True)
 class Setting:
     """Where and in which size: precision of `forecast_precision`, side in pixels; batch, ranks and kind of adapters as
-    of trainers."""
+    of trainers. by_layer: what of it fits no layer of a way to train is passed over."""
 
     device: Literal["gpu", "cpu"]
     precision: Precision
@@ -95,6 +96,7 @@ class Setting:
     rank: int
     conv_rank: int | None = None
     kind: Kind = LORA
+    by_layer: ByLayer = EQUAL
     checkpointing: bool = False
 
 
@@ -151,10 +153,9 @@ def step_memory(base: Base, way: Training, setting: Setting) -> StepMemory:
         base.unet.enable_gradient_checkpointing()
     adapter = None
     if way.trained == "lora":
-        adapted = target_layers(base.parts(text=False), way.targets)
-        adapter = attach(
-            adapted, rank=setting.rank, alpha=float(setting.rank), conv_rank=setting.conv_rank, kind=setting.kind
-        )
+        ranks: dict[str, Any] = {"rank": setting.rank, "alpha": float(setting.rank), "conv_rank": setting.conv_rank}
+        adapted = setting.by_layer.without_left_out(target_layers(base.parts(text=False), way.targets))
+        adapter = attach(adapted, **ranks, kind=setting.kind, by_layer=setting.by_layer)
     texts = list(base.text_encoders) if way.text else []
     if whole:
         setting = replace(setting, precision=replace(setting.precision, storage=torch.float32))

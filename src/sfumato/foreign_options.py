@@ -66,6 +66,10 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--rank": "network_dim lora_rank dim new_rank",
         "--alpha": "network_alpha lora_alpha",
         "--conv-rank": "conv_dim",
+        "--rank-of": "network_reg_dims block_dims block_alphas conv_block_dims conv_block_alphas rank_pattern "
+        "alpha_pattern",
+        "--rank-of PATTERN=0": "exclude_name exclude_modules",
+        "--rate-of": "network_reg_lrs down_lr_weight mid_lr_weight up_lr_weight",
         "--algo": "peft_type lora_type",
         "--dora": "use_dora dora_wd lora_decompose weight_decompose",
         "--factor": "lokr_factor decompose_factor",
@@ -145,7 +149,8 @@ ABSENT: Mapping[str, str] = MappingProxyType(
     {
         "config_file": "a config is the first argument; sfumato recipe converts those of sd-scripts",
         "network_args": "its conv_dim is --conv-rank, conv_alpha --conv-alpha, rank_dropout --rank-dropout, "
-        "module_dropout --module-dropout, and LyCORIS's algo --algo, factor --factor and dora_wd --dora; the rest has "
+        "module_dropout --module-dropout, those of blocks --rank-of and --rate-of, and LyCORIS's algo --algo, factor "
+        "--factor and dora_wd --dora; the rest has "
         "no counterpart",
         "lycoris_config": "its algo is --algo, linear_dim --rank, linear_alpha --alpha and factor --factor",
         "wd_on_output lora_decompose_output_axis": "--dora learns the lengths of inputs, which web interfaces read",
@@ -178,7 +183,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "--resolution's square; sfumato check lists the sizes",
         "metadata_title": "it is --name",
         "training_comment no_metadata": "there is no counterpart",
-        "block_lr_zero_threshold down_lr_weight mid_lr_weight up_lr_weight": "--targets chooses layers by a pattern",
+        "block_lr_zero_threshold": "--rate-of PATTERN=0 leaves layers out",
         "fused_backward_pass": "dreambooth and finetune have it as --fused",
         "blocks_to_swap fp8_base": "there is no counterpart; sfumato memory tells what fits",
         "save_last_n_steps save_last_n_epochs max_step_saves_to_keep": (

@@ -100,6 +100,26 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
     ]
 
 
+def test_a_factor_is_of_the_rate_of_a_part_and_of_lora_plus():
+    a, b, c, text = (nn.Parameter(torch.zeros(1)) for _ in range(4))
+    parts = {"unet": [a, b, c], "text_encoder": [text]}
+    found = optimizers.groups(parts, 1e-3, 1e-4, ups=[b, c], up_ratio=4, factors={a: 0.5, b: 0.5, text: 2.0})
+    assert [(group["lr"], [id(each) for each in group["params"]]) for group in found] == [
+        (4e-3, [id(c)]),
+        (5e-4, [id(a)]),
+        (2e-3, [id(b)]),
+        (2e-4, [id(text)]),
+    ]
+
+
+def test_the_rate_that_is_told_is_without_a_factor():
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW(optimizers.groups({"unet": [p]}, 1e-3, None, factors={p: 0.5}))
+    schedule = optimizers.Schedule(optimizer, "constant", 10, 0)
+    schedule.set(0)
+    assert (schedule.rate, optimizer.param_groups[0]["lr"]) == (1e-3, 5e-4)
+
+
 def test_a_package_that_is_broken_is_not_called_missing(monkeypatch, tmp_path):
     (tmp_path / "prodigyopt.py").write_text("raise OSError('libcudart.so.12: no such file')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -4,9 +4,21 @@ How an update is computed with its layer is in `folded` for LoRA, in `whole` for
 """
 
 from sfumato.adapters.attached import Attached, attach
+from sfumato.adapters.by_layer import ByLayer
 from sfumato.adapters.kinds import ALGOS, Kind
 from sfumato.adapters.layer import UpdateLayer
 from sfumato.adapters.lora import LoraLayer
 from sfumato.adapters.targets import TARGETS, select, target_layers
 
-__all__ = ["ALGOS", "TARGETS", "Attached", "Kind", "LoraLayer", "UpdateLayer", "attach", "select", "target_layers"]
+__all__ = [
+    "ALGOS",
+    "TARGETS",
+    "Attached",
+    "ByLayer",
+    "Kind",
+    "LoraLayer",
+    "UpdateLayer",
+    "attach",
+    "select",
+    "target_layers",
+]

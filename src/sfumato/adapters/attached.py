@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import randomness
+from sfumato.adapters.by_layer import EQUAL, ByLayer
 from sfumato.adapters.kinds import LORA, Kind
 from sfumato.adapters.layer import UpdateLayer
 from sfumato.adapters.ranks import is_spatial
 from sfumato.adapters.whole import Host
 from sfumato.errors import AdapterError
-from sfumato.files.changes import Change
+from sfumato.files.changes import Change, LoraModule
 from sfumato.files.kohya import Target
 from sfumato.files.write_lycoris import network_metadata, write_adapter
 
@@ -31,7 +32,8 @@ class Attached(nn.Module):
 
     dropout, rank_dropout: shares of each update's inputs and of its ranks that are dropped of a sample while training;
     module_dropout: share of the updates that are left out of a step, see `set_dropout_samples`. network: what a file's
-    metadata tell of the kind, where it is not that of its tensors alone, see `sfumato.files.write_lycoris`.
+    metadata tell of the kind, where it is not that of its tensors alone, see `sfumato.files.write_lycoris`. by_layer:
+    the ranks and rates that layers have of their own.
     """
 
     def __init__(self, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0) -> None:
@@ -39,6 +41,7 @@ class Attached(nn.Module):
         self.layers: dict[tuple[str, str], UpdateLayer] = {}
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.network: dict[str, str] = {}
+        self.by_layer = EQUAL
         self._hosts: dict[tuple[str, str], Host] = {}
         self._samples: tuple[int, int, Sequence[int]] | None = None
         self._left_out: frozenset[tuple[str, str]] = frozenset()
@@ -129,6 +132,11 @@ class Attached(nn.Module):
         """The factors B, which LoRA+ gives a rate of their own."""
         return [up for layer in self.layers.values() for up in layer.ups()]
 
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """What the learning rate of each is multiplied with, for those that have another than their part's."""
+        factors = {key: self.by_layer.factor_at(*key) for key in self.layers}
+        return {p: factors[key] for key, layer in self.layers.items() if factors[key] != 1 for p in layer.parameters()}
+
     def limit_norms(self, most: float) -> Tensor:
         """Shrink every update whose norm is larger than `most` to that; the share of the updates that were."""
         limited = [layer.limit_norm(self._hosts[key], most) for key, layer in self.layers.items()]
@@ -144,7 +152,8 @@ class Attached(nn.Module):
 
     def write(self, path: Path, **written_as: Any) -> Path:
         """Write the adapter; written_as: family, metadata, dtype and words as of `sfumato.files.write_lora`."""
-        return write_adapter(path, self.changes(), self.weights(), network=self.network, **written_as)
+        args = self.by_layer.as_network_args()
+        return write_adapter(path, self.changes(), self.weights(), network=self.network, args=args, **written_as)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -181,8 +190,9 @@ class Attached(nn.Module):
             raise AdapterError(
                 f"{name}: has {len(values)} modules, this run trains {len(self.layers)}; {len(missing)} missing and "
                 f"{len(extra)} extra, first {'.'.join(first)}. Give the --targets, --conv and --train-text-encoder it "
-                "was trained with."
+                "was trained with, and the --rank-of or --rate-of that left layers out."
             )
+        ranks = sorted({change.rank for change in values.values() if isinstance(change, LoraModule)})
         for key, change in values.items():
             where, kind = f"{name}: {'.'.join(key)}", self.layers[key].kind
             if change.kind != kind:
@@ -191,6 +201,12 @@ class Attached(nn.Module):
                 )
             if change.bias_delta is not None:
                 raise AdapterError(f"{where} changes a bias as well, which is not trained. Take another adapter.")
+            is_by_layer = len(ranks) > 1 or bool(self.by_layer.ranks)
+            if isinstance(change, LoraModule) and is_by_layer and change.rank != self.layers[key].rank:
+                raise AdapterError(
+                    f"{where} has rank {change.rank}, this run has {self.layers[key].rank} there; the file has "
+                    f"{', '.join(map(str, ranks))}. Give the --rank, --conv-rank and --rank-of it was trained with."
+                )
             self.layers[key].load(change, where)
 
 
@@ -238,20 +254,27 @@ def attach(
     module_dropout: float = 0.0,
     rank_stabilised: bool = False,
     kind: Kind = LORA,
+    by_layer: ByLayer = EQUAL,
     seed: int = 0,
 ) -> Attached:
     """A new adapter on the selected layers of each part; it changes nothing until it is trained.
 
     parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank)
     when rank-stabilised (Kalajdzievski 2023). conv_rank, conv_alpha: of convolutions of more than 1x1, where they have
-    their own. dropout, rank_dropout, module_dropout: see `Attached`. Each layer's start is a function of
-    (seed, part, path): adding a target does not change how the others start.
+    their own. by_layer: ranks and rates of single layers, of which `ByLayer.kept` gave `parts`; a rank without an alpha
+    has the scale that the layer has otherwise, or when rank-stabilised the alpha. dropout, rank_dropout,
+    module_dropout: see `Attached`. Each layer's start is a function of (seed, part, path): adding a target does not
+    change how the others start.
     """
     adapter = Attached(dropout, rank_dropout, module_dropout)
+    adapter.by_layer = by_layer
     wide = (rank if conv_rank is None else conv_rank, alpha if conv_alpha is None else conv_alpha)
     for part, chosen in parts.items():
         for path, host in chosen.items():
             own_rank, own_alpha = wide if is_spatial(host) else (rank, alpha)
+            if (rule := by_layer.rank_at(part, path)) is not None:
+                alike = own_alpha if rank_stabilised else own_alpha * (rule.value / own_rank)
+                own_rank, own_alpha = int(rule.value), alike if rule.alpha is None else rule.alpha
             scale = own_alpha / (math.sqrt(own_rank) if rank_stabilised else own_rank)
             layer = kind.layer(host, own_rank, scale, randomness.generator(seed, f"{kind.algo}/{part}/{path}"))
             adapter.add(part, path, host, layer.to(host.weight.device))

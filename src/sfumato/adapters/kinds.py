@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sfumato.adapters.by_layer import EQUAL, ByLayer
 from sfumato.adapters.dora import DoraLayer
 from sfumato.adapters.layer import UpdateLayer
 from sfumato.adapters.loha import LohaLayer
@@ -56,12 +57,19 @@ class Kind:
         made = ALGOS[self.algo].layer(host, rank, scale, generator, self.factor)
         return DoraLayer(host, made) if self.dora else made
 
-    def notes(self, parts: Mapping[str, Mapping[str, Host]], rank: int, conv_rank: int | None = None) -> list[str]:
-        """Lines on layers that have no room for their rank, or are whole. parts, conv_rank: as of `attach`.
+    def notes(
+        self,
+        parts: Mapping[str, Mapping[str, Host]],
+        rank: int,
+        conv_rank: int | None = None,
+        by_layer: ByLayer = EQUAL,
+    ) -> list[str]:
+        """Lines on layers that have no room for their rank, or are whole. parts, conv_rank, by_layer: as of `attach`.
 
         Raises AdapterError where no layer of a rank has room for it, or no layer is a convolution with its own.
         """
-        return [line for some in ranked(parts, rank, conv_rank) for line in ALGOS[self.algo].notes(some, self.factor)]
+        groups = ranked(parts, rank, conv_rank, by_layer)
+        return [line for some in groups for line in ALGOS[self.algo].notes(some, self.factor)]
 
 
 LORA = Kind()

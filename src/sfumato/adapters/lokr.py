@@ -102,6 +102,6 @@ def whole_notes(ranked: Ranked, factor: int | None) -> list[str]:
     if not count:
         return []
     return [
-        f"{ranked.option} {ranked.rank}: in {count} of {pluralize(len(seconds), ranked.what)} the second factor is "
+        f"{ranked.given}: in {count} of {pluralize(len(seconds), ranked.what)} the second factor is "
         "whole, as from half of its longer side on; its scale is 1 whatever the alpha"
     ]

@@ -28,6 +28,7 @@ from sfumato.files.kohya import Target, kohya_names
 from sfumato.files.save import cast, write_hashed
 from sfumato.files.write_embedding import bundled_tensors
 from sfumato.files.write_kohya import rebalance_for_fp16, write_lora
+from sfumato.json_text import object_of
 from sfumato.numerals import exact
 
 
@@ -37,13 +38,27 @@ def write_adapter(
     weights: Mapping[Target, Tensor],
     *,
     network: Mapping[str, str],
+    args: Mapping[str, str] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
     **written_as: Any,
 ) -> Path:
-    """Write changes of any of these kinds: LoRAs by `write_lora`, else by `write_lycoris`; written_as is of both."""
+    """Write changes of any of these kinds: LoRAs by `write_lora`, else by `write_lycoris`; written_as is of both.
+
+    args: what the metadata tell of the network besides, as sd-scripts tells its --network_args.
+    """
+    metadata, network = (_with_args(told, args) for told in (metadata, network))
     modules = {target: change for target, change in changes.items() if isinstance(change, LoraModule)}
     if len(modules) == len(changes):
-        return write_lora(path, modules, **written_as)
-    return write_lycoris(path, changes, weights, network=network, **written_as)
+        return write_lora(path, modules, metadata=metadata, **written_as)
+    return write_lycoris(path, changes, weights, network=network, metadata=metadata, **written_as)
+
+
+def _with_args(told: Mapping[str, str], args: Mapping[str, str]) -> Mapping[str, str]:
+    """Metadata with these beside their own arguments of the network."""
+    if not args:
+        return told
+    own = object_of(told.get("ss_network_args", "{}"))
+    return {**told, "ss_network_args": json.dumps(own | dict(args), separators=(",", ":"))}
 
 
 def write_lycoris(

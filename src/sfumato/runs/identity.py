@@ -40,6 +40,8 @@ OF_CHECKPOINT = frozenset(
             "optimizer",
             "placeholder",
             "rank",
+            "rank_of",
+            "rate_of",
         ),
         *("targets", "train_text_encoder", "train_words", "vectors", "word_vectors"),
     )

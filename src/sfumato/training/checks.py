@@ -117,8 +117,16 @@ def refuse_dropped_words(config: TrainerOptions, examples: ExampleSet, words: Se
 
 
 def check_kind(config: TrainingOptions) -> None:
-    """Of an adapter: refuse what has no effect on one of its kind. LoRA+ is for a factor that starts at zero beside one
-    of unit scale, which LoHa's and LoKr's are not."""
+    """Of an adapter: refuse what has no effect on one of its kind, and what is no rule by layer. LoRA+ is for a factor
+    that starts at zero beside one of unit scale, which LoHa's and LoKr's are not."""
+    from sfumato.adapters.by_layer import ByLayer
+
+    rules = ByLayer.of(config).rates
+    if config.optimizer == "prodigy" and (other := next((rule for rule in rules if rule.value not in (0, 1)), None)):
+        raise ConfigError(
+            f"{other} with --optimizer prodigy: it finds one step for all that learns. Give a factor of 0, which "
+            "leaves layers out, or use --optimizer adamw."
+        )
     algo = getattr(config, "algo", "lora")
     if algo != "lokr":
         only_with(config, "--algo lokr", "factor")

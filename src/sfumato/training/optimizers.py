@@ -9,6 +9,7 @@ import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -92,19 +93,32 @@ def groups(
     *,
     ups: Iterable[nn.Parameter] = (),
     up_ratio: float = 1.0,
+    factors: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Parameter groups for `build`: the U-Net's at `rate`, and the text encoders', if any, at theirs.
 
     parts: what is trained of each of "unet", "text_encoder", "text_encoder_2". ups: those of them whose rate is
-    `up_ratio` times their part's, in groups of their own: LoRA+ (Hayou et al. 2024) gives B more than A.
+    `up_ratio` times their part's, in groups of their own: LoRA+ (Hayou et al. 2024) gives B more than A. factors: what
+    else the rate of some is multiplied with; groups of one factor are together, and say it as `factor`.
     """
     unet = list(parts["unet"])
     text = [parameter for part, trained in parts.items() if part != "unet" for parameter in trained]
     found: list[dict[str, Any]] = [{"params": unet, "lr": rate}, {"params": text, "lr": text_rate}]
+    found = [part for group in found for part in _by_factor(group, factors)]
     if up_ratio != 1:
         faster = set(map(id, ups))
         found = [part for group in found for part in _split(group, faster, up_ratio)]
     return [group for group in found if group["params"]]
+
+
+def _by_factor(group: dict[str, Any], factors: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
+    """The group without those that have a factor, and those of each factor with the group's rate times that."""
+    by_factor: dict[float, list[nn.Parameter]] = {1.0: []}
+    for parameter in group["params"]:
+        by_factor.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+    own = {factor: params for factor, params in by_factor.items() if factor != 1}
+    multiplied = [{"params": params, "lr": group["lr"] * f, "factor": f} for f, params in own.items()]
+    return [{**group, "params": by_factor[1.0]}, *multiplied]
 
 
 def _split(group: dict[str, Any], faster: set[int], ratio: float) -> list[dict[str, Any]]:
@@ -113,7 +127,7 @@ def _split(group: dict[str, Any], faster: set[int], ratio: float) -> list[dict[s
     for parameter in group["params"]:
         parts[id(parameter) in faster].append(parameter)
     rates = group["lr"], None if group["lr"] is None else ratio * group["lr"]
-    return [{"params": params, "lr": rate} for params, rate in zip(parts, rates, strict=True)]
+    return [{**group, "params": params, "lr": rate} for params, rate in zip(parts, rates, strict=True)]
 
 
 def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: float, cycles: int = 1) -> float:
@@ -152,9 +166,10 @@ class Schedule:
 
     @property
     def rate(self) -> float:
-        """The first group's present rate; Prodigy's is its factor times the step that it has found."""
+        """The first group's present rate, without a factor of its own; Prodigy's is its factor times the step that it
+        has found."""
         group = self.optimizer.param_groups[0]
-        return float(group["lr"] * group.get("d", 1.0))
+        return float(group["lr"] / group.get("factor", 1.0) * group.get("d", 1.0))
 
     def set(self, step: int, scale: float = 1.0) -> None:
         """Prepare the optimizer for `step`, counted from 0, with all rates multiplied by `scale`."""

@@ -385,6 +385,14 @@ class KindOptions:
     factor: int | None = None
     """With --algo lokr: size of the small factor. The smaller it is, the larger are the other factor and the file.
     Unset: both factors are as square as possible."""
+    rank_of: tuple[str, ...] = ()
+    """PATTERN=RANK: another rank for some of the layers that --targets chooses; 0 leaves them out of the adapter.
+    PATTERN is a block as in mixing (down, mid, up.1, IN04, te), another part of module names (attn2, to_k), several of
+    these between commas, a set of --targets, or a regular expression over module names. Repeat the option for several;
+    the first that fits a layer counts. A layer keeps its scale; PATTERN=RANK:ALPHA gives it another."""
+    rate_of: tuple[str, ...] = ()
+    """PATTERN=FACTOR: multiply the learning rate of some of the adapted layers; 0 leaves them out of the adapter.
+    PATTERN is as for --rank-of. Repeat the option for several; the first that fits a layer counts."""
     dropout: float = 0.0
     """Share of each update's inputs to drop during training."""
     rank_dropout: float = 0.0

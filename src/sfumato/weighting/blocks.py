@@ -136,13 +136,15 @@ class Blocks:
     def factor_at(self, part: str, path: str) -> float:
         """The factor of one module; part and path as in `weight_at`."""
         known = dict(self.factors)
-        found = [name for name in known if _names(name, part, path)]
+        found = [name for name in known if is_named(name, part, path)]
         return known[max(found, key=_exactness)] if found else self.rest
 
     def unnamed(self, modules: Sequence[tuple[str, str]]) -> list[str]:
         """The names that fit none of these (part, path), misspelt perhaps; those of a list are never misspelt."""
         listed = {name for names in LISTS.values() for name in names}
-        return [name for name, _ in self.factors if name not in listed and not any(_names(name, *at) for at in modules)]
+        return [
+            name for name, _ in self.factors if name not in listed and not any(is_named(name, *at) for at in modules)
+        ]
 
     def __str__(self) -> str:
         weights = self.weight if isinstance(self.weight, tuple) else (self.weight,)
@@ -170,7 +172,8 @@ def web_block(part: str, path: str) -> str | None:
     return f"OUT{3 * level + (2 if kind == 'upsamplers' else place):02}"
 
 
-def _names(name: str, part: str, path: str) -> bool:
+def is_named(name: str, part: str, path: str) -> bool:
+    """Whether the name is one of this module, as `Blocks` has names: `up.1`, `attn2`, `te`, `IN04`, `BASE`."""
     if re.fullmatch(r"(IN|OUT)\d\d|M00|BASE", name):
         return web_block(part, path) == name
     return fits(name, (part, path))
