@@ -740,7 +740,7 @@ def test_layers_have_ranks_and_rates_of_their_own(train, capsys):
     capsys.readouterr()
     assert cli.main(["inspect", str(path)]) == 0
     assert "ranks      2 (18), 1 (3)\n" in capsys.readouterr().out  # in so many layers
-    for wrong, said in ((rules[:2], "and the file has"), (rules[2:4], "that left layers out")):
+    for wrong, said in ((rules[:2], "; the file has 1, 2."), (rules[2:4], "that left layers out")):
         with pytest.raises(AssertionError):
             train("refused", *wrong, "--init-from", str(path))
         assert said in capsys.readouterr().err

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.errors import ConfigError
+from sfumato.recipes.blocks import OF_BLOCKS
 
 _PASSED_ON = frozenset((
     "bucket_no_upscale", "bucket_reso_steps", "caption_dropout_every_n_epochs", "caption_dropout_rate",
@@ -46,7 +47,8 @@ _ZERO_TOO = frozenset(
         "learning_rate_te2",
     )
 )
-"""Numbers of which 0 says something in the windows of whole models; of all others it says that they are unset."""
+"""Numbers of which 0 says something in the windows of whole models; of others it says that they are unset, but for the
+shares of blocks, which are texts there."""
 _OF_SCRIPT = {
     "fine_tune.py": frozenset(("dataset_repeats", "train_text_encoder")),
     "sdxl_train.py": frozenset((
@@ -70,8 +72,6 @@ _KINDS = {
 """LoRA_type -> the module, or LyCORIS's algo."""
 _OF_EACH = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio",
             "loraplus_text_encoder_lr_ratio")  # fmt: skip
-_OF_BLOCKS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "block_dims",
-              "block_alphas", "conv_block_dims", "conv_block_alphas")  # fmt: skip
 _OF_LYCORIS = ("use_tucker", "use_cp", "use_scalar", "dora_wd", "rank_dropout_scale", "train_norm")
 _OF_LOKR = ("factor", "decompose_both")
 _OTHERS = ("flux1_checkbox", "sd3_checkbox", "hunyuan_image_checkbox", "anima_checkbox", "lumina_checkbox")
@@ -99,6 +99,7 @@ def settings(values: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]
     else:
         script = "fine_tune.py" if is_finetune else "train_db.py"
     zero_too = _ZERO_TOO if script in _WHOLE else frozenset()
+    zero_too |= {key for key in ("down_lr_weight", "mid_lr_weight", "up_lr_weight") if values.get(key) == "0"}
     found = {_CALLED.get(key, key): value for key, value in values.items() if _is_set(value) or key in zero_too}
     told = (_PASSED_ON | set(_CALLED.values()) | _OF_SCRIPT.get(script, frozenset())) - _KEPT_BACK.get(
         script, frozenset()
@@ -170,7 +171,7 @@ def _network(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     module, of_kind = _KINDS[kind], list(_OF_EACH)
     args: list[str] = []
     if module == "networks.lora":
-        of_kind += _OF_BLOCKS
+        of_kind += OF_BLOCKS
     else:
         args = [f"algo={module}", f"preset={found.get('LyCORIS_preset', 'full')}"]
         of_kind += [*_OF_LYCORIS, *(_OF_LOKR if module == "lokr" else ())]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from sfumato.errors import ConfigError
 from sfumato.recipes import shared
 from sfumato.recipes.asked import Asked, Recipe
+from sfumato.recipes.blocks import OF_PATTERNS, by_block
 
 DATA = frozenset((
     "alpha_mask", "bucket_no_upscale", "bucket_reso_steps", "cache_info", "caption_dropout_every_n_epochs",
@@ -53,8 +54,10 @@ def convert(asked: Asked) -> Recipe:
     recipe = Recipe(program)
     _of_base(asked, recipe, is_sdxl=is_sdxl)
     _steps(asked, recipe)
-    kinds = {"lora": _network, "dreambooth": _subject, "finetune": _whole, "textual_inversion": _word}
-    kinds[program](asked, recipe)
+    if program == "lora":
+        _network(asked, recipe, is_sdxl=is_sdxl)
+    else:
+        {"dreambooth": _subject, "finetune": _whole, "textual_inversion": _word}[program](asked, recipe)
     optimizer = "adamw8bit" if asked.flag("use_8bit_adam") else "lion" if asked.flag("use_lion_optimizer") else "adamw"
     args = asked.pairs("optimizer_args")
     shared.optimizer(asked, recipe, asked.text("optimizer_type", optimizer) or optimizer, args, {})
@@ -95,7 +98,7 @@ def _steps(asked: Asked, recipe: Recipe) -> None:
     shared.resolution(asked, recipe, None)
 
 
-def _network(asked: Asked, recipe: Recipe) -> None:
+def _network(asked: Asked, recipe: Recipe, *, is_sdxl: bool) -> None:
     """networks.lora and LyCORIS's lycoris.kohya."""
     if asked.flag("network_train_text_encoder_only"):
         raise ConfigError(f"{asked.name}: trains no U-Net (network_train_text_encoder_only), which `lora` always does.")
@@ -106,11 +109,6 @@ def _network(asked: Asked, recipe: Recipe) -> None:
     elif module != "networks.lora":
         raise ConfigError(f"{asked.name}: {module} has no counterpart; networks.lora and lycoris.kohya have.")
     else:
-        recipe.say("targets", None, "everything" if "conv_dim" in args else "transformers")
-        if "conv_dim" in args:
-            recipe.say("conv_rank", asked.as_whole("conv_dim", args.pop("conv_dim")))
-            alpha = asked.as_number("conv_alpha", args.pop("conv_alpha")) if "conv_alpha" in args else None
-            recipe.say("conv_alpha", alpha, 1.0)
         ratio = args.pop("loraplus_lr_ratio", None) or args.pop("loraplus_unet_lr_ratio", None)
         recipe.say("loraplus_ratio", None if ratio is None else asked.as_number("loraplus_lr_ratio", ratio))
     for option in ("rank_dropout", "module_dropout"):
@@ -118,6 +116,13 @@ def _network(asked: Asked, recipe: Recipe) -> None:
     recipe.say("rank", asked.whole("network_dim"), 4)
     alpha = asked.number("network_alpha")
     recipe.say("alpha", recipe.values["rank"] if alpha == 0 else alpha, 1.0)  # 0 is the rank there
+    if module == "networks.lora":
+        by_block(asked, recipe, args, is_sdxl=is_sdxl)
+        recipe.notes += [
+            f"network_args {key}={args.pop(key)}: of no effect there on SD and SDXL; --rank-of and --rate-of are alike"
+            for key in OF_PATTERNS
+            if key in args
+        ]
     recipe.say("dropout", asked.number("network_dropout"))
     recipe.say("max_norm", asked.number("scale_weight_norms"))
     recipe.say("init_from", asked.path("network_weights"))
