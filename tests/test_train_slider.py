@@ -357,6 +357,17 @@ def test_the_config_of_a_run_runs_again(train, tmp_path):
     assert_equal(tmp_path / "before/run.safetensors", path)
 
 
+@pytest.mark.slow
+def test_it_goes_on_from_another_with_the_ranks_of_its_layers(train):
+    rules = ("--rank-of", "up=1", "--rate-of", "mid=0")
+    first = train("first", (*WORDS, *rules), "--steps", "2")
+    ranks = {module.down.shape[0] for (_, name), module in read_lora(first).modules.items() if name.startswith("up")}
+    assert ranks == {1}
+    assert not any(name.startswith("mid") for _, name in read_lora(first).modules)
+    again = train("again", (*WORDS, *rules, "--init-from", str(first)), "--steps", "1", "--learning-rate", "1e-12")
+    assert_near(first, again)
+
+
 def test_ends():
     (one,) = ends_of(["a person"], ["{concept}, old"], [])
     assert (one.concept, one.more, one.less) == ("a person", "a person, old", "a person")
@@ -405,6 +416,7 @@ def test_defaults(family, wanted):
         (("--concept", "a", "--more", "b", "--caption", "x"), "--caption has no effect without --more-images"),
         (("--concept", "a", "--more", "b", "--prior-weight", "2"), "--prior-weight has no effect"),
         (("--concept", "a", "--more", "b", "--over-steps", "1-0"), "over-steps"),
+        (("--concept", "a", "--more", "b", "--init-from", "x.safetensors"), "--init-from x.safetensors: there is no"),
         (("--more-images", "nowhere"), "nowhere: no such folder"),
         (("--concept", "a", "--more-images", "."), "--less-images is missing"),
         (("--more-images", ".", "--less-images", ".", "--concept", "a"), "--concept and --more-images are both given"),

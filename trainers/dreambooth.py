@@ -520,24 +520,12 @@ def prior_of(
 
 def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
     """What is trained: the base model's own weights, or with --method lora a new adapter that changes nothing yet."""
-    from sfumato.adapters import ByLayer, Kind, attach
+    from sfumato.training.adapting import new_adapter
     from sfumato.training.full import unfreeze
 
     if config.method == "full":
         return unfreeze(base, text=config.train_text_encoder)
-    return attach(
-        adapted(base, config),
-        rank=config.rank,
-        alpha=config.alpha,
-        conv_rank=config.conv_rank,
-        conv_alpha=config.conv_alpha,
-        dropout=config.dropout,
-        rank_dropout=config.rank_dropout,
-        module_dropout=config.module_dropout,
-        kind=Kind.of(config),
-        by_layer=ByLayer.of(config),
-        seed=config.seed,
-    )
+    return new_adapter(adapted(base, config), config)
 
 
 def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +35,6 @@ from sfumato.words.placeholders import (
 )
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
-    from torch import nn
-
     from sfumato.adapters import Attached
     from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
@@ -150,6 +148,7 @@ def train(config: Config) -> Path:
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
+    from sfumato.training.adapting import new_adapter
     from sfumato.training.ema import Ema
     from sfumato.training.init_from import start_from
     from sfumato.training.metrics import Metrics
@@ -191,11 +190,11 @@ def train(config: Config) -> Path:
     run.say_notes(dataset, class_set, held_out)
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
-    lora = new_lora(adapted, config)
+    lora = new_adapter(adapted, config)
     facts: dict[str, Any] = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
     # A run that goes on needs it for the words alone that its crossed samples began with.
     if config.init_from and not (run.has_begun and not (words and crossed)):
-        refuse_missing(config.init_from)
+        checks.refuse_missing(config.init_from)
     if config.init_from and config.init_from.exists():
         facts["init"], left = start_from(config.init_from, base, lora, words, config.initial_words)
         run.say(*left)
@@ -293,17 +292,11 @@ def check(config: Config) -> None:
     if not config.train_text_encoder:
         checks.only_with(config, "--train-text-encoder", "text_learning_rate")
     if config.init_from and not config.resume:
-        refuse_missing(config.init_from)
+        checks.refuse_missing(config.init_from)
     checked_adapter_guidance(config.adapter_guidance)
     if config.over_steps is not None:
         parse_span(config.over_steps)
     check_words(config)
-
-
-def refuse_missing(init_from: Path) -> None:
-    """Raise ConfigError if the file to start from does not exist."""
-    if not init_from.exists():
-        raise ConfigError(f"--init-from {init_from}: there is no such file; name the adapter to begin with.")
 
 
 def check_words(config: Config) -> None:
@@ -428,26 +421,6 @@ def take_turns(step: int, words_first: int, lora: Attached, words: Words, averag
     words.requires_grad_(step < words_first)
     if step == words_first:
         average.settle(words.parameters())
-
-
-def new_lora(adapted: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], config: Config) -> Attached:
-    """A new adapter of these layers, by part and path. It changes nothing yet."""
-    from sfumato.adapters import ByLayer, Kind, attach
-
-    return attach(
-        adapted,
-        rank=config.rank,
-        alpha=config.alpha,
-        conv_rank=config.conv_rank,
-        conv_alpha=config.conv_alpha,
-        dropout=config.dropout,
-        rank_dropout=config.rank_dropout,
-        module_dropout=config.module_dropout,
-        rank_stabilised=config.rank_stabilised,
-        kind=Kind.of(config),
-        by_layer=ByLayer.of(config),
-        seed=config.seed,
-    )
 
 
 def samples_of(

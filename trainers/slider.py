@@ -79,6 +79,11 @@ class Config(KindOptions, TrainingOptions):
     """LoRA rank: the inner dimension of each update B A. Unset: the base family's default."""
     alpha: float | None = None
     """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    conv_rank: int | None = None
+    """Rank for convolutions larger than 1x1, where --targets adapts them; sd-scripts calls it conv_dim. Unset:
+    --rank."""
+    conv_alpha: float | None = None
+    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers."""
     targets: str = "cross-attention"
     """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
     around them), everything (all layers of the U-Net's blocks), or a regular expression over module names."""
@@ -88,6 +93,8 @@ class Config(KindOptions, TrainingOptions):
     several."""
     prior_weight: float | None = None
     """Weight of the prior-preservation samples in the loss; the slider's samples have weight 1. Unset: 1."""
+    init_from: Path | None = None
+    """Start from this adapter instead of from scratch. It must have the same targets and ranks."""
     over_steps: str | None = None
     """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
     Sample images use it, and the file asks for it (see sfumato generate --over-steps). With 0.2-1 the base model makes
@@ -118,11 +125,13 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.adapters import Kind, attach, target_layers
+    from sfumato.adapters import ByLayer, Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
+    from sfumato.training.adapting import new_adapter
     from sfumato.training.ema import Ema
+    from sfumato.training.init_from import start_from
     from sfumato.training.noising import per_sample_losses
     from sfumato.training.prior import BasePrediction
     from sfumato.training.slider import WEIGHTS, SliderMetrics
@@ -134,12 +143,13 @@ def train(config: Config) -> Path:
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
     config, filled = resolve(config, base, given, processes.count)
-    adapted = target_layers(base.parts(text=False), config.targets)
+    by_layer = ByLayer.of(config)
+    adapted = by_layer.kept(target_layers(base.parts(text=False), config.targets))
     checks.check_module_dropout(config, sum(map(len, adapted.values())))
     run = Run.start(config, program="slider", processes=processes, writes=["adapters"] if config.save_every else [])
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    run.say(*Kind.of(config).notes(adapted, config.rank, None))
+    run.say(*Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer))
 
     batches = processes.micro_batches(config.batch, config.accumulate)
     global_batch = batches.global_batch
@@ -153,16 +163,7 @@ def train(config: Config) -> Path:
     sets = [prepare(each) for each in given or [draw_ends(config, base, ends, run, processes)]]
     run.say_notes(*sets)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
-    lora = attach(
-        adapted,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        rank_dropout=config.rank_dropout,
-        module_dropout=config.module_dropout,
-        kind=Kind.of(config),
-        seed=config.seed,
-    )
+    lora = new_adapter(adapted, config)
     noising = config.noising(base)
     way = way_of(config, base, ends, sets, lora)
     prior = None
@@ -170,13 +171,19 @@ def train(config: Config) -> Path:
         prior = BasePrediction(
             base, sets[0], config.prior_prompts, config.seed, order=config.seed, pristine=lora.disabled, noising=noising
         )
-    run.identify(data=sets[0], partners=sets[1] if sets[1:] else "none", base=base.fingerprint())
+    facts: dict[str, Any] = {"data": sets[0], "partners": sets[1] if sets[1:] else "none"}
+    if config.init_from and not run.has_begun:
+        checks.refuse_missing(config.init_from)
+    if config.init_from and config.init_from.exists():
+        facts["init"], left = start_from(config.init_from, base, lora, None, ())
+        run.say(*left)
+    run.identify(**facts, base=base.fingerprint())
     pictures = pluralize(len(sets[0]), "image" if ends else "pair")
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {layers}, {lora.count():,} trained numbers")
 
     parameters = list(lora.parameters())
-    groups = optimizers.groups(lora.by_part(), config.learning_rate, None)
+    groups = optimizers.groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
     optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
     schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
     scaler = precision.scaler()
@@ -249,6 +256,8 @@ def check(config: Config) -> list[Ends]:
     checks.check_kind(config)
     if config.dora:
         raise ConfigError("--dora: it learns lengths of weights, which have no opposite at weight -1; leave it out.")
+    if config.init_from and not config.resume:
+        checks.refuse_missing(config.init_from)
     if config.over_steps is not None:
         parse_span(config.over_steps)
     if not config.prior_prompts:
@@ -323,6 +332,7 @@ def resolve(config: Config, base: Base, given: Sequence[ExampleSet], processes: 
     of_epoch = given[0] if given else ExampleSet(())
     config, filled = config_defaults.resolve(config, base, of_epoch, processes, **defaults)
     values: dict[str, Any] = {"alpha": config.alpha or float(config.rank)}
+    values |= config_defaults.conv_defaults(config, values["alpha"])
     if config.prior_prompts:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     return dataclasses.replace(config, **values), filled

@@ -225,6 +225,12 @@ def _check_repository(name: str) -> None:
         raise ConfigError(f"--push-to-hub {name}: no repository of the hub ({' '.join(str(error).split())}).") from None
 
 
+def refuse_missing(init_from: Path) -> None:
+    """Raise ConfigError if the adapter to start from does not exist."""
+    if not init_from.exists():
+        raise ConfigError(f"--init-from {init_from}: there is no such file; name the adapter to begin with.")
+
+
 def refuse_output_among(output: Path, folders: Iterable[Path]) -> None:
     """Refuse to write a run into one of the folders of its images."""
     if output.resolve() in {folder.resolve() for folder in folders}:
