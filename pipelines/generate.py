@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.base_options import DrawingBaseOptions
-from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files, prompts_in
+from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files
 from sfumato.command_line.plan import Plan, without_existing
 from sfumato.command_line.regions_and_steps import parse_region, parse_steps
 from sfumato.command_line.specs import (
@@ -35,6 +35,7 @@ from sfumato.errors import ConfigError
 from sfumato.limits import MOST_FROM_A_SEED, checked_area
 from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
+from sfumato.prompts.prompt_files import prompts_in
 from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.prompts.tags import Tagged, split_flags, split_tags
 from sfumato.weighting.adapter import Adapter
@@ -92,7 +93,8 @@ class Config(DrawingBaseOptions):
     """Leave images that exist as they are, whatever their settings, and generate the others: with it the same command
     goes on after an interruption."""
     prompts_file: Path | None = None
-    """Text file with one prompt on each line. Empty lines and lines that begin with # are skipped."""
+    """Text file with one prompt on each line. Empty lines and lines that begin with # are skipped. Or a .toml or .json
+    of prompts, as sd-scripts has them."""
     sweep: str | None = None
     """LABEL=0,0.5,1: generate a sheet with a row for each weight of that adapter and a column for each prompt and seed.
     If the adapter has two weights, the one of the text encoders changes in proportion. New words, and a negative prompt
@@ -176,7 +178,7 @@ def plan(config: Config) -> Plan:
 def _prompts(config: Config) -> list[str]:
     """All prompts as they are written. Raises ConfigError if there are none, or if one is the name of an image or text
     file."""
-    prompts = [*config.prompts, *(prompts_in(config.prompts_file) if config.prompts_file else ())]
+    prompts = [*config.prompts, *(prompts_in(config.prompts_file, "--prompts-file") if config.prompts_file else ())]
     if not prompts:
         raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
     if mistaken := [text for text in prompts if text.lower().endswith(SUFFIXES) and isfile(text)]:

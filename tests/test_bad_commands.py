@@ -111,7 +111,7 @@ WRONG_USE = [
     ("train lora", train("--images", "text.txt"), "text.txt"),
     ("train lora", train("--output", "text.txt"), "text.txt"),
     ("train lora", train("--output", "text.txt/run"), "text.txt"),
-    ("train lora", train("--sample-prompts", "text.txt"), "--sample-prompts text.txt: a file, and no prompt"),
+    ("train lora", train("--sample-prompts", "none.txt"), "--sample-prompts none.txt: there is no such file; name"),
     ("train lora", train("--resume"), "run"),
     ("train lora", train("--resume", "--overwrite"), "--resume and --overwrite"),
     ("train lora", train("--steps", "0"), "--steps is 0"),

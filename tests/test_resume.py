@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,24 @@ def test_a_run_goes_on_from_elsewhere_and_with_pictures_that_were_moved(inputs, 
     capsys.readouterr()
     assert cli.main(["resume", "../a/run", "--images", "moved"]) == 2
     assert "was trained with other things than these: data: red-square.png is gone" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_prompts_of_a_file_and_not_where_it_was(inputs, tmp_path, capsys):
+    file = tmp_path / "private-place/prompts.txt"
+    file.parent.mkdir()
+    file.write_text("a red square --d 7\na crab\n")
+    words = command("lora", inputs, tmp_path / "run", "--steps", "1", "--sample-prompts", str(file))
+    assert cli.main(words) == 0
+    texts = ("config.toml", "run.json", "README.md", "out.safetensors")
+    written = [(tmp_path / "run" / name).read_bytes() for name in texts]
+    assert not any(b"private-place" in content for content in written)
+    file.write_text("a fox")
+    assert cli.main([*words, "--resume"]) == 2
+    assert "sample_prompts ['a red square --d 7', 'a crab'] -> ['a fox']" in capsys.readouterr().err
+    file.unlink()
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    kept = tomllib.loads((tmp_path / "run/config.toml").read_text())
+    assert kept["sample_prompts"] == ["a red square --d 7", "a crab"]
 
 
 @pytest.mark.slow

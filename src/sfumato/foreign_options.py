@@ -87,7 +87,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--mask files": "masked_loss masked_training",
         "--mask": "mask_path",
         "--cache": "cache_latents_to_disk cache_text_encoder_outputs_to_disk",
-        "--sample-prompts": "validation_prompt validation_prompts",
+        "--sample-prompts": "validation_prompt validation_prompts user_prompt_library",
         "--sample-every": "sample_every_n_steps sample_every_n_epochs validation_steps validation_epochs sample_after",
         "--measure-every": "validate_every_n_steps validate_every_n_epochs eval_steps_interval validate_after",
         "--save-every": "save_every_n_steps save_every_n_epochs save_steps",

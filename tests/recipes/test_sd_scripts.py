@@ -139,7 +139,7 @@ def test_sdxl_s_script_does_not_look_at_clip_skip(home):
         ("--optimizer_args amsgrad=True", "optimizer_args amsgrad=True: has no counterpart here and is left out"),
         ("--optimizer_args foo=1", "optimizer_args foo=1: has no counterpart here and is left out"),
         ("--loss_type smooth_l1", "loss_type = smooth_l1: has no counterpart; the errors are squared"),
-        ("--sample_prompts none.txt", "sample_prompts = none.txt: no .txt with prompts is there; give them as"),
+        ("--sample_prompts none.txt", "sample_prompts = none.txt: no file with prompts is there; give them as"),
         ("--lr_scheduler rex", "lr_scheduler = rex: has no counterpart; cosine takes its place"),
         ("--blocks_to_swap 4", "blocks_to_swap = 4: there is no counterpart; sfumato memory tells what fits"),
         ("--loss_type huber --huber_scale 2", "huber_scale = 2: has no counterpart here and is left out"),
@@ -161,6 +161,20 @@ def test_what_sample_prompts_say_and_has_no_counterpart_is_named(home):
     assert notes == tuple(
         f"sample_prompts: --{flag} has no counterpart and is left out" for flag in ("ss euler_a", "g 2")
     )
+
+
+def test_a_file_of_sample_prompts_may_be_a_json_or_a_toml(home):
+    command = f"train_network.py {BASE}=a --sample_prompts="
+    (home / "a.json").write_text('[{"prompt": "a dog", "seed": 7, "scale": 7.5}]')
+    (home / "a.toml").write_text('[prompt]\nseed = 7\n[[prompt.subset]]\nprompt = "a dog"')
+    assert converted(home, f"{command}a.json")[0]["sample_prompts"] == ["a dog --d 7 --l 7.5"]
+    assert converted(home, f"{command}a.toml")[0]["sample_prompts"] == ["a dog --d 7"]
+    (home / "a.json").write_text("{}")
+    told, _, notes = converted(home, f"{command}a.json")
+    assert "sample_prompts" not in told
+    assert [note for note in notes if note.startswith("sample_prompts ")] == [
+        f"sample_prompts {home / 'a.json'}: there is no prompt in it; write one on each line, or leave it out."
+    ]
 
 
 def test_the_other_scripts_of_sd_scripts(home):

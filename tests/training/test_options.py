@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from sfumato.trainers import dreambooth, lora, textual_inversion
 
 from sfumato.bases.family import FAMILIES
+from sfumato.config import parse
 from sfumato.data import ExampleSet
 from sfumato.data.folder import Example
 from sfumato.errors import ConfigError
@@ -277,6 +279,18 @@ def test_sample_prompts_have_settings_of_their_own():
     check_trainer(config)
     own = [{"negative": "blurry", "width": 512, "seed": 7}, {}]
     assert config.asked_samples() == (["a crab", "a crab -- at the sea"], own)
+
+
+@pytest.mark.parametrize("trainer", [lora, dreambooth, textual_inversion])
+def test_sample_prompts_are_those_of_a_file(trainer, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# at the sea\na crab --w 512\n\nan owl\n")
+    more = [] if trainer is lora else ["--class-name" if trainer is dreambooth else "--placeholder", "<x>"]
+    words = ["--images", "a", "--output", "b", *more, "--sample-prompts", str(tmp_path / "prompts.txt")]
+    config = parse(trainer.Config, [*words, "--sample-prompts", "a fox"], program="train x")
+    assert config.sample_prompts == ("a crab --w 512", "an owl", "a fox")
+    assert config.asked_samples() == (["a crab", "an owl", "a fox"], [{"width": 512}, {}, {}])
+    (tmp_path / "prompts.txt").write_text("another")
+    assert replace(config, steps=1).sample_prompts == config.sample_prompts
 
 
 def test_a_tag_in_a_sample_prompt_is_refused():

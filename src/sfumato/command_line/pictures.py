@@ -18,25 +18,9 @@ from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
 from sfumato.limits import checked_area
 from sfumato.prompts.tags import LETTERS
-from sfumato.text_files import decode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Of the pictures that are written, in small letters."""
-
-
-def prompts_in(file: Path) -> list[str]:
-    """The prompts of --prompts-file, one a line. Raises ConfigError where it is no text."""
-    try:
-        lines = [line.strip() for line in decode(file.read_bytes()).split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(
-            f"--prompts-file {file}: not readable as text ({reason}); wanted UTF-8, a prompt a line."
-        ) from None
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise ConfigError(f"--prompts-file {file}: there is no prompt in it; write one on each line, or leave it out.")
-    return found
 
 
 def checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:

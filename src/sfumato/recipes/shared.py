@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from sfumato.errors import ConfigError
+from sfumato.prompts.prompt_files import prompts_in
 from sfumato.recipes.asked import Asked, Recipe
 from sfumato.recipes.reading import text_of
 from sfumato.training.optimizer_settings import DEFAULTS
@@ -166,10 +167,17 @@ def sample_prompts(asked: Asked, recipe: Recipe, key: str) -> None:
         return
     else:
         file = asked.find(given)
-        if file is None or not file.is_file() or file.suffix.lower() != ".txt":
-            recipe.notes.append(f"{key} = {given}: no .txt with prompts is there; give them as --sample-prompts")
+        ending = "" if file is None or not file.is_file() else file.suffix.lower()
+        if file is None or ending not in (".txt", ".toml", ".json"):
+            recipe.notes.append(f"{key} = {given}: no file with prompts is there; give them as --sample-prompts")
             return
-        lines = text_of(file).splitlines()
+        try:
+            lines = text_of(file).splitlines() if ending == ".txt" else prompts_in(file, key)
+        except ConfigError as error:
+            if ending == ".txt":
+                raise
+            recipe.notes.append(str(error))
+            return
     prompts = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     recipe.say("sample_prompts", [with_known_flags(prompt, key, recipe.notes) for prompt in prompts] or None)
 

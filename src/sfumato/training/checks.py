@@ -9,7 +9,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,8 +164,6 @@ def check_run(config: FolderOptions) -> None:
     if (repository := getattr(config, "push_to_hub", None)) is not None:
         _check_repository(repository)
     for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
-        if prompt.lower().endswith(".txt") and isfile(prompt):  # as sd-scripts takes them
-            raise ConfigError(f"--sample-prompts {prompt}: a file, and no prompt; give each of its lines by itself.")
         text, own = split_flags(prompt)
         refuse_tags(text, "--sample-prompts", "leave it out")
         checked_flags(own, sheet=False)

@@ -347,9 +347,10 @@ class RunOptions(FolderOptions):
     name: str | None = None
     """Name of what is learned, and of its file. Unset: the name of the output folder."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts for sample images during training. Repeat the option for several. A prompt may end in settings of its
-    own, written as in sd-scripts: `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`. Unset: some captions, and some
-    prompts that are not trained on."""
+    """Prompts for sample images during training, or a file of them: a .txt with one on each line, or a .toml or .json
+    as sd-scripts has them. Repeat the option for several. A prompt may end in settings of its own, written as in
+    sd-scripts: `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`. Unset: some captions, and some prompts that are not
+    trained on."""
     sample_every: int | None = None
     """Steps between sample images, besides those at the start and the end; 0 generates none. Unset: a quarter of the
     run."""
@@ -362,6 +363,13 @@ class RunOptions(FolderOptions):
     """License of what is learned, for the file's metadata and the model card, such as cc-by-4.0."""
     push_to_hub: str | None = None
     """Upload what is learned, with its model card, to this repository on the Hugging Face hub."""
+
+    def __post_init__(self) -> None:
+        """Read the prompts out of their files, so that a run keeps them, and not where they were."""
+        from sfumato.prompts.prompt_files import with_files_read
+
+        super().__post_init__()
+        object.__setattr__(self, "sample_prompts", with_files_read(self.sample_prompts, "--sample-prompts"))
 
     def asked_samples(self) -> tuple[list[str], list[dict[str, Any]]]:
         """The prompts of --sample-prompts without their settings, and the settings of each."""
