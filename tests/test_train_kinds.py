@@ -274,18 +274,22 @@ def test_wrong_use_is_one_line(program, options, said, pocket_folder, pictures, 
     assert said in error[0]
 
 
-@pytest.mark.parametrize("program", ["lora", "dreambooth"])
+@pytest.mark.parametrize("program", ["lora", "dreambooth", "slider"])
 def test_each_dropout_reaches_the_adapter(program, tmp_path):
-    from trainers import dreambooth, lora
+    from sfumato.training.adapting import new_adapter
+    from trainers import dreambooth, lora, slider
 
     shares = {"dropout": 0.1, "rank_dropout": 0.2, "module_dropout": 0.3}
-    options = {"images": tmp_path, "output": tmp_path, "rank": 1, "alpha": 1.0, "targets": "to_q", **shares}
+    options = {"output": tmp_path, "rank": 1, "alpha": 1.0, "targets": "to_q", **shares}
     unet = nn.ModuleDict({"to_q": nn.Linear(3, 3)})
+    layers = {"unet": select(unet, "to_q")}
     if program == "lora":
-        made = lora.new_lora({"unet": select(unet, "to_q")}, lora.Config(**options))
+        made = new_adapter(layers, lora.Config(**options, images=tmp_path))
+    elif program == "slider":
+        made = new_adapter(layers, slider.Config(**options))
     else:
         base = SimpleNamespace(parts=lambda text: {"unet": unet})
-        made = dreambooth.trainable(base, dreambooth.Config(**options, method="lora"))
+        made = dreambooth.trainable(base, dreambooth.Config(**options, images=tmp_path, method="lora"))
     assert {name: getattr(made, name) for name in shares} == shares
 
 

@@ -67,14 +67,17 @@ def prompts_in(file: Path, option: str) -> list[str]:
 def _subsets(text: str, where: str) -> list[Any]:
     """The prompts of a .toml, each with what [prompt] says of all."""
     try:
-        shared = tomllib.loads(text).get("prompt")
+        prompt = tomllib.loads(text).get("prompt")
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not readable as TOML ({' '.join(str(error).split())}); mend it.") from None
-    subsets = shared.get("subset") if isinstance(shared, dict) else None
+    shared: dict[str, Any] = prompt if isinstance(prompt, dict) else {}
+    subsets = shared.get("subset")
     if not isinstance(subsets, list):
-        raise ConfigError(f"{where}: no [[prompt.subset]] in it, each with its prompt, as sd-scripts has them; add some.")
-    shared = {key: value for key, value in shared.items() if key != "subset"}
-    return [{**shared, **each} if isinstance(each, dict) else each for each in subsets]
+        raise ConfigError(
+            f"{where}: no [[prompt.subset]] in it, each with its prompt, as sd-scripts has them; add some."
+        )
+    of_all = {key: value for key, value in shared.items() if key != "subset"}
+    return [{**of_all, **each} if isinstance(each, dict) else each for each in subsets]
 
 
 def _values(text: str, where: str) -> list[Any]:
