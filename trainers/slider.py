@@ -379,7 +379,7 @@ def samples_of(
     from sfumato.training.unrelated import default_prompts, unrelated_to
 
     asked, own = config.asked_samples()
-    concepts = [one.concept for one in ends]
+    concepts = [one.concept for one in ends if one.concept]
     prompts = asked or (
         [*concepts[:2], unrelated_to(concepts)[0]] if concepts else default_prompts(data.captions, None, None)
     )

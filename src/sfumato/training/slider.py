@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -228,13 +229,16 @@ class SliderMetrics(Metrics):
         firsts = range(0, _MEASURED, batch)
         self._samples = MicroBatches(len(firsts) * batch, tuple(firsts), batch)
         self._sample_seed = randomness.seed_of(0, "measure")
-        with adapter.disabled(), base.lazy_weights.restored_after():
-            base.lazy_weights.load("text")
-            self._error_before = self._error()
 
     def fit(self) -> float:
         """As the adapter is now."""
-        return self._error() / self._error_before
+        return self._error() / self._error_of_base
+
+    @cached_property
+    def _error_of_base(self) -> float:
+        """Not before it is asked for: a run may measure nothing."""
+        with self._adapter.disabled():
+            return self._error()
 
     @torch.no_grad()
     def _error(self) -> float:
