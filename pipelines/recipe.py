@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def refuse(file: Path, recipe: Recipe, trainer: ModuleType) -> None:
     """Refuse what the trainer would refuse, before anything is written. Raises ConfigError."""
-    left = {"images": "images", "output": "runs/recipe", **dict.fromkeys(recipe.ask, "thing")}
+    left = {"output": "runs/recipe", **dict.fromkeys(recipe.ask, "thing")}
     try:
         trainer.check(trainer.Config(**{**left, **recipe.values}))
     except ConfigError as error:

@@ -340,6 +340,16 @@ def test_images_of_the_concept_take_the_place_of_generated_ones(train, pictures,
     assert not (path.parent / "drawn").exists()
 
 
+@pytest.mark.slow
+def test_what_a_dataset_says_of_captions_does_not_touch_the_concept(train, pictures, tmp_path):
+    options = "caption_dropout = 1.0\nshuffle_tags = true\ntag_dropout = 0.9\n"
+    (tmp_path / "set.toml").write_text(f'[[source]]\npath = "{pictures.as_posix()}"\n{options}')
+    ends = ("--concept", "a square, red", "--more", "a gold square")
+    plain = train("plain", (*ends, "--images", str(pictures)), "--steps", "2")
+    told = train("told", (*ends, "--images", str(tmp_path / "set.toml")), "--steps", "2")
+    assert_equal(plain, told)
+
+
 def test_the_card_of_pairs_tells_them(train, pairs):
     path = train("run", pairs, "--steps", "1")
     card = (path.parent / "README.md").read_text(encoding="utf-8")

@@ -301,14 +301,13 @@ def check_words(config: Config) -> list[Ends]:
 def read_images(config: Config) -> list[ExampleSet]:
     """The images that are given: those of the concept, or both folders of pairs; none where the base draws them."""
     from sfumato import data
-    from sfumato.training.slider import paired
-    from sfumato.training.subject import with_caption
+    from sfumato.training.slider import of_concept, paired
 
     if config.images is not None:
         folders = [config.images]
         # Captions are not used, and need not be there.
         examples = data.read_folder(config.images, caption_template="{caption}").in_group("instance")
-        found = [with_caption(examples, config.concept[0])]
+        found = [of_concept(examples, config.concept[0])]
     elif config.more_images is not None and config.less_images is not None:
         folders = [config.more_images, config.less_images]
         templates = (config.caption, "{caption}")  # nor those of the partners

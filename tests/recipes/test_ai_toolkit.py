@@ -300,8 +300,8 @@ def test_the_first_training_of_several_processes(home):
     ("changes", "said"),
     [
         (
-            {"type": "concept_slider"},
-            "its process is concept_slider, which has no counterpart; wanted one of diffusion_",
+            {"type": "image_reference_slider_trainer"},
+            "its process is image_reference_slider_trainer, which has no counterpart; wanted one of concept_slider, di",
         ),
         ({"model": {"is_flux": True}}, "its model is of is_flux; wanted SD 1.x, SD 2.x or SDXL, sd1, sd15, sd2, sdxl."),
         (

@@ -81,7 +81,7 @@ def convert(path: Path, images: Path) -> Training:
     if data is not None and data.resolution is not None:
         recipe.say("resolution", data.resolution)
     recipe.say("images", None if data is None else images.as_posix())
-    if "images" not in recipe.told:
+    if "images" not in recipe.told and recipe.program != "slider":  # which may draw its own
         recipe.ask = ("images", *recipe.ask)
     of_images = [] if data is None else [n for n in data.notes if n not in _SETTLED and not asked.is_settled(n)]
     return Training(

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sfumato.errors import ConfigError
-from sfumato.recipes import shared
+from sfumato.recipes import ai_toolkit_sliders, shared
 from sfumato.recipes.asked import Asked, Recipe
 
-KINDS = frozenset(("sd_trainer", "ui_trainer", "diffusion_trainer", "textual_inversion_trainer"))
-"""Types of its processes that train from images with a diffusion loss."""
+KINDS = ai_toolkit_sliders.KINDS.union(("sd_trainer", "ui_trainer", "diffusion_trainer", "textual_inversion_trainer"))
+"""Types of its processes that train."""
 OF_DATA = frozenset(("batch_size", "buckets", "cache_text_embeddings", "num_workers", "prefetch_factor", "resolution"))
 """What a recipe says of data sets, or what needs no word."""
 _FAMILIES = ("sd1", "sd15", "sd2", "sdxl")
@@ -82,21 +82,30 @@ def convert(asked: Asked) -> Recipe:
         raise ConfigError(f"{asked.name}: its adapter is {adapter:.40}, which has no counterpart; take it out.")
     has_network, has_word = bool(asked.part("network").values), bool(asked.part("embedding").values)
     recipe = Recipe("lora" if has_network else "textual_inversion" if has_word else "finetune")
+    if asked.text("type") in ai_toolkit_sliders.KINDS:
+        if not has_network:
+            raise ConfigError(f"{asked.name}: a slider without a network, which `slider` always trains; give it one.")
+        recipe, has_word = Recipe("slider"), False
     _of_base(asked, recipe)
     if recipe.program == "textual_inversion":
         recipe.say("placeholder", [_placeholder(asked)])
         recipe.say("keep_scale", None, False)
     elif asked.part("train").get("train_unet", True) is False:
         raise ConfigError(f"{asked.name}: its U-Net does not learn (train_unet), which `{recipe.program}` always does.")
-    if recipe.program == "lora":
+    if recipe.program in ("lora", "slider"):
         _adapter(asked.part("network"), recipe)
     if has_word:
         _vectors(asked, recipe)
     _rates(asked.part("train"), recipe)
     _steps(asked, recipe)
     _optimizer(asked.part("train"), recipe)
-    _loss(asked.part("train"), recipe)
-    _prior(asked, recipe)
+    if recipe.program == "slider":
+        ai_toolkit_sliders.ends(asked, recipe)
+        _loss(asked.part("train"), recipe)
+        ai_toolkit_sliders.leave_captions(recipe)
+    else:
+        _loss(asked.part("train"), recipe)
+        _prior(asked, recipe)
     _told_while_it_runs(asked, recipe)
     asked.part("logging")
     for part in asked.with_parts():
@@ -308,7 +317,10 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
         recipe.say("save_every", _updates(train, every))
     recipe.say("push_to_hub", save.text("hf_repo_id") if save.flag("push_to_hub") else None)
     every = 0 if train.flag("disable_sampling") else sample.whole("sample_every")
-    recipe.say("sample_prompts", _prompts(asked, recipe.notes) or None)
+    prompts = _prompts(asked, recipe.notes)
+    if recipe.program == "slider":  # where each prompt stands for one of the weights there
+        prompts = list(dict.fromkeys(prompts))
+    recipe.say("sample_prompts", prompts or None)
     recipe.say("sample_every", None if every is None else _updates(train, every))
 
 

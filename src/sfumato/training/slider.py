@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -106,6 +106,19 @@ def learned_as_concepts(images: Sequence[DrawnImage], drawn: ExampleSet) -> Exam
         for prompt in prompt_counts(images)
     }
     return ExampleSet(tuple(Example(next(paths[image.prompt]), image.concept) for image in images))
+
+
+def of_concept(examples: ExampleSet, concept: str) -> ExampleSet:
+    """The images with the concept as the caption of every sample, whatever their own options say of captions."""
+    from sfumato.training.subject import with_caption
+
+    whole: dict[str, Any] = {"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False, "keep_tags": 0}
+    found = with_caption(examples, concept)
+    each = (
+        dataclasses.replace(example, options=dataclasses.replace(example.options, **whole), kept_tags={})
+        for example in found
+    )
+    return dataclasses.replace(found, examples=tuple(each))
 
 
 def paired(more: ExampleSet, less: ExampleSet) -> tuple[ExampleSet, ExampleSet]:
