@@ -399,7 +399,8 @@ def pretended_gpu(kind: Literal["cuda", "mps"] = "cuda", major: int = 8) -> Iter
             patch.multiple(torch.cuda, **cuda),
             patch.multiple(torch.backends.mps, **mps),
             patch.object(torch.mps, "empty_cache", nothing),
-            patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(kind)),
+            # By which accelerate chooses a device from 1.16 on.
+            patch("accelerate.state.get_torch_accelerator_backend", lambda: (kind, None), create=True),
             patch.object(torch, "Generator", Generator),
             patch.object(Tensor, "data", property(get_data, set_data), create=True),
             patch.object(tensors, "is_plain", lambda tensor: plain(getattr(tensor, "held", tensor))),
