@@ -40,6 +40,7 @@ KINDS = {
     "lokr": Kind("lokr"),
     "lokr, factor 4": Kind("lokr", factor=4),
     "dora of lokr": Kind("lokr", dora=True),
+    "oft": Kind("oft"),
 }
 
 

@@ -50,7 +50,7 @@ class Config:
     """PATTERN=RANK: another LoRA rank for some layers, as for training; 0 leaves them out. Repeat the option for
     several."""
     algo: AlgoName = "lora"
-    """Kind of adapter, as for training: lora, loha or lokr. The rows of the table call all of them lora."""
+    """Kind of adapter, as for training: lora, loha, lokr or oft. The rows of the table call all of them lora."""
     dora: bool = False
     """With weight decomposition (DoRA), as for training."""
     factor: int | None = None

@@ -1,4 +1,4 @@
-"""LoHa, LoKr and DoRA of each on plain layers: no-ops at the start, then the change that their formula makes."""
+"""LoHa, LoKr, OFT and DoRA of them on plain layers: no-ops at the start, then the change that their formula makes."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,8 @@ KINDS = {
     "loha": Kind("loha"),
     "lokr": Kind("lokr"),
     "lokr, factor 2": Kind("lokr", factor=2),
-    **{f"dora of {algo}": Kind(algo, dora=True) for algo in ALGOS},
+    "oft": Kind("oft"),
+    **{f"dora of {algo}": Kind(algo, dora=True) for algo in ("lora", "loha", "lokr")},
 }
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 LAYERS = {"linear": (nn.Linear(12, 18), (2, 30, 12)), "unbiased": (nn.Linear(6, 10, bias=False), (3, 6))}
@@ -35,7 +36,7 @@ PATHS = {name: f"down_blocks.0.{path}" for name, path in NAMES.items()}
 
 
 @pytest.fixture(params=KINDS)
-def kind(request):
+def kind(request) -> Kind:
     return KINDS[request.param]
 
 
@@ -72,6 +73,11 @@ def naive(kind: Kind, layer: nn.Module, weight: torch.Tensor, *, detached: bool 
     scale, weight = 6.0 / 3, weight.double()
     if kind.algo == "lora":
         update = factors["up"].flatten(1) @ factors["down"].flatten(1)
+    elif kind.algo == "oft":
+        q = torch.block_diag(*(factors["blocks"] - factors["blocks"].transpose(1, 2)))
+        one = torch.eye(len(q), dtype=q.dtype)
+        rotation = (one + q) @ (one - q).inverse()
+        return (rotation.T @ weight.flatten(1)).reshape(weight.shape)
     elif kind.algo == "loha":
         update = (factors["w1_a"] @ factors["w1_b"]) * (factors["w2_a"] @ factors["w2_b"])
     else:
@@ -319,7 +325,42 @@ def test_convolutions_have_their_own_rank_and_alpha(kind):
     layers = attach({"unet": hosts}, rank=2, alpha=1.0, conv_rank=1, conv_alpha=3.0, kind=kind).layers
     assert {name: layer.rank for (_, name), layer in layers.items()} == {"linear": 2, "3x3": 1, "1x1": 2}
     whole = kind.algo == "lokr" and len(layers["unet", "3x3"].factors()) == 2 + kind.dora
-    assert layers["unet", "3x3"].scale == (1.0 if whole else 3.0)
+    assert layers["unet", "3x3"].scale == (1.0 if whole or kind.algo == "oft" else 3.0)
+
+
+def test_an_oft_keeps_the_lengths_of_outputs_and_their_angles_within_a_block(name):
+    """Qiu et al. 2023: within each block the rows turn together, so that what the inputs see keeps its Gram matrix."""
+    host, _, adapter = attached(Kind("oft"), name)
+    (layer,) = learn(adapter).layers.values()
+    before = host.weight.flatten(1)
+    after = (before + layer.delta(host.weight, *layer.factors()).flatten(1)).detach()
+    assert (after - before).norm() > 0.1 * before.norm()
+    assert_close(after.T @ after, before.T @ before, rtol=1e-4, atol=1e-5)
+    for old, new in zip(before.split(layer.rank), after.split(layer.rank), strict=True):
+        assert_close(new.T @ new, old.T @ old, rtol=1e-4, atol=1e-5)
+
+
+def test_an_ofts_blocks_are_the_largest_that_divide_the_outputs():
+    """LyCORIS's `factorization` has the same where the rank is below the root of the outputs."""
+    hosts = {str(size): nn.Linear(3, size) for size in (320, 640, 768, 96, 9)}
+    layers = attach({"unet": hosts}, rank=8, alpha=1.0, kind=Kind("oft")).layers
+    assert {path: layer.rank for (_, path), layer in layers.items()} == {"320": 8, "640": 8, "768": 8, "96": 8, "9": 3}
+    for size in (320, 640, 768, 96):
+        assert layers["unet", str(size)].rank == factorization(size, 8)[0]
+    assert Kind("oft").notes({"unet": hosts}, 8) == [
+        "--rank 8: blocks of so many outputs are rotated, which has no scale, whatever the alpha",
+        "--rank 8: in 1 of 5 layers the blocks have 3 outputs, the largest divisor of the layer's",
+    ]
+    with pytest.raises(AdapterError, match=r"--rank 8: 11 outputs make blocks of one, which nothing turns; wanted"):
+        Kind("oft").notes({"unet": hosts | {"11": nn.Linear(3, 11)}}, 8)
+
+
+@pytest.mark.parametrize("other", [{"kohya": True, "alpha": 1.0}, {"alpha": 0.1}, {"rescale": torch.ones(18)}])
+def test_an_oft_that_is_constrained_or_rescaled_is_nothing_to_start_from(other):
+    *_, adapter = attached(Kind("oft"), "linear")
+    ((key, change),) = adapter.changes().items()
+    with pytest.raises(AdapterError, match="none of which is trained"):
+        adapter.load({key: replace(change, **other)}, "a")
 
 
 def test_the_kinds_are_those_of_the_option():
@@ -333,6 +374,7 @@ def test_loraplus_is_of_the_factors_b():
     assert loha.ups() == []
 
 
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "oft"], indirect=True)  # which has no such limit
 @pytest.mark.parametrize("most", [0.1, 1e6])
 def test_a_norm_over_the_limit_is_shrunk_to_it_and_the_direction_stays(kind, name, most):
     host, _, adapter = attached(kind, name)

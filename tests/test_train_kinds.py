@@ -87,6 +87,31 @@ def dora_layers(unet: nn.Module, kind: Kind, rank: int):
     return lambda: {name: layer.changed() - layer.weight for name, layer in weights.items()}
 
 
+def oft_layers(unet: nn.Module, kind: Kind, rank: int):
+    """The paper's formula in place of the layers: R W, R the Cayley transform of each block."""
+    weights = {}
+
+    class Rotated(nn.Module):
+        def __init__(self, host):
+            super().__init__()
+            self.weight, self.bias = host.weight, host.bias
+            self.blocks = nn.Parameter(torch.zeros(len(host.weight) // rank, rank, rank))
+
+        def changed(self):
+            q = torch.block_diag(*(self.blocks - self.blocks.transpose(1, 2)))
+            one = torch.eye(len(q))
+            return ((one + q) @ (one - q).inverse()).T @ self.weight
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.changed(), self.bias)
+
+    for name in select(unet, "cross-attention"):
+        parent, _, last = name.rpartition(".")
+        weights[name] = Rotated(unet.get_submodule(name))
+        setattr(unet.get_submodule(parent), last, weights[name])
+    return lambda: {name: layer.changed() - layer.weight for name, layer in weights.items()}
+
+
 @pytest.mark.parametrize(
     ("layers", "kind", "rank"),
     [
@@ -94,6 +119,7 @@ def dora_layers(unet: nn.Module, kind: Kind, rank: int):
         (peft_layers, Kind("lokr"), 2),
         (peft_layers, Kind("lokr"), 4),
         (dora_layers, Kind(dora=True), 2),
+        (oft_layers, Kind("oft"), 4),
     ],
 )
 def test_equal_to_a_plain_loop(layers, kind, rank, train, pocket_folder, pictures):
@@ -142,10 +168,12 @@ def test_equal_to_a_plain_loop(layers, kind, rank, train, pocket_folder, picture
         ("--algo", "loha", "--ema", "0.5"),
         ("--algo", "lokr", "--factor", "4", "--dropout", "0.3"),
         ("--rank-dropout", "0.3", "--module-dropout", "0.5"),
+        ("--algo", "oft", "--rank-dropout", "0.3"),
     ],
 )
 def test_a_run_goes_on_to_the_bit(options, train, tmp_path):
-    whole = train("run", "--checkpoint-every", "2", "--targets", SOME, *options, flags=["--dora"])
+    flags = [] if "oft" in options else ["--dora"]
+    whole = train("run", "--checkpoint-every", "2", "--targets", SOME, *options, flags=flags)
     wanted = read_tensors(whole)
     shutil.rmtree(whole.parent / "checkpoints/000004")
     whole.unlink()
@@ -165,6 +193,7 @@ def test_a_run_goes_on_to_the_bit(options, train, tmp_path):
             {"algo": "loha", "conv_dim": "1", "rs_lora": "True"},
         ),
         ((), ["--dora"], {"algo": "lora", "dora_wd": "True", "wd_on_output": "False"}),
+        (("--algo", "oft"), [], {"algo": "diag-oft"}),
     ],
 )
 def test_the_file_says_what_it_is_and_is_what_our_commands_read(
@@ -193,7 +222,7 @@ def test_the_file_says_what_it_is_and_is_what_our_commands_read(
     words = ["generate", "a red square", "--lora", f"{path}:0.7", *base, "--steps", "1", "--output", str(drawn)]
     assert cli.main(words) == 0
     card = (path.parent / "README.md").read_text(encoding="utf-8")
-    title = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}[args["algo"]]
+    title = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "diag-oft": "OFT"}[args["algo"]]
     title += " with weight decomposition (DoRA)" if flags == ["--dora"] else ""
     assert f"A {title} for" in card
     assert "load_lora_weights" not in card
@@ -214,12 +243,14 @@ def test_starting_from_an_adapter_goes_on_where_it_stopped(train, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algo", "flags"), [("lokr", ["--dora"]), ("loha", [])])
+@pytest.mark.parametrize(("algo", "flags"), [("lokr", ["--dora"]), ("loha", []), ("oft", [])])
 def test_dreambooth_and_text_encoders_learn_them_too(algo, flags, train):
     options = ("--algo", algo, "--targets", SOME, "--steps", "2", "--class-count", "2")
     path = train("booth", *options, program="dreambooth", flags=[*flags, "--train-text-encoder"])
     changes = read_adapter(path).changes
-    assert {change.kind for change in changes.values()} == {{"lokr": "DoRA of LoKr", "loha": "LoHa"}[algo]}
+    assert {change.kind for change in changes.values()} == {
+        {"lokr": "DoRA of LoKr", "loha": "LoHa", "oft": "OFT"}[algo]
+    }
     assert {part for part, _ in changes} == {"unet", "text_encoder"}
 
 
@@ -258,6 +289,11 @@ def test_in_half_precision_and_with_checkpointing_nearly_the_same_is_learned(tra
         ("lora", ["--algo", "lokr", "--factor", "0"], "--factor is 0; it must be at least 1"),
         ("lora", ["--algo", "lokr", "--loraplus-ratio", "4"], "--loraplus-ratio has no effect without --algo lora"),
         ("lora", ["--algo", "loha", "--rank", "65"], "--rank 65: the widest layer has 64 directions"),
+        ("lora", ["--algo", "oft", "--dora"], "--dora has no effect without --algo lora, loha or lokr"),
+        ("lora", ["--algo", "oft", "--max-norm", "1"], "--max-norm has no effect without --algo lora, loha or lokr"),
+        ("lora", ["--algo", "oft", "--rank-stabilised"], "--rank-stabilised has no effect without --algo lora, loha"),
+        ("lora", ["--algo", "oft", "--rank-of", "up=4:2"], "--rank-of up=4:2: --algo oft has no scale; give the rank"),
+        ("lora", ["--algo", "oft", "--rank", "1"], "--rank 1: 32 outputs make blocks of one, which nothing turns"),
         ("dreambooth", ["--algo", "loha"], "--algo has no effect without --method lora"),
         ("dreambooth", ["--dora"], "--dora has no effect without --method lora"),
         ("dreambooth", ["--factor", "4"], "--factor has no effect without"),
@@ -299,9 +335,10 @@ def test_each_kind_has_its_default_rate(tmp_path):
     family = FAMILIES["sd1"]
     base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
     rates = {}
-    for algo in ("lora", "loha", "lokr"):
+    for algo in ("lora", "loha", "lokr", "oft"):
         config = Config(images=tmp_path, output=tmp_path, algo=algo)
         config, filled = resolve(config, base, data.ExampleSet(()), 1, kinds=1)
         rates[algo] = config.learning_rate
         assert "learning_rate" in filled
-    assert rates == pytest.approx({"lora": 1e-4, "loha": 1e-5, "lokr": 3e-4})
+        assert config.alpha == (None if algo == "oft" else 16)
+    assert rates == pytest.approx({"lora": 1e-4, "loha": 1e-5, "lokr": 3e-4, "oft": 2e-5})

@@ -365,8 +365,7 @@ def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) ->
     config, filled = config_defaults.resolve(config, base, examples, processes, **defaults)
     values = given | {"save": config.save or ("folder" if config.method == "full" else "lora")}
     if config.method == "lora":
-        alpha = config.alpha or float(config.rank)
-        values |= {"alpha": alpha, **config_defaults.conv_defaults(config, alpha)}
+        values |= config_defaults.scale_defaults(config)
     return dataclasses.replace(config, **values), [name for name in filled if name not in unused]
 
 

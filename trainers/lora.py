@@ -345,10 +345,8 @@ def resolve(
                 f"--crossed-share {config.crossed_share:g}: samples are crossed from timestep {first} on, and "
                 f"--max-timestep {timesteps.stop} leaves none; give --crossed-share 0, or more timesteps."
             )
-    alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else float(config.rank)
-    alpha = config.alpha or alpha
-    values: dict[str, Any] = {"alpha": alpha}
-    values |= config_defaults.conv_defaults(config, alpha, rank_stabilised=config.rank_stabilised)
+    alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else None
+    values = config_defaults.scale_defaults(config, alpha, rank_stabilised=config.rank_stabilised)
     if kinds > 1:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     if config.train_words:

@@ -330,8 +330,7 @@ def resolve(config: Config, base: Base, given: Sequence[ExampleSet], processes: 
         del defaults["drawn"]
     of_epoch = given[0] if given else ExampleSet(())
     config, filled = config_defaults.resolve(config, base, of_epoch, processes, **defaults)
-    values: dict[str, Any] = {"alpha": config.alpha or float(config.rank)}
-    values |= config_defaults.conv_defaults(config, values["alpha"])
+    values = config_defaults.scale_defaults(config)
     if config.prior_prompts:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
     return dataclasses.replace(config, **values), filled

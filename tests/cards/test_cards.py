@@ -249,6 +249,12 @@ def test_the_card_of_a_difference_says_who_reads_it(text, tmp_path):
             {"algo": "lora", "dora": True},
             "Forge and InvokeAI read the file as it is. diffusers draws with the LoRA",
         ),
+        (
+            "sd1",
+            {"algo": "oft"},
+            "ComfyUI (which counts any weight but 1 twice) and AUTOMATIC1111 read the file as it is. diffusers refuses "
+            "it, Forge leaves it out, InvokeAI refuses it, and sd-scripts does not know the kind",
+        ),
         ("sdxl", {"algo": "lokr"}, "Forge and InvokeAI read the file as it is. diffusers refuses it, and sd-scripts"),
         (
             "sd1",

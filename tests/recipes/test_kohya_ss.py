@@ -61,6 +61,7 @@ def test_what_its_window_saves_is_a_config_of_lora(home):
         ({"LoRA_type": "Kohya LoCon"}, {"conv_rank": 4, "conv_alpha": 2.0}, {"targets": "everything"}),
         ({"LoRA_type": "LoCon"}, {"algo": "lora", "conv_rank": 4}, {"targets": "everything"}),
         ({"LoRA_type": "LyCORIS/LoKr", "factor": 8, "dora_wd": True}, {"algo": "lokr", "factor": 8, "dora": True}, {}),
+        ({"LoRA_type": "LyCORIS/Diag-OFT"}, {"algo": "oft", "alpha": None}, {}),
         ({"LoRA_type": "LyCORIS/LoHa", "LyCORIS_preset": "attn-only"}, {"algo": "loha"}, {"targets": "attention"}),
         ({"text_encoder_lr": 0}, {"text_learning_rate": None}, {"train_text_encoder": None}),
         ({"text_encoder_lr": "", "unet_lr": ""}, {"learning_rate": 1e-4, "text_learning_rate": 1e-4}, {}),

@@ -67,6 +67,7 @@ def test_a_lora_of_onetrainer(home):
     ("changes", "told"),
     [
         ({"peft_type": "LOKR", "lokr_dim": 8, "lokr_decompose_factor": 4}, {"algo": "lokr", "rank": 8, "factor": 4}),
+        ({"peft_type": "OFT_2", "oft_block_size": 16}, {"algo": "oft", "rank": 16, "alpha": None, "dora": None}),
         ({"lora_decompose": True}, {"dora": True}),
         ({"loss_weight_fn": "DEBIASED_ESTIMATION"}, {"debiased": True, "min_snr": None}),
         ({"clip_grad_norm": None}, {"clip": 0.0}),
@@ -100,7 +101,7 @@ def test_what_onetrainer_s_window_saves_and_has_no_counterpart_is_named_where_it
     for changes, said in (
         ({"model_type": "FLUX_DEV_1"}, "model_type is FLUX_DEV_1; wanted SD 1.5, 2.x or SDXL, without inpainting."),
         ({"training_method": "FINE_TUNE_VAE"}, "training_method is FINE_TUNE_VAE; wanted LORA, EMBEDDING, FINE_TUNE."),
-        ({"peft_type": "OFT_2"}, "peft_type OFT_2 has no counterpart; LORA, LOHA and LOKR have."),
+        ({"peft_type": "HRA"}, "peft_type HRA has no counterpart; LORA, LOHA, LOKR and OFT_2 have."),
         ({"unet": {"train": False}}, "its U-Net does not learn (unet.train), which `lora` always does."),
     ):
         with pytest.raises(ConfigError) as refused:
@@ -117,6 +118,11 @@ def test_what_else_of_onetrainer_has_no_counterpart_is_named(home):
         "unet.stop_training_after = 3: the U-Net learns to the end",
     }
     assert "lokr" not in str(of_onetrainer(home, lokr_full_matrix=True).notes)
+    assert "oft_scaled" not in str(of_onetrainer(home, oft_scaled=True).notes)
+    assert set(of_onetrainer(home, peft_type="OFT_2", oft_scaled=True).notes) >= {
+        "oft_scaled = True: has no counterpart here and is left out",
+        "peft_type OFT_2: rotates the inputs of layers, and here their outputs are rotated",
+    }
     recipe = of_onetrainer(home, training_method="EMBEDDING", embedding={"model_name": "a.pt"}).recipe
     assert "embedding.model_name = a.pt: it starts from --initial-words, not from a file" in recipe.notes
 

@@ -79,6 +79,11 @@ def test_of_what_sd_scripts_is_not_told_its_defaults_are_written(home):
             {"targets": "everything", "conv_alpha": 1.0},
         ),
         (
+            "--network_module lycoris.kohya --network_alpha 2 --network_args algo=diag-oft conv_dim=4 conv_alpha=1",
+            {"algo": "oft", "rank": 8, "conv_rank": 4, "alpha": None, "conv_alpha": None},
+            {"alpha": None, "conv_alpha": None},
+        ),
+        (
             "--network_module lycoris.kohya --network_args preset=attn-mlp",
             {"algo": "lora"},
             {"targets": "transformers"},
@@ -131,6 +136,18 @@ def test_sdxl_s_script_does_not_look_at_clip_skip(home):
     ("line", "note"),
     [
         ("--optimizer_type SGDNesterov", "optimizer SGDNesterov: has no counterpart; adamw takes its place"),
+        (
+            "--network_module lycoris.kohya --network_dim 32 --network_args algo=diag-oft",
+            "algo=diag-oft: blocks have 32 outputs here; LyCORIS's have fewer in layers of fewer than 1024",
+        ),
+        (
+            "--scale_weight_norms 1 --network_module lycoris.kohya --network_args algo=diag-oft",
+            "scale_weight_norms: rotations have no such limit, so it is left out",
+        ),
+        (
+            "--network_module lycoris.kohya --network_args algo=diag-oft constraint=0.1 rescaled=False",
+            "network_args constraint=0.1: has no counterpart here and is left out",
+        ),
         ("--network_args use_tucker=True", "network_args use_tucker=True: has no counterpart here and is left out"),
         (
             "--network_module lycoris.kohya --network_args rank_dropout=0.1",

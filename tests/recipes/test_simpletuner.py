@@ -211,8 +211,17 @@ def test_what_of_simpletuner_cannot_be_had_is_refused(changes, said, home):
     assert str(refused.value).removeprefix("config.json: ").startswith(said)
 
 
+def test_an_oft_of_lycoris_has_no_scale(home):
+    own = {"algo": "diag-oft", "linear_dim": 8, "linear_alpha": 4, "conv_dim": 4, "conv_alpha": 2}
+    recipe = of_simpletuner(home, lycoris=own, lora_type="lycoris", lycoris_config="config/bear/lycoris.json").recipe
+    assert recipe.values | {"algo": "oft", "rank": 8, "conv_rank": 4} == recipe.values
+    assert not {"alpha", "conv_alpha"} & recipe.values.keys()
+
+
 def test_a_lycoris_of_another_kind_is_refused(home):
-    with pytest.raises(ConfigError, match=r"LyCORIS's tlora has no counterpart; lora, locon, loha, lokr have\."):
+    with pytest.raises(
+        ConfigError, match=r"LyCORIS's tlora has no counterpart; lora, locon, loha, lokr, diag-oft have\."
+    ):
         of_simpletuner(home, lycoris={"algo": "tlora"}, lora_type="lycoris", lycoris_config="config/bear/lycoris.json")
 
 

@@ -15,6 +15,7 @@ from sfumato.adapters.layer import UpdateLayer
 from sfumato.adapters.loha import LohaLayer
 from sfumato.adapters.lokr import LokrLayer, whole_notes
 from sfumato.adapters.lora import LoraLayer
+from sfumato.adapters.oft import OftLayer, block_notes
 from sfumato.adapters.ranks import Ranked, narrow_notes, ranked
 from sfumato.adapters.whole import Host
 
@@ -35,6 +36,7 @@ ALGOS: Mapping[str, Algo] = MappingProxyType(
         "lora": Algo(lambda *given: LoraLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=1),
         "loha": Algo(lambda *given: LohaLayer(*given[:4]), lambda some, _: narrow_notes(some), rate=0.1),
         "lokr": Algo(LokrLayer, whole_notes, rate=3),
+        "oft": Algo(lambda host, rank, *_: OftLayer(host, rank), lambda some, _: block_notes(some), rate=0.2),
     }
 )
 

@@ -9,7 +9,7 @@ from sfumato import shell
 if TYPE_CHECKING:
     from sfumato.files import Description
 
-_TITLES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+_TITLES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
 
 
 def is_plain_lora(about: Description) -> bool:
@@ -38,6 +38,9 @@ def readers_of(about: Description, file: str) -> str:
             "ComfyUI, AUTOMATIC1111 and Forge",
             ", InvokeAI recognises it only if its large factors are whole",
         )
+    elif algo == "oft":
+        first = "ComfyUI (which counts any weight but 1 twice) and AUTOMATIC1111"
+        invoke = ", Forge leaves it out, InvokeAI refuses it"
     base = shell.quote(about.base)
     baked = (
         f"sfumato convert {shell.quote(file)} --bake lora --keep-energy 0.99 --base {base} --output NAME.safetensors"

@@ -22,6 +22,7 @@ from sfumato.files.changes import Change, LoraModule
 from sfumato.files.changes.dora import Dora
 from sfumato.files.changes.loha import Loha
 from sfumato.files.changes.lokr import Lokr
+from sfumato.files.changes.oft import OutputOft
 from sfumato.files.fingerprint import FINGERPRINT_KEY, fingerprint_on
 from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_names
@@ -126,6 +127,10 @@ def _of_lokr(change: Lokr, dtype: torch.dtype, weight: Tensor) -> dict[str, Tens
     return {"lokr_w1": first, "lokr_w2_a": left, "lokr_w2_b": right, "alpha": torch.tensor(change.scale * len(right))}
 
 
+def _of_oft(change: OutputOft, dtype: torch.dtype, weight: Tensor) -> dict[str, Tensor]:
+    return {"oft_blocks": change.blocks, "alpha": torch.tensor(change.alpha or 0.0)}
+
+
 def _of_dora(change: Dora, dtype: torch.dtype, weight: Tensor) -> dict[str, Tensor]:
     magnitude = change.magnitude.reshape(1, -1) if change.on_input else change.magnitude.reshape(-1, 1)
     scale = magnitude.reshape(*magnitude.shape, *(1,) * (weight.ndim - 2))
@@ -133,7 +138,7 @@ def _of_dora(change: Dora, dtype: torch.dtype, weight: Tensor) -> dict[str, Tens
 
 
 _TENSORS: Mapping[type, Callable[[Any, torch.dtype, Tensor], dict[str, Tensor]]] = MappingProxyType(
-    {LoraModule: _of_lora, Loha: _of_loha, Lokr: _of_lokr, Dora: _of_dora}
+    {LoraModule: _of_lora, Loha: _of_loha, Lokr: _of_lokr, OutputOft: _of_oft, Dora: _of_dora}
 )
 """What a file calls the tensors of a kind, after the module's name: by suffix."""
 
@@ -152,7 +157,7 @@ def network_metadata(
 
     conv: rank and alpha of convolutions of more than 1x1, where they are others. A file of plain LoRAs has none of it.
     """
-    args = {"algo": algo}
+    args = {"algo": "diag-oft" if algo == "oft" else algo}
     args |= {} if conv is None else {"conv_dim": str(conv[0]), "conv_alpha": exact(conv[1])}
     args |= {} if factor is None else {"factor": str(factor)}
     args |= {"dora_wd": "True", "wd_on_output": "False"} if dora else {}

@@ -68,12 +68,13 @@ _USUAL = {"bucket_reso_steps": 64, "min_bucket_reso": 256, "max_bucket_reso": 20
 _KINDS = {
     "Standard": "networks.lora", "Kohya LoCon": "networks.lora", "LoCon": "locon", "LyCORIS/LoCon": "locon",
     "LyCORIS/LoHa": "loha", "LyCORIS/LoKr": "lokr",
+    "LyCORIS/Diag-OFT": "diag-oft",
 }  # fmt: skip
 """LoRA_type -> the module, or LyCORIS's algo."""
 _OF_EACH = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio",
             "loraplus_text_encoder_lr_ratio")  # fmt: skip
 _OF_LYCORIS = ("use_tucker", "use_cp", "use_scalar", "dora_wd", "rank_dropout_scale", "train_norm")
-_OF_LOKR = ("factor", "decompose_both")
+_OF_ALGO = {"lokr": ("factor", "decompose_both"), "diag-oft": ("rescaled",)}
 _OTHERS = ("flux1_checkbox", "sd3_checkbox", "hunyuan_image_checkbox", "anima_checkbox", "lumina_checkbox")
 
 
@@ -174,7 +175,8 @@ def _network(found: Mapping[str, Any], name: str) -> dict[str, Any]:
         of_kind += OF_BLOCKS
     else:
         args = [f"algo={module}", f"preset={found.get('LyCORIS_preset', 'full')}"]
-        of_kind += [*_OF_LYCORIS, *(_OF_LOKR if module == "lokr" else ())]
+        args += [f"constraint={found['constrain']}"] if module == "diag-oft" and "constrain" in found else []
+        of_kind += [*_OF_LYCORIS, *_OF_ALGO.get(module, ())]
         module = "lycoris.kohya"
     if kind != "Standard":
         args += [f"{key}={found.get(key, 0)}" for key in ("conv_dim", "conv_alpha")]

@@ -41,7 +41,8 @@ _NEUTRAL: dict[str, Any] = {
     "learning_rate_scaler": "NONE", "force_circular_padding": False, "layer_filter_regex": False,
     "masked_prior_preservation_weight": 0.0, "normalize_masked_area_loss": False, "multi_gpu": False,
     "custom_conditioning_image": False, "force_epsilon_prediction": False, "text_encoder_2_layer_skip": 0,
-    "lokr_full_matrix": False, "lokr_decompose_both": False, "lokr_use_tucker": False,
+    "lokr_full_matrix": False, "lokr_decompose_both": False, "lokr_use_tucker": False, "oft_block_share": False,
+    "oft_scaled": False,
 }  # fmt: skip
 """Settings without a counterpart, and the value with which they do nothing."""
 _OPTIMIZER = ("eps", "d0", "d_coef", "growth_rate", "use_bias_correction", "safeguard_warmup", "clip_threshold",
@@ -73,7 +74,7 @@ def convert(asked: Asked) -> Recipe:
         f"{key} = {values[key]}: has no counterpart here and is left out"
         for key, neutral in _NEUTRAL.items()
         if key in values and values[key] not in (neutral, None)
-        if recipe.told.get("algo") == "lokr" or not key.startswith("lokr_")
+        if key.split("_")[0] not in {"lokr", "oft"} - {recipe.told.get("algo")}
         if kind.endswith("XL_10_BASE") or key != "text_encoder_2_layer_skip"
     ]
     return recipe
@@ -102,11 +103,23 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
     recipe.say("save_precision", _FORMATS.get(asked.text("output_dtype") or ""))
 
 
+def _factors(asked: Asked, recipe: Recipe, algo: str) -> None:
+    """What the kinds have that are made of factors."""
+    recipe.say("rank", asked.whole("lokr_dim" if algo == "lokr" else "lora_rank"), 16)
+    recipe.say("alpha", asked.number("lora_alpha"), 1.0)
+    if asked.flag("lokr_weight_decompose" if algo == "lokr" else "lora_decompose"):
+        recipe.say("dora", True)
+        if asked.flag("lora_decompose_output_axis") or (algo == "lokr" and asked.get("lokr_dora_on_output", True)):
+            recipe.notes.append(f"{'lokr_weight' if algo == 'lokr' else 'lora'}_decompose: {shared.LENGTHS}")
+    factor = asked.whole("lokr_decompose_factor", -1) or -1
+    recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
+
+
 def _adapter(asked: Asked, recipe: Recipe) -> None:
     kind = asked.text("peft_type", "LORA") or ""
-    algo = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}.get(kind)
+    algo = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "OFT_2": "oft"}.get(kind)
     if algo is None:
-        raise ConfigError(f"{asked.name}: peft_type {kind:.40} has no counterpart; LORA, LOHA and LOKR have.")
+        raise ConfigError(f"{asked.name}: peft_type {kind:.40} has no counterpart; LORA, LOHA, LOKR and OFT_2 have.")
     recipe.say("algo", algo if algo != "lora" else None)
     preset = asked.text("layer_filter_preset", "full") or "full"
     targets = _TARGETS.get(preset)
@@ -115,15 +128,12 @@ def _adapter(asked: Asked, recipe: Recipe) -> None:
             f"layer_filter = {asked.text('layer_filter')}: --targets takes a regular expression; everything is adapted"
         )
     recipe.say("targets", None, targets or "everything")
-    recipe.say("rank", asked.whole("lokr_dim" if algo == "lokr" else "lora_rank"), 16)
-    recipe.say("alpha", asked.number("lora_alpha"), 1.0)
+    if algo == "oft":
+        recipe.say("rank", asked.whole("oft_block_size"), 32)
+        recipe.notes.append("peft_type OFT_2: rotates the inputs of layers, and here their outputs are rotated")
+    else:
+        _factors(asked, recipe, algo)
     recipe.say("dropout", asked.number("dropout_probability") or None)
-    if asked.flag("lokr_weight_decompose" if algo == "lokr" else "lora_decompose"):
-        recipe.say("dora", True)
-        if asked.flag("lora_decompose_output_axis") or (algo == "lokr" and asked.get("lokr_dora_on_output", True)):
-            recipe.notes.append(f"{'lokr_weight' if algo == 'lokr' else 'lora'}_decompose: {shared.LENGTHS}")
-    factor = asked.whole("lokr_decompose_factor", -1) or -1
-    recipe.say("factor", factor if algo == "lokr" and factor > 0 else None)
     recipe.say("init_from", asked.path("lora_model_name"))
     _rates(asked, recipe)
     given = asked.get("additional_embeddings", [])

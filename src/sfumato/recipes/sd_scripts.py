@@ -42,7 +42,9 @@ _PROGRAMS = {
 }  # fmt: skip
 """By script, without the sdxl_ before it."""
 _RATE = 2e-6
-_LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+_LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "diag-oft": "oft"}
+_OFF = ("0", "0.0", "false", "none", "")
+"""Values of arguments that ask for nothing."""
 _PRESETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
 
 
@@ -125,6 +127,7 @@ def _network(asked: Asked, recipe: Recipe, *, is_sdxl: bool) -> None:
         ]
     recipe.say("dropout", asked.number("network_dropout"))
     recipe.say("max_norm", asked.number("scale_weight_norms"))
+    shared.without_scale(recipe)
     recipe.say("init_from", asked.path("network_weights"))
     rate = asked.number("learning_rate")
     recipe.say("learning_rate", asked.number("unet_lr", rate), _RATE)
@@ -133,7 +136,9 @@ def _network(asked: Asked, recipe: Recipe, *, is_sdxl: bool) -> None:
     else:
         _text_encoders(asked, recipe, rate)
     recipe.notes += [
-        f"network_args {key}={value}: has no counterpart here and is left out" for key, value in args.items()
+        f"network_args {key}={value}: has no counterpart here and is left out"
+        for key, value in args.items()
+        if value.lower() not in _OFF
     ]
 
 

@@ -32,6 +32,8 @@ _SAME: Mapping[str, str] = {"decouple": "true", "relative_step": "false", "warmu
 """Settings of which only what is always so here has a counterpart, and what that is."""
 LENGTHS = "one length is learned for each input here, which web interfaces read, and one for each output there"
 """Of a DoRA."""
+_NARROWEST = 320
+"""Outputs of the narrowest layers of SD's U-Nets that are adapted."""
 WHOLE = 10_000
 """A rank that is more than any layer's width, with which a LoKr's factors are whole."""
 
@@ -42,6 +44,20 @@ def base(asked: Asked, recipe: Recipe) -> None:
     if name is None:
         raise ConfigError(f"{asked.name}: no pretrained_model_name_or_path, the base model; give it one.")
     recipe.say("base", name)
+
+
+def without_scale(recipe: Recipe) -> None:
+    """Take back what an OFT has no place for: alphas, lengths and a largest norm. Not of any other kind."""
+    if recipe.told.get("algo") != "oft":
+        return
+    for option in ("alpha", "conv_alpha", "dora", "max_norm"):
+        recipe.usual.pop(option, None)
+        if recipe.told.pop(option, None) is not None and option == "max_norm":
+            recipe.notes.append("scale_weight_norms: rotations have no such limit, so it is left out")
+    if (rank := recipe.values["rank"]) ** 2 > _NARROWEST:
+        recipe.notes.append(
+            f"algo=diag-oft: blocks have {rank} outputs here; LyCORIS's have fewer in layers of fewer than {rank**2}"
+        )
 
 
 def settings_of(name: str) -> frozenset[str]:

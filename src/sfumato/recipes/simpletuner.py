@@ -31,7 +31,7 @@ _BASES = {
 OF_DATA = frozenset(("cache_dir_vae", "train_batch_size"))
 """Of data sets, what needs no word."""
 _OF_CAPTIONS = ("caption_strategy", "instance_prompt", "only_instance_prompt", "prepend_instance_prompt")
-_ALGOS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+_ALGOS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "diag-oft": "oft"}
 _ATTENTION = frozenset(("to_k", "to_q", "to_v", "to_out.0"))
 _ADAMW = {"betas": "0.9,0.999", "weight_decay": "0.01", "eps": "1e-6"}
 _OPTIMIZERS: Mapping[str, Mapping[str, str]] = {
@@ -186,6 +186,7 @@ def _lycoris(asked: Asked, recipe: Recipe) -> None:
     if not targets:
         recipe.say("conv_rank", own.whole("conv_dim"), rank or 4)
         recipe.say("conv_alpha", own.number("conv_alpha"), alpha or 1.0)
+    shared.without_scale(recipe)
     own.taken |= {"multiplier", "bypass_mode"}
     asked.taken |= {"lora_rank", "lora_alpha", "lora_dropout", "use_dora"}  # at which it does not look beside these
     recipe.notes += own.left((), recipe.program)

@@ -18,7 +18,7 @@ def new_adapter(layers: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], confi
     return attach(
         layers,
         rank=config.rank,
-        alpha=config.alpha,
+        alpha=config.alpha or float(config.rank),  # an OFT has none, and no scale
         conv_rank=config.conv_rank,
         conv_alpha=config.conv_alpha,
         dropout=config.dropout,

@@ -117,10 +117,12 @@ def refuse_dropped_words(config: TrainerOptions, examples: ExampleSet, words: Se
 
 def check_kind(config: TrainingOptions) -> None:
     """Of an adapter: refuse what has no effect on one of its kind, and what is no rule by layer. LoRA+ is for a factor
-    that starts at zero beside one of unit scale, which LoHa's and LoKr's are not."""
+    that starts at zero beside one of unit scale, which LoHa's and LoKr's are not. OFT's rotations have no scale, and
+    keep the lengths that DoRA learns."""
     from sfumato.adapters.by_layer import ByLayer
 
-    rules = ByLayer.of(config).rates
+    by_layer = ByLayer.of(config)
+    rules = by_layer.rates
     if config.optimizer == "prodigy" and (other := next((rule for rule in rules if rule.value not in (0, 1)), None)):
         raise ConfigError(
             f"{other} with --optimizer prodigy: it finds one step for all that learns. Give a factor of 0, which "
@@ -131,6 +133,11 @@ def check_kind(config: TrainingOptions) -> None:
         only_with(config, "--algo lokr", "factor")
     if algo != "lora":
         only_with(config, "--algo lora", "loraplus_ratio")
+    if algo == "oft":
+        others = ("rank_stabilised", "max_norm", "dora")
+        only_with(config, "--algo lora, loha or lokr", *(name for name in others if hasattr(config, name)))
+        if rule := next((rule for rule in by_layer.ranks if rule.alpha is not None), None):
+            raise ConfigError(f"{rule}: --algo oft has no scale; give the rank alone.")
 
 
 def check_full(config: FullOptions) -> None:

@@ -99,14 +99,17 @@ def _kind_rate(config: TrainingOptions) -> float:
     return ALGOS[getattr(config, "algo", "lora")].rate
 
 
-def conv_defaults(config: Any, alpha: float, *, rank_stabilised: bool = False) -> dict[str, Any]:
-    """conv_rank and conv_alpha, filled where either is given; nothing else, since convolutions are layers as others
-    then. config: of a trainer of LoRAs, with its rank. alpha: of the other layers."""
+def scale_defaults(config: Any, alpha: float | None = None, *, rank_stabilised: bool = False) -> dict[str, Any]:
+    """alpha, and where either is given conv_rank and conv_alpha, filled; convolutions are layers as others else, and
+    an OFT has no scale. config: of a trainer of adapters, with its rank. alpha: where none is given, None the rank."""
+    if config.algo == "oft":
+        return {"alpha": None, "conv_alpha": None}
+    alpha = config.alpha or alpha or float(config.rank)
     if config.conv_rank is None and config.conv_alpha is None:
-        return {}
+        return {"alpha": alpha}
     rank = config.rank if config.conv_rank is None else config.conv_rank
     alike = alpha if rank_stabilised else alpha * (rank / config.rank)
-    return {"conv_rank": rank, "conv_alpha": config.conv_alpha or alike}
+    return {"alpha": alpha, "conv_rank": rank, "conv_alpha": config.conv_alpha or alike}
 
 
 def span_of(config: TrainingOptions, base: Base) -> tuple[float, float] | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # help loads no torch
     from sfumato.training.noising import LossSettings, NoiseSettings
 
 OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor", "prodigy", "lion"]
-AlgoName = Literal["lora", "loha", "lokr"]
+AlgoName = Literal["lora", "loha", "lokr", "oft"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 
 
@@ -386,7 +386,9 @@ class KindOptions:
     algo: AlgoName = "lora"
     """Kind of adapter, by LyCORIS's names. lora: the product of two low-rank factors. loha: two such products
     multiplied element by element; its rank is up to the square of --rank. lokr: the Kronecker product of a small and a
-    large factor; its file is the smallest. diffusers and sd-scripts read only lora."""
+    large factor; its file is the smallest. oft: rotations of blocks of --rank outputs (orthogonal fine-tuning), which
+    keep the angles between them. diffusers and sd-scripts read only lora; of the others ComfyUI and AUTOMATIC1111 read
+    oft."""
     dora: bool = False
     """DoRA (weight decomposition): also learn the length of each column of a weight, separate from its direction. For
     lora, loha and lokr. diffusers and sd-scripts do not read it."""
