@@ -131,8 +131,8 @@ class Config(DrawingBaseOptions):
     size: str | None = None
     """Size in pixels: WIDTHxHEIGHT, or one number for a square. Unset: the size that the base model was trained on."""
     sampler: str | None = None
-    """Sampler: ddim, euler, euler a, dpm++ 2m, dpm++ 2m karras, unipc, heun, lms, pndm, ... Unset: the base family's
-    default."""
+    """Sampler: ddim, euler, euler a, dpm++ 2m, dpm++ 2m karras, unipc, heun, lms, pndm, lcm, ... Unset: the base
+    family's default."""
     verify: bool = False
     """Refuse adapters whose weights do not match the fingerprint in their file, or whose file has none."""
     partial: bool = False
@@ -298,6 +298,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         if not wanted.files:
             return files
 
+    from sfumato import schedulers
     from sfumato.drawing.drawn import sampler_label, save_drawn
     from sfumato.drawing.notes import unguided
     from sfumato.drawing.pictures import check_steps, check_strength
@@ -309,9 +310,10 @@ def generate(config: Config) -> tuple[Path, ...]:
     base = config.load_base()
     settings = _settings(config, wanted, start, base)
     in_full = [{**settings, **picture.overrides} for picture in wanted.pictures]
+    scheduler = schedulers.scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
     for to in (settings, *in_full):  # all, before the first is drawn
         checked_area(to["width"], to["height"])
-        check_steps(to["steps"], base.scheduler)
+        check_steps(to["steps"], scheduler)
         if start is not None:
             check_strength(to["steps"], start)
     for to in in_full:

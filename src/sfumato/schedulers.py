@@ -59,6 +59,9 @@ _PLAIN = {
     "dpm++ 3m": _dpm("DPM++ 3M", order=3),
     "unipc": Sampler("UniPC", "UniPCMultistepScheduler"),
     "deis": Sampler("DEIS", "DEISMultistepScheduler"),
+    # For models and adapters that are distilled for few steps (latent and trajectory consistency), with guidance 1.
+    "lcm": Sampler("LCM", "LCMScheduler"),
+    "tcd": Sampler("TCD", "TCDScheduler"),
 }
 _WITH_KARRAS = ("euler", "heun", "lms", "dpm2", "dpm2 a", "dpm++ 2m", "dpm++ 2m sde", "unipc", "deis")
 
@@ -73,6 +76,9 @@ _OTHER_NAMES = {name.replace(" ", ""): name for name in SAMPLERS} | {
     "dpmsolver++": "dpm++ 2m",
     "plms": "pndm",
     "unipcbh2": "unipc",
+    # Their own timesteps are nearly these.
+    "lcmsgmuniform": "lcm",
+    "tcdsgmuniform": "tcd",
 }
 _NOT_HERE = frozenset({"ipndm", "ipndm v"})
 """Samplers of other programs that look like a misspelt one."""

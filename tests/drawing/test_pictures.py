@@ -16,9 +16,11 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    TCDScheduler,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
@@ -145,16 +147,34 @@ def test_a_sampler_goes_by_any_spelling_of_its_name(name):
         ("uni_pc", "unipc"),
         ("dpmpp_2m_sde_gpu", "dpm++ 2m sde"),
         ("dpmsolver++ dpm++2m", "dpm++ 2m"),
+        ("LCM lcm_sgm_uniform", "lcm"),
     ],
 )
 def test_a_sampler_goes_by_its_name_in_other_programs(names, wanted):
     assert all(schedulers.find(name) is schedulers.SAMPLERS[wanted] for name in names.split())
 
 
-@pytest.mark.parametrize("name", ["dpmpp_sde", "DPM++ 2S a Karras", "dpmpp_3m_sde", "Euler a Karras", "lcm", "ipndm"])
+@pytest.mark.parametrize(
+    "name", ["dpmpp_sde", "DPM++ 2S a Karras", "dpmpp_3m_sde", "Euler a Karras", "lcm karras", "ipndm"]
+)
 def test_another_sampler_is_not_suggested_for_one_that_there_is_not(name):
     with pytest.raises(ConfigError, match="unknown; wanted one of ddim, ddpm, "):
         schedulers.find(name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lcm", LCMScheduler), ("tcd", TCDScheduler)])
+def test_samplers_of_few_steps_draw_what_diffusers_draws_with_them(name, kind, pocket):
+    """Each image with its own noise between the steps, whatever is drawn beside it."""
+    together = draw(pocket, "a cat", [1, 2, 3], steps=4, sampler=name, guidance=1.0)
+    pipe = pocket.pipeline()
+    pipe.scheduler = kind.from_config(pocket.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 64, "height": 64}
+    wanted = pipe("a cat", generator=torch.Generator().manual_seed(3), **settings).images[0]
+    assert difference(together[2], wanted) <= 1
+    assert difference(together[2], together[1]) > 10
+    with pytest.raises(ConfigError, match="51 steps; this sampler takes at most 50, and 4 to 8 are usual"):
+        draw(pocket, "a cat", 1, steps=51, sampler=name)
 
 
 def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(pocket):

@@ -264,10 +264,8 @@ def check_drawable(base: Base, rows: Sequence[Sequence[Cell]]) -> None:
     from sfumato.schedulers import scheduler
 
     to = [cell.settings for cells in rows for cell in cells]
-    for steps in {each["steps"] for each in to}:
-        check_steps(steps, base.scheduler)
-    for sampler in {each["sampler"] for each in to} - {None}:
-        scheduler(sampler, base.scheduler.config)
+    for steps, sampler in {(each["steps"] or base.defaults.sampling_steps, each["sampler"]) for each in to}:
+        check_steps(steps, scheduler(sampler or base.defaults.sampler, base.scheduler.config))
 
 
 def filled(base: Base, cell: Cell) -> dict[str, Any]:

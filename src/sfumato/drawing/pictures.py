@@ -157,6 +157,9 @@ def check_steps(steps: int | None, scheduler: Any) -> None:
     most = int(scheduler.config.num_train_timesteps)
     if steps is not None and not 1 <= steps <= most:
         raise ConfigError(f"{steps} steps; wanted 1 to {most}, the timesteps that the base was trained on.")
+    few = scheduler.config.get("original_inference_steps")
+    if steps is not None and few is not None and steps > few:
+        raise ConfigError(f"{steps} steps; this sampler takes at most {few}, and 4 to 8 are usual.")
 
 
 def _check_pipeline(pipe: Any, start: Start | None) -> None:
