@@ -69,6 +69,7 @@ CASES: Mapping[str, Sequence[str]] = {
     "slider by pairs, dropped out": [
         *_SHARED, "--rank", "2", "--caption", "{caption}", "--accumulate", "2", "--dropout", "0.3",
     ],
+    "lcm, dropped out": [*_SHARED, "--rank", "2", "--caption", "{caption}", "--ema", "0.9", "--accumulate", "2", "--dropout", "0.2"],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
     "style_emphasis": _PRETRAIN,
@@ -113,6 +114,7 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
         "dreambooth": adapters,
         "finetune": adapters,
         "textual_inversion": adapters,
+        "lcm": adapters,
         "slider": ["--base", str(base)],
         "slider by pairs, dropped out": [
             *("--base", str(base), "--more-images", str(folder / "pictures")),

@@ -299,6 +299,7 @@ def generate(config: Config) -> tuple[Path, ...]:
             return files
 
     from sfumato import schedulers
+    from sfumato.drawing.asked import sampling_asked, with_sampling
     from sfumato.drawing.drawn import sampler_label, save_drawn
     from sfumato.drawing.notes import unguided
     from sfumato.drawing.pictures import check_steps, check_strength
@@ -306,6 +307,11 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.drawing.session import DrawingSession
     from sfumato.drawing.start import taken_steps
 
+    if (found := sampling_asked(each for each in wanted.adapters if each.label in wanted.counted_in_all)) is not None:
+        label, sampling = found
+        given = {name: getattr(config, name) for name in ("sampler", "steps", "guidance")}
+        config = replace(config, **with_sampling(given, sampling))
+        say(f"{label}: asks for {sampling}; --sampler, --steps and --guidance come before that.")
     start = _start(config)
     base = config.load_base()
     settings = _settings(config, wanted, start, base)

@@ -223,6 +223,8 @@ def draw_grid(config: Config) -> Path:
     with prepared(
         base, adapters, embeddings, is_merged=is_merged, syntax=config.prompt_syntax, partial=config.partial
     ) as setup:
+        rows = [[setup.with_asked_sampling(cell) for cell in cells] for cells in rows]
+        check_drawable(base, rows)
         given, rows = rows, [[setup.with_asked_negative(cell) for cell in cells] for cells in rows]
         both = zip(chain(*given), chain(*rows), strict=True)
         say(*asked_negatives(new.settings["negative"] for old, new in both if old.settings["negative"] is None))

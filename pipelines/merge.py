@@ -242,13 +242,14 @@ def _say_unasked(parents: Sequence[Parent], asked: Sequence[str], why: str) -> N
 
 def _asked(metadata: Mapping[str, str]) -> list[str]:
     """What a file asks for when generating with it."""
-    from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
+    from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of, sampling_of
 
-    strength, span = adapter_guidance_of(metadata), over_steps_of(metadata)
+    strength, span, sampling = adapter_guidance_of(metadata), over_steps_of(metadata), sampling_of(metadata)
     return [
         *([f"adapter guidance {strength:g}"] if strength else []),
         *([f"the steps {span[0]:g}-{span[1]:g}"] if span else []),
         *(f"the negative prompt {text!r}" for text in negatives_of(metadata)),
+        *([str(sampling)] if sampling else []),
     ]
 
 

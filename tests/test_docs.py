@@ -118,7 +118,9 @@ def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatc
             assert (tmp_path / words[words.index("-o") + 1]).is_file()
             continue
         quick = ["--steps", "1", "--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
-        quick += {"dreambooth": ["--class-count", "2"], "slider": ["--drawn", "2"]}.get(words[1], [])
+        quick += {"dreambooth": ["--class-count", "2"], "slider": ["--drawn", "2"], "lcm": ["--drawn", "2"]}.get(
+            words[1], []
+        )
         assert cli.main([*words, *quick]) == 0, command
         assert (tmp_path / words[words.index("--output") + 1] / "README.md").is_file()
 
@@ -145,7 +147,7 @@ def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkey
 
 
 def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
-    from sfumato.trainers import dreambooth, finetune, slider, textual_inversion
+    from sfumato.trainers import dreambooth, finetune, lcm, slider, textual_inversion
 
     from sfumato.bases import FAMILIES
     from sfumato.words.placeholders import DEFAULT_LEARNING_RATES
@@ -173,6 +175,8 @@ def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
             "`textual_inversion`": shown(of_words),
             "`slider`; images that the base draws": f"{shown(slider.DEFAULTS[name])}, {family.rank}; "
             f"{slider.DEFAULTS[name]['drawn']}",
+            "`lcm`; the same": f"{shown(lcm.DEFAULTS[name])}, {lcm.DEFAULTS[name].get('rank', family.rank)}; "
+            f"{lcm.DEFAULTS[name]['drawn']}",
             "`generate`: steps, guidance, sampler": f"{family.sampling_steps}, {family.guidance:g}, {family.sampler}",
         }
         for row, value in wanted.items():

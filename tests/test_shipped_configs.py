@@ -18,6 +18,7 @@ PROGRAMS = {
     "dreambooth": "dreambooth",
     "finetune": "finetune",
     "slider": "slider",
+    "lcm": "lcm",
     "word": "textual_inversion",
     "pocket": "pretrain",
 }
@@ -44,7 +45,7 @@ def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path, quick):
         (images / f"{hand}.txt").write_text(f"sks cat, {hand} style")
     words = ["--output", str(tmp_path / "run"), "--base", str(pocket_folder), "--steps", "2", "--batch", "2"]
     program = PROGRAMS[first_word(name)]
-    words += ["--drawn", "2"] if program == "slider" else ["--images", str(images)]
+    words += ["--drawn", "2"] if program in ("slider", "lcm") else ["--images", str(images)]
     if program == "dreambooth":
         words += ["--class-name", "cat", "--class-count", "2"]
     if program == "textual_inversion":

@@ -14,7 +14,7 @@ from sfumato.files.adapter_file import read_adapter
 from sfumato.files.changes import LoraModule
 from sfumato.files.inspect import Block, Inspection, inspect_file, render
 from sfumato.files.layers import block_of
-from sfumato.files.metadata import Description, describe, short_hash
+from sfumato.files.metadata import Description, Sampling, describe, short_hash
 from sfumato.files.write_kohya import write_lora
 from tests.files.said import TO_K
 
@@ -268,7 +268,7 @@ LOOKED_AT = Inspection(
     targets={"unet attn1.to_k": 2, "unet ff": 1},
     ranks={"4": 2, "8": 1}, alphas={}, norm=12.3456, stored=["DoRA"],
     blocks=[Block("down_blocks.0", 2, 6.0), Block("mid_block", 1, 3.0), Block("up", 10, float("inf"))],
-    trigger=["zwx", "b" * 300], adapter_guidance=0.0, over_steps=None, negatives=[], base=None,
+    trigger=["zwx", "b" * 300], adapter_guidance=0.0, over_steps=None, negatives=[], sampling=None, base=None,
     hash="0123456789ab", hash_holds=False, nonfinite=["x", "y", "z", "w"],
     embeddings={"<a>": 2}, unknown=["odd"], incomplete=["half"], metadata={},
 )  # fmt: skip
@@ -311,6 +311,7 @@ def test_the_whole_of_what_is_shown():
     plain = replace(LOOKED_AT, family=None, says=None, hash_holds=None, modules=0, norm=None, blocks=[], embeddings={})
     lines = render(replace(plain, nonfinite=[], unknown=[], incomplete=[], trigger=[], spelling=[])).splitlines()
     assert "guidance   2.5, of the adapter" in render(replace(plain, adapter_guidance=2.5)).splitlines()
+    assert "sampling   4 steps of lcm at guidance 1" in render(replace(plain, sampling=Sampling("lcm", 4, 1.0)))
     assert "negative   <a>, sks dog" in render(replace(plain, negatives=["<a>", "sks dog"])).splitlines()
     assert "steps      0 to 0.8 of the way from noise to image" in render(replace(plain, over_steps=(0.0, 0.8)))
     assert lines[3:7] == ["family     unknown", "base       -", "trigger    -", "spelling   -"]

@@ -18,6 +18,7 @@ from sfumato.files.atomic import atomic_path, write_text
 from sfumato.numerals import pluralize
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.phrases import has_phrase
+from sfumato.schedulers import SAMPLERS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +40,8 @@ def write_card(
         guided += ", in the steps from {:g} to {:g} of the way from noise to image, as its file asks".format(
             *about.over_steps
         )
+    if about.sampling is not None:
+        guided += f", in {about.sampling}, as its file asks"
     if guided:
         guided += ". Diffusers and other programs do not read that from the file: they draw without it"
     shown_with = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
@@ -162,6 +165,9 @@ def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], exa
     if _is_bundled(about) or not is_plain_lora(about):
         return ""
     loading = [f'pipe.load_lora_weights("{adapter.name}")']
+    if about.sampling is not None:
+        kind = SAMPLERS[about.sampling.sampler].class_name
+        loading += [f"from diffusers import {kind}", f"pipe.scheduler = {kind}.from_config(pipe.scheduler.config)"]
     if about.family == "sdxl" and words:
         loading.append("# and the words, as told below")
     else:
@@ -180,7 +186,9 @@ def call_options(about: Description, prompt: str = "") -> str:
     given: dict[str, Any] = {"negative_prompt": repr(negative)} if negative else {}
     given |= dict(zip(("width", "height"), about.drawn_at or (), strict=False))
     given |= {"clip_skip": skipped} if skipped else {}
-    if about.family == "pocket":
+    if about.sampling is not None:
+        given |= {"num_inference_steps": about.sampling.steps, "guidance_scale": about.sampling.guidance}
+    elif about.family == "pocket":
         usual = FAMILIES["pocket"].defaults
         given |= {"num_inference_steps": usual.sampling_steps, "guidance_scale": usual.guidance}
     return "".join(f", {name}={value}" for name, value in given.items())

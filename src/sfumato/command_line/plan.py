@@ -45,6 +45,11 @@ class Plan:
         """The labels of the adapters that have a weight other than 0 anywhere in what is generated."""
         return {label for picture in self.pictures for label in self.counted_in(picture)}
 
+    @property
+    def counted_in_all(self) -> set[str]:
+        """The labels of the adapters that have a weight other than 0 in every image."""
+        return set.intersection(*(self.counted_in(picture) for picture in self.pictures))
+
     def counted_in(self, picture: PictureRequest) -> set[str]:
         """The labels of the adapters that have a weight other than 0 in this image, at any step, in any region, in any
         row of a sweep."""

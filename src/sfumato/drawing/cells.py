@@ -120,6 +120,15 @@ class Setup:
                 lines |= dict.fromkeys(learned_otherwise({label: self.told[label] for label in labels}, self.base))
         return list(lines)
 
+    def with_asked_sampling(self, cell: Cell) -> Cell:
+        """The cell with the sampler, steps and guidance that the first of its adapters asks for whose file does, where
+        nothing else is asked for."""
+        from sfumato.drawing.asked import with_sampling
+        from sfumato.files.metadata import sampling_of
+
+        asked = next(filter(None, (sampling_of(self.told[label]) for label in cell.counted)), None)
+        return cell if asked is None else replace(cell, settings=with_sampling(cell.settings, asked))
+
     def with_asked_negative(self, cell: Cell) -> Cell:
         """The cell with the negative prompt that its adapters' files ask for, where nothing else is asked for."""
         if cell.settings["negative"] is not None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sfumato.files.header import Header, read_header
     from sfumato.files.inspect import Inspection, inspect_file
     from sfumato.files.lora_file import LoraFile, read_lora
-    from sfumato.files.metadata import Description, describe, short_hash
+    from sfumato.files.metadata import Description, Sampling, describe, short_hash
     from sfumato.files.read import read_tensors
     from sfumato.files.save import write_tensors
     from sfumato.files.write_kohya import write_lora
@@ -29,6 +29,7 @@ _HOME = {
     "Inspection": "inspect",
     "LoraFile": "lora_file",
     "LoraModule": "changes",
+    "Sampling": "metadata",
     "describe": "metadata",
     "inspect_file": "inspect",
     "read_adapter": "adapter_file",
@@ -52,6 +53,7 @@ __all__ = [
     "Inspection",
     "LoraFile",
     "LoraModule",
+    "Sampling",
     "describe",
     "inspect_file",
     "read_adapter",

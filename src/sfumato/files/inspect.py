@@ -31,11 +31,13 @@ from sfumato.files.kinds import base_kind, rank_of
 from sfumato.files.kohya import Target
 from sfumato.files.layers import block_of, block_order, target_name
 from sfumato.files.metadata import (
+    Sampling,
     adapter_guidance_of,
     data_sha256,
     joint_hash,
     negatives_of,
     over_steps_of,
+    sampling_of,
     short_hash,
     trigger_words,
     words_beside,
@@ -88,6 +90,7 @@ class Inspection:
     adapter_guidance: float
     over_steps: tuple[float, float] | None
     negatives: list[str]
+    sampling: Sampling | None
     base: str | None
     hash: str
     hash_holds: bool | None
@@ -168,6 +171,7 @@ def _said(metadata: Mapping[str, str], family: str | None) -> dict[str, Any]:
         "adapter_guidance": adapter_guidance_of(metadata),
         "over_steps": over_steps_of(metadata),
         "negatives": list(negatives_of(metadata)),
+        "sampling": sampling_of(metadata),
         "base": metadata.get("ss_sd_model_name") or None,
         "metadata": dict(sorted(metadata.items())),
     }
@@ -309,6 +313,8 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         rows.append(("steps", "{:g} to {:g} of the way from noise to image".format(*found.over_steps)))
     if found.negatives:
         rows.append(("negative", ", ".join(map(plain, found.negatives))))
+    if found.sampling:
+        rows.append(("sampling", str(found.sampling)))
     for word, file in words_beside(found.metadata).items():
         if word not in found.embeddings:
             rows.append(("word", plain(f"{word}, in {file or 'a file of its own'}")))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from sfumato.files.family import LABELS
 from sfumato.files.header import Header, read_header
 from sfumato.json_text import object_of, value_of
 from sfumato.limits import MOST_ADAPTER_GUIDANCE
-from sfumato.numerals import exact
+from sfumato.numerals import exact, pluralize
+from sfumato.schedulers import SAMPLERS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +39,19 @@ SETTING_BYTES = 5_000
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How images are sampled with an adapter that is distilled for few steps: by this sampler of `sfumato.schedulers`,
+    in so many steps, at this guidance scale."""
+
+    sampler: str
+    steps: int
+    guidance: float
+
+    def __str__(self) -> str:
+        return f"{pluralize(self.steps, 'step')} of {self.sampler} at guidance {self.guidance:g}"
+
+
+@dataclass(frozen=True)
 class Description:
     """All that an adapter's file says about how it was made. Unset fields are left out of the file.
 
@@ -48,7 +63,8 @@ class Description:
     {"name", "hash", "weight"} for each file. adapter_guidance: how often the adapter's change counts unless the user
     sets it, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise and 1 at the finished
     image, in which it is active unless the user sets it; None: always. negatives: each is the negative prompt of
-    prompts that contain it and more, see `sfumato.prompts.negative`. word_files: for each new word that was learned
+    prompts that contain it and more, see `sfumato.prompts.negative`. sampling: what it is distilled for; the user's own
+    settings come before it. word_files: for each new word that was learned
     with it, the name of the word's own file. clip_skip: as for `load_base`; None if it was not set. timesteps: (first,
     the one to stop before) that were trained; None: all.
     """
@@ -76,6 +92,7 @@ class Description:
     adapter_guidance: float = 0.0
     over_steps: tuple[float, float] | None = None
     negatives: Sequence[str] = ()
+    sampling: Sampling | None = None
     word_files: Mapping[str, str] = field(default_factory=dict)
     clip_skip: int | None = None
     timesteps: tuple[int, int] | None = None
@@ -160,6 +177,7 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.adapter_guidance": exact(description.adapter_guidance) if description.adapter_guidance else "",
         "sfumato.over_steps": "-".join(map(exact, description.over_steps or ())),
         "sfumato.negatives": _json(list(description.negatives)) if description.negatives else "",
+        "sfumato.sampling": "" if description.sampling is None else _json(asdict(description.sampling)),
         "sfumato.word_files": _json(dict(description.word_files)) if description.word_files else "",
         "sfumato.clip_skip": _text(description.clip_skip),
         "sfumato.trigger": _json(list(description.trigger)) if description.trigger else "",
@@ -209,6 +227,15 @@ def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The negative prompts that the file asks for; none if what it says is impossible."""
     found = value_of(metadata.get("sfumato.negatives", "[]"))
     return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
+
+
+def sampling_of(metadata: Mapping[str, str]) -> Sampling | None:
+    """How the file asks to be sampled with; None if it does not ask, or for what is impossible."""
+    match object_of(metadata.get("sfumato.sampling", "{}")):
+        case {"sampler": str(sampler), "steps": int(steps), "guidance": int(guidance) | float(guidance)}:
+            known = steps >= 1 and 0 <= guidance < math.inf and sampler in SAMPLERS
+            return Sampling(sampler, steps, float(guidance)) if known else None
+    return None
 
 
 def clip_skip_of(metadata: Mapping[str, str]) -> int | None:

@@ -18,6 +18,7 @@ from sfumato.files.metadata import (
     negatives_of,
     over_steps_of,
     prediction_of,
+    sampling_of,
     trigger_words,
     words_beside,
 )
@@ -64,8 +65,8 @@ def merged_metadata(
     """The metadata of a file made of `parents`; `write_lora` adds what it takes from the tensors.
 
     Trigger words, and the files of words that were learned beside them, are united in the order of the parents. Base,
-    its fingerprint, clip skip, adapter guidance, steps and negative prompts are those that all parents name; every
-    author and licence of theirs is named.
+    its fingerprint, clip skip, adapter guidance, steps, negative prompts and sampling are those that all parents name;
+    every author and licence of theirs is named.
     """
     told = [parent.metadata for parent in parents]
     said = set(map(prediction_of, told))
@@ -81,6 +82,7 @@ def merged_metadata(
         adapter_guidance=_agreed(map(adapter_guidance_of, told), 0.0),
         over_steps=_agreed(map(over_steps_of, told), None),
         negatives=_agreed(map(negatives_of, told), ()),
+        sampling=_agreed(map(sampling_of, told), None),
         clip_skip=_agreed(map(clip_skip_of, told), None),
         word_files={word: file for word, file in reversed(beside) if file},
         parents=[_parent(parent) for parent in parents],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -27,12 +28,14 @@ def drawing_of(
     negatives: Sequence[str] = (),
     resolution: int | None = None,
     own: Sequence[Mapping[str, Any]] = (),
+    usual: Mapping[str, Any] = MappingProxyType({}),
 ) -> Draw:
     """The base's own drawing. adapter: what is attached to its U-Net, drawn with as it will be: with this adapter
     guidance, and in the span (start, end) of progress; None: in all steps. negatives: each is the negative prompt of
     prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own. own:
     what each of the prompts that will be drawn says of its picture, of seed, negative, width, height, steps, guidance.
-    Raises ConfigError for more steps than the base takes."""
+    usual: settings of `draw_each` for prompts that say nothing else. Raises ConfigError for more steps than the base
+    takes."""
     from sfumato.compose.guided import unconditional_half
     from sfumato.data.planning import square_side
     from sfumato.drawing import pictures
@@ -46,7 +49,7 @@ def drawing_of(
                 raise ConfigError(f"--s {said['steps']} in a prompt: {error}") from None
 
     def alike(prompts: Sequence[str], seeds: Sequence[int], said: Mapping[str, Any]) -> list[Image.Image]:
-        settings = {"width": side, "height": side, **said}
+        settings = {"width": side, "height": side, **usual, **said}
         with ExitStack() as stack:
             if adapter is not None and span is not None:
                 stack.enter_context(_only_within(span, base, adapter.disabled))

@@ -1,0 +1,335 @@
+"""Train an adapter that draws in few steps: 4 instead of 25 or 30, without guidance's second prediction (LCM-LoRA).
+
+    python trainers/lcm.py --base BASE --prompts prompts.txt --output DIR
+    accelerate launch trainers/lcm.py ...
+    sfumato train lcm ...
+
+All three run the same program. The adapter learns to say from any noise level where the base model's guided sampling
+would end (latent consistency distillation, Luo et al. 2023). It mixes with styles and subjects that were trained on the
+same base model. `train` is the whole method; what it calls is in the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
+from sfumato.training import checks, config_defaults
+from sfumato.training.entry_point import training_entry_point
+from sfumato.training.options import KindOptions, TrainingOptions
+
+if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from sfumato.adapters import Attached
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, ExampleSet
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.runs.samples import Samples
+    from sfumato.training.ema import Ema
+    from sfumato.training.trained_adapter import TrainedAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(KindOptions, TrainingOptions):
+    """Train an LCM-LoRA: an adapter with which its base model draws in four steps or so.
+
+    Example: `sfumato train lcm trainers/configs/lcm-pocket.toml --output runs/fast`
+    """
+
+    prompts: tuple[str, ...] = ()
+    """Prompts of images that the base model generates once, to learn on, or a file of them: a .txt with one on each
+    line, or a .toml or .json as sd-scripts has them. Repeat the option for several. Name what you will draw: hundreds
+    of different prompts are best. Unset: on pocket all that it knows."""
+    drawn: int | None = None
+    """Number of images that the base model generates, of all prompts in turn. Unset: the base family's default."""
+    images: Path | None = None
+    """Folder of your own images to learn on, with captions, instead of images that the base model generates."""
+    caption: str | None = None
+    """Template for the captions of --images, such as "a photo of a {caption}"."""
+    guidance: float | None = None
+    """Guidance scale (CFG scale) that is learned: the images look as the base model draws them with it. Unset: the base
+    family's default."""
+    solver_steps: int = 50
+    """Steps of DDIM from noise to image that are learned to be jumped over. At most so many steps can be drawn."""
+    drawn_steps: int | None = None
+    """Sampling steps of the sample images, and those that the file asks for; 4 to 8 are usual. Unset: 4, on pocket
+    2."""
+    rank: int | None = None
+    """LoRA rank: the inner dimension of each update B A. Unset: the base family's default, on SD and SDXL 64."""
+    alpha: float | None = None
+    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    conv_rank: int | None = None
+    """Rank for convolutions larger than 1x1, where --targets adapts them; sd-scripts calls it conv_dim. Unset:
+    --rank."""
+    conv_alpha: float | None = None
+    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers."""
+    targets: str = "everything"
+    """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
+    around them), everything (all layers of the U-Net's blocks), or a regular expression over module names."""
+    init_from: Path | None = None
+    """Start from this adapter instead of from scratch. It must have the same targets and ranks."""
+    save_every: int = 0
+    """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps
+    only the last."""
+    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
+
+    def __post_init__(self) -> None:
+        """Read the prompts out of their files, so that a run keeps them, and not where they were."""
+        from sfumato.prompts.prompt_files import with_files_read
+
+        super().__post_init__()
+        object.__setattr__(self, "prompts", with_files_read(self.prompts, "--prompts"))
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "pocket": {"steps": 300, "batch": 8, "drawn": 192, "drawn_steps": 2, "learning_rate": 2e-4},
+        # diffusers' example has this rank, this rate and so many steps, of 12 images each.
+        "sd1": {"steps": 1000, "batch": 4, "drawn": 200, "drawn_steps": 4, "rank": 64, "learning_rate": 1e-4},
+        "sd2": {"steps": 1000, "batch": 4, "drawn": 200, "drawn_steps": 4, "rank": 64, "learning_rate": 1e-4},
+        "sdxl": {"steps": 1000, "batch": 2, "drawn": 200, "drawn_steps": 4, "rank": 64, "learning_rate": 1e-4},
+    }
+)
+"""Defaults of this method, by family, for what a config leaves unset."""
+SAMPLER = "lcm"
+"""What is drawn with: its steps are those that are learned."""
+OF_NOISE = (
+    *("min_snr", "debiased", "noise_offset", "pyramid_noise", "input_perturbation", "huber"),
+    *("min_timestep", "max_timestep"),
+)
+"""Options of trainings whose loss is an error of noise."""
+
+
+@training_entry_point
+def train(config: Config) -> Path:
+    """Train, and return the path of the adapter."""
+    import torch
+
+    from sfumato.adapters import ByLayer, Kind, target_layers
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training import optimizers
+    from sfumato.training.adapting import new_adapter
+    from sfumato.training.ema import Ema
+    from sfumato.training.init_from import start_from
+    from sfumato.training.lcm import ConsistencyMetrics, Distillation
+
+    check(config)
+    processes = Processes.join(config.device)
+    given = read_images(config)
+    precision = config.decide_precision(processes, config.optimizer)
+    base = config.load_base(precision)
+    config, filled = resolve(config, base, given, processes.count)
+    by_layer = ByLayer.of(config)
+    adapted = by_layer.kept(target_layers(base.parts(text=False), config.targets))
+    checks.check_module_dropout(config, sum(map(len, adapted.values())))
+    run = Run.start(config, program="lcm", processes=processes, writes=["adapters"] if config.save_every else [])
+    run.say(precision.table())
+    run.say_filled(base.family.title, filled)
+    run.say(*Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer))
+
+    batches = processes.micro_batches(config.batch, config.accumulate)
+    global_batch = batches.global_batch
+    dataset = config.prepare_as(
+        given or draw_prompts(config, base, run, processes),
+        base,
+        processes=processes,
+        will_draw=(config.seed, config.steps, global_batch),
+        together=config.batch,
+    )
+    run.say_notes(dataset)
+    base.lazy_weights.load_only("unet")  # the others rest until something asks for them
+    lora = new_adapter(adapted, config)
+    distillation = Distillation(
+        base, dataset, guidance=config.guidance, solver_steps=config.solver_steps, pristine=lora.disabled
+    )
+    facts: dict[str, Any] = {"data": dataset}
+    if config.init_from and not run.has_begun:
+        checks.refuse_missing(config.init_from)
+    if config.init_from and config.init_from.exists():
+        facts["init"], left = start_from(config.init_from, base, lora, None, ())
+        run.say(*left)
+    run.identify(**facts, base=base.fingerprint())
+    layers = pluralize(len(lora.layers), "adapted layer")
+    run.say(f"{pluralize(len(dataset), 'image')}, {layers}, {lora.count():,} trained numbers")
+
+    parameters = list(lora.parameters())
+    groups = optimizers.groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
+    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    scaler = precision.scaler()
+    average = Ema(parameters, config.ema)
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
+    metrics = ConsistencyMetrics(base, dataset, lora, distillation, config.batch, within=average.applied)
+    samples = samples_of(config, base, lora, dataset, run, average)
+    learned = trained_adapter_of(config, base, lora, dataset, samples, average)
+    run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
+    run.every(config.sample_every, samples.draw)
+    run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
+    lora.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        loss = torch.zeros((), device=precision.device)
+        further: dict[str, Any] = {}
+        for micro in batches.of(step.number):
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
+            with precision.autocast():
+                part = distillation.errors(distillation.draw(config.seed, micro)).sum() / global_batch
+            scaler.scale(part).backward()
+            loss += part.detach()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss)
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            if config.max_norm:
+                further["limited"] = lora.limit_norms(config.max_norm)
+            average.update()
+        scaler.update()
+        optimizer.zero_grad()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
+
+    average.swap()
+    path = config.output / f"{config.name}.safetensors"
+    if processes.is_main:
+        save(path, config, learned, samples, run)
+    run.close()
+    processes.wait()
+    return path
+
+
+def check(config: Config) -> None:
+    """Refuse options that make no sense, before anything is loaded."""
+    checks.check_trainer(config)
+    checks.check_kind(config)
+    if config.init_from and not config.resume:
+        checks.refuse_missing(config.init_from)
+    checks.only_with(config, "another trainer, whose loss is an error of noise", *OF_NOISE)
+    if config.images is None and config.epochs is not None:
+        raise ConfigError("--epochs: prompts are learned from, and no images of yours; give --steps.")
+    for name, most in (("solver_steps", 1000), ("drawn_steps", min(50, config.solver_steps))):
+        if (value := getattr(config, name)) is not None and not 1 <= value <= most:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be 1 to {most}.")
+    if config.images is None:
+        checks.only_with(config, "--images", "caption")
+        if not config.prompts and config.base != "pocket":
+            raise ConfigError(
+                "--prompts is missing; give prompts of what you will draw, a file of them, or --images with captions."
+            )
+    else:
+        checks.only_with(config, "generated images, and --images are given", "prompts", "drawn")
+
+
+def read_images(config: Config) -> ExampleSet | None:
+    """The images that are given; None where the base draws them."""
+    from sfumato import data
+
+    if config.images is None:
+        return None
+    examples = data.read_folder(config.images, caption_template=config.caption).in_group("instance")
+    if not config.resume:
+        checks.refuse_output_among(config.output, [config.images])
+    return examples
+
+
+def resolve(config: Config, base: Base, given: ExampleSet | None, processes: int) -> tuple[Config, list[str]]:
+    """The config with every unset field filled in, and the names of the fields that the base family or the method
+    filled. given: the images of `read_images`."""
+    from sfumato.data import ExampleSet
+
+    defaults = {"guidance": base.defaults.guidance, **DEFAULTS[base.family.name], "min_snr": 0.0}
+    if given is not None:
+        del defaults["drawn"]
+    config, filled = config_defaults.resolve(config, base, given or ExampleSet(()), processes, **defaults)
+    filled = [name for name in filled if name != "min_snr"]
+    return dataclasses.replace(config, **config_defaults.scale_defaults(config)), filled
+
+
+def draw_prompts(config: Config, base: Base, run: Run, processes: Processes) -> ExampleSet:
+    """The base model's images of the prompts, which are their captions; generated once and kept in the run's folder."""
+    from sfumato.data.planning import square_side
+    from sfumato.pocket.prompts import known_prompts
+    from sfumato.training.class_pictures import pictures_of_class
+    from sfumato.training.lcm import prompts_to_draw
+
+    prompts = prompts_to_draw(config.prompts or known_prompts(), config.drawn, config.seed)
+    drawn, now = pictures_of_class(
+        base,
+        Counter(prompts),
+        resolution=square_side(base, config.resolution),
+        folder=config.output / "drawn",
+        processes=processes,
+        what="the prompts",
+        option="--output",
+    )
+    run.say(f"drawn: {pluralize(len(prompts), 'image')} of {pluralize(len(set(prompts)), 'prompt')} ({now} now)")
+    return drawn
+
+
+def samples_of(config: Config, base: Base, lora: Attached, dataset: Dataset, run: Run, average: Ema) -> Samples:
+    """The run's sample images, drawn in few steps."""
+    from sfumato.runs.samples import Samples
+    from sfumato.training.sampling import drawing_of
+    from sfumato.training.unrelated import default_prompts
+
+    asked, own = config.asked_samples()
+    prompts = asked or default_prompts(dataset.captions, None, None)
+    few = {"sampler": SAMPLER, "steps": config.drawn_steps, "guidance": 1.0}
+    draw = drawing_of(base, lora, resolution=config.resolution, own=own, usual=few)
+    return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
+
+
+def trained_adapter_of(
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema
+) -> TrainedAdapter:
+    """The result of the training, and what its file says about itself."""
+    from sfumato.files import Sampling
+    from sfumato.precision import DTYPES
+    from sfumato.training.finish import describe_run
+    from sfumato.training.trained_adapter import TrainedAdapter
+
+    about = partial(
+        describe_run,
+        config,
+        base,
+        data,
+        samples,
+        trigger=(),
+        captions=(),  # which call nothing up
+        sampling=Sampling(SAMPLER, config.drawn_steps, 1.0),
+    )
+    if config.images is None:  # images that the base model generated are no training images
+        about = partial(about, images=None, dataset_sha256="")
+    return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
+
+
+def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
+    """Write the adapter, its model card and the plot; upload them if asked."""
+    from sfumato.training.finish import finish, upload
+
+    description, _ = learned.write(path, config.steps)
+    finish(run, path, description, samples, kind="lora")
+    upload(run, [path], config.push_to_hub)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with these arguments."""
+    train(parse(Config, argv, program="train lcm"))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
