@@ -69,7 +69,10 @@ CASES: Mapping[str, Sequence[str]] = {
     "slider by pairs, dropped out": [
         *_SHARED, "--rank", "2", "--caption", "{caption}", "--accumulate", "2", "--dropout", "0.3",
     ],
-    "lcm, dropped out": [*_SHARED, "--rank", "2", "--caption", "{caption}", "--ema", "0.9", "--accumulate", "2", "--dropout", "0.2"],
+    "lcm averaged, dropped out": [
+        *_SHARED, "--rank", "2", "--caption", "{caption}", "--ema", "0.9", "--accumulate", "2", "--dropout", "0.2",
+        "--optimizer-args", "eps=1e-5",
+    ],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
     "style_emphasis": _PRETRAIN,

@@ -46,6 +46,7 @@ def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path, quick):
     words = ["--output", str(tmp_path / "run"), "--base", str(pocket_folder), "--steps", "2", "--batch", "2"]
     program = PROGRAMS[first_word(name)]
     words += ["--drawn", "2"] if program in ("slider", "lcm") else ["--images", str(images)]
+    words += ["--prompts", "a cat"] if program == "lcm" else []
     if program == "dreambooth":
         words += ["--class-name", "cat", "--class-count", "2"]
     if program == "textual_inversion":

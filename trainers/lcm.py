@@ -62,7 +62,7 @@ class Config(KindOptions, TrainingOptions):
     """Steps of DDIM from noise to image that are learned to be jumped over. At most so many steps can be drawn."""
     drawn_steps: int | None = None
     """Sampling steps of the sample images, and those that the file asks for; 4 to 8 are usual. Unset: 4, on pocket
-    2."""
+    1."""
     rank: int | None = None
     """LoRA rank: the inner dimension of each update B A. Unset: the base family's default, on SD and SDXL 64."""
     alpha: float | None = None
@@ -93,7 +93,7 @@ class Config(KindOptions, TrainingOptions):
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "pocket": {"steps": 300, "batch": 8, "drawn": 192, "drawn_steps": 2, "learning_rate": 2e-4},
+        "pocket": {"steps": 300, "batch": 8, "drawn": 192, "drawn_steps": 1, "learning_rate": 1e-4},
         # diffusers' example has this rank, this rate and so many steps, of 12 images each.
         "sd1": {"steps": 1000, "batch": 4, "drawn": 200, "drawn_steps": 4, "rank": 64, "learning_rate": 1e-4},
         "sd2": {"steps": 1000, "batch": 4, "drawn": 200, "drawn_steps": 4, "rank": 64, "learning_rate": 1e-4},
