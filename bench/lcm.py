@@ -36,6 +36,7 @@ OF_BASE: Mapping[str, Mapping[str, Any]] = {
     "25 steps": {},
     "8 steps": {"steps": 8},
     "4 steps": {"steps": 4},
+    "1 step": {"steps": 1},
     "4 steps of dpm++ 2m": {"steps": 4, "sampler": "dpm++ 2m"},
     "4 steps of euler": {"steps": 4, "sampler": "euler"},
     "4 steps of lcm without an adapter": {"steps": 4, "sampler": "lcm", "guidance": 1.0},

@@ -13,7 +13,7 @@ from sfumato import cli, data, diffusion, randomness
 from sfumato.adapters import attach, target_layers
 from sfumato.bases import load_base
 from sfumato.drawing.pictures import draw
-from sfumato.files import Sampling, read_header, read_lora, read_tensors
+from sfumato.files import Sampling, read_header, read_lora, read_tensors, write_lora
 from sfumato.files.metadata import sampling_of
 from sfumato.pocket.prompts import known_prompts
 from sfumato.precision import decide
@@ -120,6 +120,26 @@ def test_the_files_sampling_is_drawn_with_where_nothing_else_is_asked_for(train,
     assert "num_inference_steps=3, guidance_scale=1.0" in card
 
 
+def test_an_adapter_of_some_images_alone_asks_for_nothing_and_a_mix_for_what_all_ask_for(
+    train, pocket_folder, tmp_path, capsys
+):
+    path = train("run")
+    words = ["--base", str(pocket_folder), "--size", "32", "--lora-folder", str(path.parent), "-o"]
+    for name, prompts in (("some", ["a dot", "a dot <lora:run:1>"]), ("idle", ["a dot <lora:run:0>"])):
+        assert cli.main(["generate", *prompts, *words, str(tmp_path / name)]) == 0
+        assert "asks for" not in capsys.readouterr().err
+    assert cli.main(["generate", "a dot <lora:run:1>", *words, str(tmp_path / "tagged")]) == 0
+    assert "run: asks for 1 step of lcm" in capsys.readouterr().err
+    half, both = tmp_path / "half.safetensors", tmp_path / "both.safetensors"
+    assert cli.main(["merge", f"{path}:0.5", f"{path}:0.5", "-o", str(half)]) == 0
+    assert sampling_of(read_header(half).metadata) == Sampling("lcm", 1, 1.0)
+    other = write_lora(tmp_path / "other.safetensors", read_lora(path).modules, family="pocket")
+    capsys.readouterr()
+    assert cli.main(["merge", f"{path}:1", f"{other}:1", "-o", str(both)]) == 0
+    assert sampling_of(read_header(both).metadata) is None
+    assert "run.safetensors: asks for 1 step of lcm at guidance 1, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -160,14 +180,17 @@ def test_prompts_are_drawn_in_turn():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--min-snr", "5"], "--min-snr has no effect without another trainer, whose loss is"),
-        (["--noise-offset", "0.1"], "--noise-offset has no effect without another trainer"),
+        (["--min-snr", "5"], "--min-snr has no effect here, where the loss is no error of noise; leave it out."),
+        (["--noise-offset", "0.1"], "--noise-offset has no effect here"),
         (["--drawn-steps", "51"], "--drawn-steps is 51; it must be 1 to 50."),
         (["--epochs", "2"], "--epochs: prompts are learned from, and no images of yours; give --steps."),
         (["--solver-steps", "0"], "--solver-steps is 0; it must be 1 to 1000."),
         (["--caption", "a {caption}"], "--caption has no effect without --images"),
         (["--base", "x/y"], "--prompts is missing; give prompts of what you will draw, a file of them, or --images"),
-        (["--images", "here", "--drawn", "3"], "--drawn has no effect without generated images"),
+        (
+            ["--images", "here", "--drawn", "3"],
+            "--drawn is for images that are generated, and --images are given; leave one out.",
+        ),
     ],
 )
 def test_wrong_use_is_one_line(options, said, tmp_path, capsys):

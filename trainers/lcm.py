@@ -108,6 +108,7 @@ OF_NOISE = (
     *("min_timestep", "max_timestep"),
 )
 """Options of trainings whose loss is an error of noise."""
+OF_DRAWN = ("prompts", "drawn")
 
 
 @training_entry_point
@@ -215,7 +216,7 @@ def check(config: Config) -> None:
     checks.check_kind(config)
     if config.init_from and not config.resume:
         checks.refuse_missing(config.init_from)
-    checks.only_with(config, "another trainer, whose loss is an error of noise", *OF_NOISE)
+    checks.refuse_given(config, "has no effect here, where the loss is no error of noise; leave it out", *OF_NOISE)
     if config.images is None and config.epochs is not None:
         raise ConfigError("--epochs: prompts are learned from, and no images of yours; give --steps.")
     for name, most in (("solver_steps", 1000), ("drawn_steps", min(50, config.solver_steps))):
@@ -228,7 +229,9 @@ def check(config: Config) -> None:
                 "--prompts is missing; give prompts of what you will draw, a file of them, or --images with captions."
             )
     else:
-        checks.only_with(config, "generated images, and --images are given", "prompts", "drawn")
+        checks.refuse_given(
+            config, "is for images that are generated, and --images are given; leave one out", *OF_DRAWN
+        )
 
 
 def read_images(config: Config) -> ExampleSet | None:

@@ -245,11 +245,16 @@ def refuse_output_among(output: Path, folders: Iterable[Path]) -> None:
 
 
 def only_with(config: FolderOptions, needed: str, *names: str) -> None:
-    """Refuse what is given under these names, which has no effect without `needed`.
+    """Refuse what is given under these names, which has no effect without `needed`."""
+    refuse_given(config, f"has no effect without {needed}; leave it out, or give both", *names)
+
+
+def refuse_given(config: FolderOptions, why: str, *names: str) -> None:
+    """Refuse what is given under these names.
 
     Not where a run goes on: earlier versions filled these fields in, and so they stand in its config.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     given = [name for name in names if getattr(config, name) != defaults[name]]
     if given and not config.resume:
-        raise ConfigError(f"{shell.option(given[0])} has no effect without {needed}; leave it out, or give both.")
+        raise ConfigError(f"{shell.option(given[0])} {why}.")
