@@ -269,7 +269,7 @@ class StepOptions:
     """Seed of everything random: initial weights, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
     """Peak learning rate. Unset: the default of the method, the base family and the kind of adapter (loha: a tenth of
-    lora's; lokr: three times lora's). With muon it is three times that, with lion a quarter, with prodigy 1."""
+    lora's; oft: a fifth; lokr: three times). With muon it is three times that, with lion a quarter, with prodigy 1."""
     optimizer: OptimizerName = "adamw"
     """Optimizer. adamw, muon and adafactor are built in. muon learns more in as many steps, and forgets more; it is
     for matrices, such as those of adapters. adafactor keeps almost no state. adamw8bit, prodigy and lion are the extras
