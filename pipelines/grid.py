@@ -224,6 +224,7 @@ def draw_grid(config: Config) -> Path:
         base, adapters, embeddings, is_merged=is_merged, syntax=config.prompt_syntax, partial=config.partial
     ) as setup:
         rows = [[setup.with_asked_sampling(cell) for cell in cells] for cells in rows]
+        say(*setup.asked_samplings(chain(*rows)))
         check_drawable(base, rows)
         given, rows = rows, [[setup.with_asked_negative(cell) for cell in cells] for cells in rows]
         both = zip(chain(*given), chain(*rows), strict=True)

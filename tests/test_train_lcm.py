@@ -108,7 +108,9 @@ def test_the_files_sampling_is_drawn_with_where_nothing_else_is_asked_for(train,
     told = json.loads(Image.open(tmp_path / "given.png").info["sfumato"])
     assert (told["sampler"], told["steps"], told["guidance"]) == ("TCD", 2, 1.0)
     grid = ["grid", "--base", str(pocket_folder), "--lora", str(path), "--x", "run=0,1", "--y", "prompt=a square"]
+    capsys.readouterr()
     assert cli.main([*grid, "--size", "32", "-o", str(tmp_path / "grid")]) == 0
+    assert "run: asks for 3 steps of lcm at guidance 1, in the images that it is in." in capsys.readouterr().err
     cells = [json.loads(Image.open(each).info["sfumato"]) for each in (tmp_path / "grid/cells").glob("*.png")]
     usual = load_base(str(pocket_folder)).defaults
     assert sorted((each["sampler"], each["steps"]) for each in cells) == [

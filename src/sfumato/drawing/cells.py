@@ -129,6 +129,14 @@ class Setup:
         asked = next(filter(None, (sampling_of(self.told[label]) for label in cell.counted)), None)
         return cell if asked is None else replace(cell, settings=with_sampling(cell.settings, asked))
 
+    def asked_samplings(self, cells: Iterable[Cell]) -> list[str]:
+        """Lines on the adapters of these cells whose files ask for a sampling."""
+        from sfumato.files.metadata import sampling_of
+
+        labels = dict.fromkeys(label for cell in cells for label in cell.counted)
+        asked = {label: sampling_of(self.told[label]) for label in labels}
+        return [f"{label}: asks for {each}, in the images that it is in." for label, each in asked.items() if each]
+
     def with_asked_negative(self, cell: Cell) -> Cell:
         """The cell with the negative prompt that its adapters' files ask for, where nothing else is asked for."""
         if cell.settings["negative"] is not None:
