@@ -186,6 +186,7 @@ def test_prompts_are_drawn_in_turn():
         (["--noise-offset", "0.1"], "--noise-offset has no effect here"),
         (["--drawn-steps", "51"], "--drawn-steps is 51; it must be 1 to 50."),
         (["--epochs", "2"], "--epochs: prompts are learned from, and no images of yours; give --steps."),
+        (["--guidance", "-1"], "guidance -1: wanted 0 to 100; 3 to 9 is usual."),
         (["--solver-steps", "0"], "--solver-steps is 0; it must be 1 to 1000."),
         (["--caption", "a {caption}"], "--caption has no effect without --images"),
         (["--base", "x/y"], "--prompts is missing; give prompts of what you will draw, a file of them, or --images"),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
+from sfumato.limits import checked_guidance
 from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
@@ -217,6 +218,8 @@ def check(config: Config) -> None:
     if config.init_from and not config.resume:
         checks.refuse_missing(config.init_from)
     checks.refuse_given(config, "has no effect here, where the loss is no error of noise; leave it out", *OF_NOISE)
+    if config.guidance is not None:
+        checked_guidance(config.guidance)
     if config.images is None and config.epochs is not None:
         raise ConfigError("--epochs: prompts are learned from, and no images of yours; give --steps.")
     for name, most in (("solver_steps", 1000), ("drawn_steps", min(50, config.solver_steps))):
