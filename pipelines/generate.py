@@ -299,7 +299,6 @@ def generate(config: Config) -> tuple[Path, ...]:
             return files
 
     from sfumato import schedulers
-    from sfumato.drawing.asked import sampling_asked, with_sampling
     from sfumato.drawing.drawn import sampler_label, save_drawn
     from sfumato.drawing.notes import unguided
     from sfumato.drawing.pictures import check_steps, check_strength
@@ -307,11 +306,7 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.drawing.session import DrawingSession
     from sfumato.drawing.start import taken_steps
 
-    if (found := sampling_asked(each for each in wanted.adapters if each.label in wanted.counted_in_all)) is not None:
-        label, sampling = found
-        given = {name: getattr(config, name) for name in ("sampler", "steps", "guidance")}
-        config = replace(config, **with_sampling(given, sampling))
-        say(f"{label}: asks for {sampling}; --sampler, --steps and --guidance come before that.")
+    config = _with_asked_sampling(config, wanted)
     start = _start(config)
     base = config.load_base()
     settings = _settings(config, wanted, start, base)
@@ -340,6 +335,28 @@ def generate(config: Config) -> tuple[Path, ...]:
             save_drawn(picture, used, about, file, sampler, words)
             print(file)
     return files
+
+
+def _with_asked_sampling(config: Config, wanted: Plan) -> Config:
+    """The config with the sampling that an adapter's file asks for, if the adapter is in every image. Options win. Says
+    which adapters ask for one, and which do not get it."""
+    from sfumato.drawing.asked import overruled, samplings_asked, with_sampling
+
+    given = {name: getattr(config, name) for name in ("sampler", "steps", "guidance")}
+    if None not in given.values():
+        return config
+    asked = samplings_asked(each for each in wanted.adapters if each.label in wanted.counted)
+    everywhere = {label: sampling for label, sampling in asked.items() if label in wanted.counted_in_all}
+    for label in (each for each in asked if each not in everywhere):
+        say(
+            f"{label}: asks for {asked[label]}, but is not in every image. Generate the images with it apart, or give "
+            "--sampler, --steps and --guidance."
+        )
+    if not everywhere:
+        return config
+    label, sampling = next(iter(everywhere.items()))
+    say(f"{label}: asks for {sampling}; --sampler, --steps and --guidance come before that.", *overruled(everywhere))
+    return replace(config, **with_sampling(given, sampling))
 
 
 def _out_of_steps(

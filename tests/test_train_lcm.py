@@ -122,14 +122,20 @@ def test_the_files_sampling_is_drawn_with_where_nothing_else_is_asked_for(train,
     assert "num_inference_steps=3, guidance_scale=1.0" in card
 
 
-def test_an_adapter_of_some_images_alone_asks_for_nothing_and_a_mix_for_what_all_ask_for(
+def test_an_adapter_of_some_images_alone_is_not_followed_and_a_mix_asks_for_what_all_ask_for(
     train, pocket_folder, tmp_path, capsys
 ):
     path = train("run")
     words = ["--base", str(pocket_folder), "--size", "32", "--lora-folder", str(path.parent), "-o"]
-    for name, prompts in (("some", ["a dot", "a dot <lora:run:1>"]), ("idle", ["a dot <lora:run:0>"])):
-        assert cli.main(["generate", *prompts, *words, str(tmp_path / name)]) == 0
-        assert "asks for" not in capsys.readouterr().err
+    assert cli.main(["generate", "a dot <lora:run:0>", *words, str(tmp_path / "idle")]) == 0
+    assert "asks for" not in capsys.readouterr().err
+    some = ["generate", "a dot", "a dot <lora:run:1>", *words]
+    assert cli.main([*some, str(tmp_path / "some")]) == 0
+    assert "run: asks for 1 step of lcm at guidance 1, but is not in every image. " in capsys.readouterr().err
+    told = [json.loads(Image.open(each).info["sfumato"]) for each in (tmp_path / "some").glob("*.png")]
+    assert {each["steps"] for each in told} == {load_base(str(pocket_folder)).defaults.sampling_steps}
+    assert cli.main([*some, str(tmp_path / "given"), "--steps", "2", "--sampler", "lcm", "--guidance", "1"]) == 0
+    assert "asks for" not in capsys.readouterr().err
     assert cli.main(["generate", "a dot <lora:run:1>", *words, str(tmp_path / "tagged")]) == 0
     assert "run: asks for 1 step of lcm" in capsys.readouterr().err
     half, both = tmp_path / "half.safetensors", tmp_path / "both.safetensors"
@@ -140,6 +146,30 @@ def test_an_adapter_of_some_images_alone_asks_for_nothing_and_a_mix_for_what_all
     assert cli.main(["merge", f"{path}:1", f"{other}:1", "-o", str(both)]) == 0
     assert sampling_of(read_header(both).metadata) is None
     assert "run.safetensors: asks for 1 step of lcm at guidance 1, " in capsys.readouterr().err
+
+
+def test_of_files_that_ask_differently_the_first_counts_and_the_other_is_named(train, pocket_folder, tmp_path, capsys):
+    paths = [train(name, "--drawn-steps", steps) for name, steps in (("two", "2"), ("three", "3"), ("also", "2"))]
+    words = ["--base", str(pocket_folder), "--size", "32", "-o"]
+    capsys.readouterr()
+    for order, first, other in ((paths, "two", "three"), (paths[1::-1], "three", "two")):
+        adapters = [word for path in order for word in ("--lora", str(path))]
+        steps = {"two": 2, "three": 3}
+        overruled = (
+            f"{other}: asks for {steps[other]} steps of lcm at guidance 1, but {first} counts, which is named before"
+            f" it. Name {other} first, or give --sampler, --steps and --guidance."
+        )
+        assert cli.main(["generate", "a dot", *adapters, *words, str(tmp_path / f"{first}.png")]) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "counts" in line] == [overruled]
+        told = json.loads(Image.open(tmp_path / f"{first}.png").info["sfumato"])
+        assert told["steps"] == steps[first]
+        axis = ["--x", "prompt=a dot", "--y", "seed=1"]
+        assert cli.main(["grid", *adapters, *axis, *words, str(tmp_path / f"{first}-grid")]) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "counts" in line] == [overruled]
+        [cell] = (tmp_path / f"{first}-grid/cells").glob("*.png")
+        assert json.loads(Image.open(cell).info["sfumato"])["steps"] == steps[first]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +200,12 @@ def test_on_what_the_base_draws_the_prompts_are_captions(train, pocket_folder, t
     assert "sfumato.dataset_sha256" not in read_header(path).metadata
     assert "a red square" in (path.parent / "config.toml").read_text()
     assert (path.parent / "samples.png").exists()
+
+
+def test_a_sample_prompt_with_more_steps_than_the_sampler_takes_is_refused_before_the_training(train, tmp_path, capsys):
+    train("run", "--sample-prompts", "a dot --s 60", "--sample-every", "1", code=2)
+    assert "--s 60 in a prompt: 60 steps; this sampler takes at most 50" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_prompts_are_drawn_in_turn():

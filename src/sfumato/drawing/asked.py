@@ -12,15 +12,30 @@ from sfumato.files.metadata import Sampling, sampling_of
 from sfumato.weighting.adapter import Adapter
 
 
-def sampling_asked(adapters: Iterable[Adapter]) -> tuple[str, Sampling] | None:
-    """The label of the first of these adapters whose file asks for a sampling, and what for; None where none does."""
+def samplings_asked(adapters: Iterable[Adapter]) -> dict[str, Sampling]:
+    """What the files of these adapters ask for, by label and in their order; those that ask for nothing are left out.
+    Of several the first counts."""
+    found = {}
     for adapter in adapters:
         path = Path(adapter.path)
         if path.suffix == ".safetensors" and path.is_file() and (asked := sampling_of(read_header(path).metadata)):
-            return adapter.label, asked
-    return None
+            found[adapter.label] = asked
+    return found
 
 
 def with_sampling(settings: Mapping[str, Any], asked: Sampling) -> dict[str, Any]:
     """The settings with what is asked for where they have None."""
     return {**settings, **{name: value for name, value in asdict(asked).items() if settings[name] is None}}
+
+
+def overruled(asked: Mapping[str, Sampling]) -> list[str]:
+    """A line on each adapter that asks for something else than the first of them."""
+    if not asked:
+        return []
+    (first, counts), *others = asked.items()
+    return [
+        f"{label}: asks for {each}, but {first} counts, which is named before it. Name {label} first, or give "
+        "--sampler, --steps and --guidance."
+        for label, each in others
+        if each != counts
+    ]

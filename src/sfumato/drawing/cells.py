@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sfumato.bases import Base
     from sfumato.compose import Mix
+    from sfumato.files.metadata import Sampling
     from sfumato.words.in_use import Vectors, Words
 
 T = TypeVar("T")
@@ -124,18 +125,26 @@ class Setup:
         """The cell with the sampler, steps and guidance that the first of its adapters asks for whose file does, where
         nothing else is asked for."""
         from sfumato.drawing.asked import with_sampling
-        from sfumato.files.metadata import sampling_of
 
-        asked = next(filter(None, (sampling_of(self.told[label]) for label in cell.counted)), None)
+        asked = next(iter(self._samplings_of(cell).values()), None)
         return cell if asked is None else replace(cell, settings=with_sampling(cell.settings, asked))
 
     def asked_samplings(self, cells: Iterable[Cell]) -> list[str]:
         """Lines on the adapters of these cells whose files ask for a sampling."""
+        from sfumato.drawing.asked import overruled
+
+        lines: dict[str, None] = {}
+        for asked in map(self._samplings_of, cells):
+            for label, each in list(asked.items())[:1]:
+                lines[f"{label}: asks for {each}, in the images that it is in."] = None
+            lines |= dict.fromkeys(overruled(asked))
+        return list(lines)
+
+    def _samplings_of(self, cell: Cell) -> dict[str, Sampling]:
+        """What the files of the cell's adapters ask for, by label."""
         from sfumato.files.metadata import sampling_of
 
-        labels = dict.fromkeys(label for cell in cells for label in cell.counted)
-        asked = {label: sampling_of(self.told[label]) for label in labels}
-        return [f"{label}: asks for {each}, in the images that it is in." for label, each in asked.items() if each]
+        return {label: asked for label in cell.counted if (asked := sampling_of(self.told[label])) is not None}
 
     def with_asked_negative(self, cell: Cell) -> Cell:
         """The cell with the negative prompt that its adapters' files ask for, where nothing else is asked for."""

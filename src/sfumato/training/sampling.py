@@ -35,16 +35,19 @@ def drawing_of(
     prompts that hold it and more. resolution: that of the training, whose squares are drawn; None: the base's own. own:
     what each of the prompts that will be drawn says of its picture, of seed, negative, width, height, steps, guidance.
     usual: settings of `draw_each` for prompts that say nothing else. Raises ConfigError for more steps than the base
-    takes."""
+    or the sampler takes."""
+    from sfumato import schedulers
     from sfumato.compose.guided import unconditional_half
     from sfumato.data.planning import square_side
     from sfumato.drawing import pictures
 
     side = None if resolution is None else square_side(base, resolution)
+    sampler = usual.get("sampler")
+    scheduler = base.scheduler if sampler is None else schedulers.scheduler(sampler, base.scheduler.config)
     for said in own:
         if "steps" in said:
             try:
-                pictures.check_steps(said["steps"], base.scheduler)
+                pictures.check_steps(said["steps"], scheduler)
             except ConfigError as error:
                 raise ConfigError(f"--s {said['steps']} in a prompt: {error}") from None
 
