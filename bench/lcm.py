@@ -3,17 +3,19 @@
     python -m bench.lcm --data pocket-data --out lcm.json
 
 The adapter is trained by the shipped config, with no image. Then things that the base knows are drawn in its styles,
-the same seeds everywhere: by the base as it is used, by the base in few steps, and with the adapter. The judge has
-learned from real pictures only. Seconds are of one image at a time, the ways in turns. Prints JSON.
+the same seeds everywhere: by the base as it is used, by the base in few steps, and with the adapter. For a mix a style
+is trained by the shipped config on 16 pictures of one of the judge's styles, and prompts that name no style are drawn
+with it, alone and beside the adapter. The judge has learned from real pictures only. Seconds are of one image at a
+time, all ways in turns. Prints JSON.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,19 @@ import torch
 
 from bench.judge import cached_judge, look
 from bench.judge_pictures import read_others, read_pictures, withheld_cells
-from bench.real import print_report
+from bench.real import cells_of, print_report
 from bench.style_runs import CONFIGS, to_tensor
 from sfumato import Adapter, cli, compose
 from sfumato.bases import Base, load_base
+from sfumato.compose import adapter_guidance
 from sfumato.data.latents import to_floats
 from sfumato.drawing.pictures import draw
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 
-RECIPE = CONFIGS / "lcm-pocket.toml"
+RECIPE = "lcm-pocket.toml"
+Verdict = dict[str, float]
+"""The judge's shares of images: in the style, the thing found first, and among the first five."""
 OF_BASE: Mapping[str, Mapping[str, Any]] = {
     "25 steps": {},
     "8 steps": {"steps": 8},
@@ -42,8 +47,18 @@ OF_BASE: Mapping[str, Mapping[str, Any]] = {
     "4 steps of lcm without an adapter": {"steps": 4, "sampler": "lcm", "guidance": 1.0},
 }
 """Ways to draw with the base alone; what is not said is the base's own: ddim at guidance 2.5."""
-FEW = (1, 2, 4)
-"""Steps with the adapter, at guidance 1."""
+FEW = (1, 2, 4, 8)
+"""Steps with the adapter."""
+OF_ADAPTER: Mapping[str, Mapping[str, Any]] = {
+    f"{pluralize(steps, 'step')} of {sampler}": {"steps": steps, "sampler": sampler, "guidance": 1.0}
+    for sampler in ("lcm", "tcd")
+    for steps in FEW
+}
+"""Ways to draw with the adapter."""
+TAUGHT = 16
+"""Pictures of the style, of things that are not drawn."""
+STYLE_WEIGHTS, MIXED = (1.0, 2.0), ("1 step of lcm", "4 steps of lcm")
+"""At guidance 1 there is no adapter guidance, which doubles the recipe's style."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,8 @@ class Config:
     """The folder that bench/pocket_data.py built."""
     adapter: Path | None = None
     """An LCM-LoRA to judge. Unset: one is trained by the shipped config."""
+    style: str = "blob"
+    """Style of the data that is trained, and mixed with the adapter."""
     things: int = 100
     """How many of the base's things are drawn, in its styles in turn."""
     train_seed: int = 0
@@ -68,20 +85,30 @@ class Config:
     """File that receives the JSON besides."""
 
 
-def learn(folder: Path, config: Config) -> tuple[Path, float]:
-    """The adapter by the shipped config, and its minutes."""
+def learn(program: str, recipe: str, folder: Path, *options: str) -> tuple[Path, float]:
+    """The adapter by a shipped config, and its minutes."""
     began = time.perf_counter()
-    words = [str(RECIPE), "--output", str(folder), "--seed", str(config.train_seed)]
-    if cli.main(["train", "lcm", *words, "--sample-every", "0", "--measure-every", "0", "--overwrite"]):
+    words = [str(CONFIGS / recipe), "--output", str(folder), "--base", "pocket", "--overwrite", *options]
+    if cli.main(["train", program, *words, "--sample-every", "0", "--measure-every", "0"]):
         raise ConfigError(f"{folder}: the training failed.")
     return folder / f"{folder.name}.safetensors", round((time.perf_counter() - began) / 60, 2)
 
 
-def seconds(base: Base, ways: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, float]:
+def learn_style(folder: Path, config: Config, things: Sequence[str]) -> Path:
+    """A LoRA of the style, from its pictures of these things."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    cells = cells_of(config.data, [config.style])
+    for thing in things:
+        shutil.copy(cells[thing, config.style], images / f"{thing}.png")
+    return learn("lora", "lora-style.toml", folder / "style", "--images", str(images))[0]
+
+
+def seconds(ways: Mapping[str, tuple[Base, Mapping[str, Any]]], rounds: int) -> dict[str, float]:
     """The median time of an image by each way, the ways in turns, after one that is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, settings in ways.items():
+        for name, (base, settings) in ways.items():
             began = time.perf_counter()
             draw(base, "a crab", number, **settings)
             taken[name] += [time.perf_counter() - began] if number else []
@@ -94,40 +121,47 @@ def measure(config: Config) -> dict[str, Any]:
     seen, _ = pictures.apart(withheld_cells(config.data))
     others = read_others(config.data, pictures.styles)
     judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, others=others)
-    things = pictures.concepts[:: max(1, len(pictures.concepts) // config.things)][: config.things]
-    concepts = torch.tensor([pictures.concepts.index(thing) for thing in things])
-    styles = torch.arange(len(things)) % len(pictures.styles)
-    prompts = [f"{thing}, {pictures.styles[style]} style" for thing, style in zip(things, styles, strict=True)]
-    base = load_base("pocket")
 
-    def judged(settings: Mapping[str, Any]) -> dict[str, float]:
-        drawn = draw(base, prompts, range(len(prompts)), **settings)
+    def judged(source: Base, things: Sequence[str], styles: Sequence[str], named: bool, **settings: Any) -> Verdict:
+        prompts = [f"{thing}, {style} style" if named else thing for thing, style in zip(things, styles, strict=True)]
+        drawn = draw(source, prompts, range(len(prompts)), **settings)
         verdict = look(judge, to_floats(torch.stack([to_tensor(image) for image in drawn])))
+        concepts = torch.tensor([pictures.concepts.index(thing) for thing in things])
         return {
-            "style": round(float((verdict.style_logits.argmax(1) == styles).float().mean()), 4),
+            "style": round(verdict.style_accuracy(torch.tensor([pictures.styles.index(each) for each in styles])), 4),
             "concept_top1": round(verdict.concept_accuracy(concepts), 4),
             "concept_top5": round(verdict.concept_accuracy(concepts, 5), 4),
         }
 
-    few = {
-        f"{pluralize(steps, 'step')} of {sampler}": {"steps": steps, "sampler": sampler, "guidance": 1.0}
-        for sampler in ("lcm", "tcd")
-        for steps in FEW
-    }
-    of_base = {name: judged(settings) for name, settings in OF_BASE.items()}
-    of_base_s = seconds(base, OF_BASE, config.rounds)
-    with ExitStack() as stack:
-        path, minutes = config.adapter, None
-        if path is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fast"
-            path, minutes = learn(folder, config)
-        stack.enter_context(compose(base, Adapter(path)))
-        with_adapter = {name: judged(settings) for name, settings in few.items()}
-        with_adapter_s = seconds(base, few, config.rounds)
+    things = pictures.concepts[:: max(1, len(pictures.concepts) // config.things)][: config.things]
+    in_turns = [pictures.styles[place % len(pictures.styles)] for place in range(len(things))]
+    base, fast_base = load_base("pocket"), load_base("pocket")
+    with tempfile.TemporaryDirectory() as name:
+        fast, minutes = config.adapter, None
+        if fast is None:
+            fast, minutes = learn("lcm", RECIPE, Path(name) / "fast", "--seed", str(config.train_seed))
+        of_base = {way: judged(base, things, in_turns, True, **settings) for way, settings in OF_BASE.items()}
+        with compose(fast_base, Adapter(fast)):
+            with_adapter = {way: judged(fast_base, things, in_turns, True, **to) for way, to in OF_ADAPTER.items()}
+            ways = {way: (base, settings) for way, settings in OF_BASE.items()}
+            ways |= {f"adapter, {way}": (fast_base, settings) for way, settings in OF_ADAPTER.items()}
+            taken = seconds(ways, config.rounds)
+        undrawn = [thing for thing in pictures.concepts if thing not in things]
+        style = learn_style(Path(name), config, undrawn[:: max(1, len(undrawn) // TAUGHT)][:TAUGHT])
+        in_style = [config.style] * len(things)
+        mixed = {"no adapter, 25 steps": judged(base, things, in_style, False)}
+        guidance = base.defaults.guidance
+        with compose(base, Adapter(style)) as mix, adapter_guidance(mix, guidance=guidance):
+            mixed["style 1, 25 steps"] = judged(base, things, in_style, False)
+        for weight in STYLE_WEIGHTS:
+            with compose(base, Adapter(style, weight), Adapter(fast)):
+                for way in MIXED:
+                    found = judged(base, things, in_style, False, **OF_ADAPTER[way])
+                    mixed[f"style {weight:g} and adapter 1, {way}"] = found
     return {
-        "things": len(things), "minutes": minutes, "base": of_base, "adapter": with_adapter,
-        "base_s": of_base_s, "adapter_s": with_adapter_s,
-        "ratio": round(with_adapter_s["1 step of lcm"] / of_base_s["25 steps"], 3),
+        "things": len(things), "minutes": minutes, "base": of_base, "adapter": with_adapter, "seconds": taken,
+        "ratio": round(taken["adapter, 1 step of lcm"] / taken["25 steps"], 3),
+        "mix": {"style": config.style, **mixed},
     }  # fmt: skip
 
 

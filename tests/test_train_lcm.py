@@ -47,7 +47,9 @@ def rows(path):
 
 def test_equal_to_a_plain_loop_on_diffusers_schedulers(train, pocket_folder, pictures):
     """Algorithm 1 of Luo et al. 2023: the consistency function by LCMScheduler, the solver's step by DDIMScheduler."""
-    path = train("run", "--seed", "3", "--guidance", "4", "--schedule", "constant", "--clip", "0.5")
+    path = train(
+        "run", "--seed", "3", "--guidance", "4", "--schedule", "constant", "--clip", "0.5", "--solver-steps", "50"
+    )
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
     dataset = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64)
     lora = attach(target_layers(base.parts(text=False), "cross-attention"), rank=2, alpha=2.0, seed=3)
@@ -120,6 +122,7 @@ def test_the_files_sampling_is_drawn_with_where_nothing_else_is_asked_for(train,
     card = (path.parent / "README.md").read_text(encoding="utf-8")
     assert "LCMScheduler.from_config(pipe.scheduler.config)" in card
     assert "num_inference_steps=3, guidance_scale=1.0" in card
+    assert "Draw in 3 steps of lcm at guidance 1" in card
 
 
 def test_an_adapter_of_some_images_alone_is_not_followed_and_a_mix_asks_for_what_all_ask_for(
@@ -221,6 +224,7 @@ def test_prompts_are_drawn_in_turn():
         (["--min-snr", "5"], "--min-snr has no effect here, where the loss is no error of noise; leave it out."),
         (["--noise-offset", "0.1"], "--noise-offset has no effect here"),
         (["--drawn-steps", "51"], "--drawn-steps is 51; it must be 1 to 50."),
+        (["--drawn-steps", "11"], "--drawn-steps is 11; it must be 1 to 10."),
         (["--epochs", "2"], "--epochs: prompts are learned from, and no images of yours; give --steps."),
         (["--guidance", "-1"], "guidance -1: wanted 0 to 100; 3 to 9 is usual."),
         (["--solver-steps", "0"], "--solver-steps is 0; it must be 1 to 1000."),

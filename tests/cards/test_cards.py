@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from sfumato.trainers import dreambooth, finetune, lora, slider, textual_inversion
+from sfumato.trainers import dreambooth, finetune, lcm, lora, slider, textual_inversion
 
 from sfumato import shell
 from sfumato.cards.adapter import _USUAL, code, training_table, write_card
+from sfumato.cards.fast import write_fast_card
 from sfumato.cards.model import write_model_card
 from sfumato.cards.words import add_words_section, write_embedding_card
 from sfumato.errors import ConfigError
-from sfumato.files import Description
+from sfumato.files import Description, Sampling
 from sfumato.training.options import RunOptions
 from sfumato.training.publish import push
 
@@ -98,6 +99,26 @@ def test_the_negative_prompt_is_told_that_the_file_asks_for(card, tmp_path):
     text = write_card(tmp_path, tmp_path / "otter.safetensors", about, [], []).read_text(encoding="utf-8")
     assert "give `zwx` as the negative prompt" in text
     assert "pipe('zwx, flat style', negative_prompt='zwx'" in text
+
+
+def test_the_card_of_few_steps_says_how_each_program_draws_with_it(tmp_path):
+    config = {"rank": 64, "guidance": 7.5, "solver_steps": 50, "prompts": ["a secret"], "steps": 1000}
+    about = replace(ABOUT, trigger=[], images=None, sampling=Sampling("lcm", 4, 1.0), config=config)
+    path = write_fast_card(tmp_path, tmp_path / "fast.safetensors", about, ["a crab", "a house"], [])
+    text = path.read_text(encoding="utf-8")
+    assert "learned from images that the base model drew," in text
+    assert "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)\n" in text
+    assert "image = pipe('a house', num_inference_steps=4, guidance_scale=1.0).images[0]" in text
+    assert 'where no option does: `sfumato generate "a house" --base some/base --lora fast.safetensors:1.0`\n' in text
+    assert "--lora style.safetensors:1 --lora fast.safetensors:1.0`" in text
+    assert "sampler `lcm`, scheduler `sgm_uniform`, 4 steps and cfg 1;" in text
+    assert "the sampling method LCM, 4 steps and a CFG scale of 1." in text
+    assert "| guidance | 7.5 |\n| solver_steps | 50 |\n| rank | 64 |" in text
+    assert "secret" not in text
+    pocket = replace(about, family="pocket", base="pocket", images=3)
+    text = write_fast_card(tmp_path, tmp_path / "fast.safetensors", pocket, [], []).read_text(encoding="utf-8")
+    assert "learned from 3 images," in text
+    assert "ComfyUI" not in text
 
 
 @pytest.mark.parametrize("name", ["line.safetensors", "line"])
@@ -498,18 +519,20 @@ WHERE_AND_HOW = {
         "stands_for",
         "more_images",
         "less_images",
+        "prompts",
+        "drawn_steps",
     ),
 }
 """Options that a card tells in its own words, or that say where and how a training was computed."""
 
 
-@pytest.mark.parametrize("trainer", [lora, dreambooth, finetune, textual_inversion, slider])
+@pytest.mark.parametrize("trainer", [lora, dreambooth, finetune, textual_inversion, slider, lcm])
 def test_a_card_tells_every_setting_that_is_not_as_usual(trainer):
     """What is usual is the trainer's own default."""
     defaults = {field.name: field.default for field in dataclasses.fields(trainer.Config)}
     told = {name for name in defaults if name in _USUAL}
     always = {"steps", "batch", "learning_rate", "min_snr", "seed", "resolution", "rank", "alpha", "targets", "method"}
-    always |= {"conv_rank", "conv_alpha", "prior", "vectors", "start", "templates"}
+    always |= {"conv_rank", "conv_alpha", "prior", "vectors", "start", "templates", "guidance", "solver_steps"}
     always |= {"concept", "more", "less", "strength", "drawn"}
     assert defaults.keys() - told - WHERE_AND_HOW - always == set()
     for name in told:

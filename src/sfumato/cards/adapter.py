@@ -40,8 +40,6 @@ def write_card(
         guided += ", in the steps from {:g} to {:g} of the way from noise to image, as its file asks".format(
             *about.over_steps
         )
-    if about.sampling is not None:
-        guided += f", in {about.sampling}, as its file asks"
     if guided:
         guided += ". Diffusers and other programs do not read that from the file: they draw without it"
     shown_with = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
@@ -72,7 +70,7 @@ A {title_of(about)} for {code(about.base)} ({about.family}), learned from {plura
 {_negatives(about)}
 ## Use
 
-{_with_diffusers(about, adapter, words, example)}With sfumato: {code(line)}{guided}
+{with_diffusers(about, adapter, words, example)}With sfumato: {code(line)}{guided}
 
 {readers(about, clients)}
 
@@ -160,7 +158,7 @@ def _word_files(about: Description, adapter: Path) -> list[str]:
     return [file.name for file in found.values()]
 
 
-def _with_diffusers(about: Description, adapter: Path, words: Sequence[str], example: str) -> str:
+def with_diffusers(about: Description, adapter: Path, words: Sequence[str], example: str) -> str:
     """How diffusers draws with it; nothing for a file with words in it or of another kind, which diffusers refuses."""
     if _is_bundled(about) or not is_plain_lora(about):
         return ""

@@ -67,7 +67,11 @@ def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: 
 
     rows = samples.ends
     prompts: Sequence[str] = samples.prompts if rows else []
-    if kind == "lora":
+    if about.sampling is not None:
+        from sfumato.cards.fast import write_fast_card
+
+        card = write_fast_card(run.folder, path, about, prompts, rows)
+    elif kind == "lora":
         card = write_card(run.folder, path, about, prompts, rows)
     else:
         from sfumato.cards.model import write_model_card
