@@ -134,21 +134,21 @@ def test_an_adapter_of_some_images_alone_is_not_followed_and_a_mix_asks_for_what
     assert "asks for" not in capsys.readouterr().err
     some = ["generate", "a dot", "a dot <lora:run:1>", *words]
     assert cli.main([*some, str(tmp_path / "some")]) == 0
-    assert "run: asks for 1 step of lcm at guidance 1, but is not in every image. " in capsys.readouterr().err
+    assert "run: asks for 4 steps of lcm at guidance 1, but is not in every image. " in capsys.readouterr().err
     told = [json.loads(Image.open(each).info["sfumato"]) for each in (tmp_path / "some").glob("*.png")]
     assert {each["steps"] for each in told} == {load_base(str(pocket_folder)).defaults.sampling_steps}
     assert cli.main([*some, str(tmp_path / "given"), "--steps", "2", "--sampler", "lcm", "--guidance", "1"]) == 0
     assert "asks for" not in capsys.readouterr().err
     assert cli.main(["generate", "a dot <lora:run:1>", *words, str(tmp_path / "tagged")]) == 0
-    assert "run: asks for 1 step of lcm" in capsys.readouterr().err
+    assert "run: asks for 4 steps of lcm" in capsys.readouterr().err
     half, both = tmp_path / "half.safetensors", tmp_path / "both.safetensors"
     assert cli.main(["merge", f"{path}:0.5", f"{path}:0.5", "-o", str(half)]) == 0
-    assert sampling_of(read_header(half).metadata) == Sampling("lcm", 1, 1.0)
+    assert sampling_of(read_header(half).metadata) == Sampling("lcm", 4, 1.0)
     other = write_lora(tmp_path / "other.safetensors", read_lora(path).modules, family="pocket")
     capsys.readouterr()
     assert cli.main(["merge", f"{path}:1", f"{other}:1", "-o", str(both)]) == 0
     assert sampling_of(read_header(both).metadata) is None
-    assert "run.safetensors: asks for 1 step of lcm at guidance 1, " in capsys.readouterr().err
+    assert "run.safetensors: asks for 4 steps of lcm at guidance 1, " in capsys.readouterr().err
 
 
 def test_of_files_that_ask_differently_the_first_counts_and_the_other_is_named(train, pocket_folder, tmp_path, capsys):
