@@ -301,7 +301,8 @@ def check_words(config: Config) -> list[Ends]:
 def read_images(config: Config) -> list[ExampleSet]:
     """The images that are given: those of the concept, or both folders of pairs; none where the base draws them."""
     from sfumato import data
-    from sfumato.training.slider import of_concept, paired
+    from sfumato.training.pairs import paired
+    from sfumato.training.slider import of_concept
 
     if config.images is not None:
         folders = [config.images]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sfumato import randomness
-from sfumato.errors import ConfigError, DataError
-from sfumato.numerals import pluralize, some
+from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
 from sfumato.runs.micro_batch import MicroBatch, MicroBatches
 from sfumato.runs.samples import Draw, evaluating
 from sfumato.training.metrics import Metrics
@@ -119,40 +119,6 @@ def of_concept(examples: ExampleSet, concept: str) -> ExampleSet:
         for example in found
     )
     return dataclasses.replace(found, examples=tuple(each))
-
-
-def paired(more: ExampleSet, less: ExampleSet) -> tuple[ExampleSet, ExampleSet]:
-    """Two folders' images as pairs: those of one name, with the caption that the first has.
-
-    Raises DataError for an image without a partner, two of one name, or partners of different sizes.
-    """
-    from sfumato.data.images import upright_size
-
-    named = []
-    for examples in (more, less):
-        by_name = {example.path.stem: example for example in examples}
-        if len(by_name) < len(examples):
-            twice, _ = Counter(example.path.stem for example in examples).most_common(1)[0]
-            raise DataError(f"{examples[0].path.parent}: several images are named {twice}; a pair has one each.")
-        named.append(by_name)
-    if alone := sorted(named[0].keys() ^ named[1].keys()):
-        here, there = (more, less) if alone[0] in named[0] else (less, more)
-        raise DataError(
-            f"{some(alone)} of {here[0].path.parent} has no image of the same name in {there[0].path.parent}; wanted "
-            "pairs. Add its partner, or leave it out."
-        )
-    for name in named[0]:
-        first, second = (upright_size(found[name].path) for found in named)
-        if first != second:
-            raise DataError(
-                f"{name}: {'x'.join(map(str, first))} pixels in {more[0].path.parent} and {'x'.join(map(str, second))} "
-                f"in {less[0].path.parent}; the images of a pair must have the same size."
-            )
-    partners = tuple(
-        dataclasses.replace(named[1][name], caption=example.caption, further=example.further)
-        for name, example in named[0].items()
-    )
-    return dataclasses.replace(more, examples=tuple(named[0].values())), dataclasses.replace(less, examples=partners)
 
 
 class Way(Protocol):

@@ -1,0 +1,332 @@
+"""Train an adapter on preferences: pairs of images of the same prompt, one preferred and one rejected (Diffusion-DPO).
+
+    python trainers/dpo.py --preferred GOOD --rejected BAD --output DIR
+    accelerate launch trainers/dpo.py ...
+    sfumato train dpo ...
+
+All three run the same program. The adapter learns to find the preferred image of each pair likelier, beside the
+rejected one, than the model did before (Wallace et al. 2023). So it draws more like the preferred ones, without copying
+them. `train` is the whole method; what it calls is in the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.numerals import pluralize
+from sfumato.training import checks, config_defaults
+from sfumato.training.entry_point import training_entry_point
+from sfumato.training.options import KindOptions, TrainingOptions
+from sfumato.weighting.span import parse_span
+
+if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
+    from sfumato.adapters import Attached
+    from sfumato.bases import Base
+    from sfumato.data import Dataset, ExampleSet
+    from sfumato.runs.run import Run
+    from sfumato.runs.samples import Samples
+    from sfumato.training.ema import Ema
+    from sfumato.training.trained_adapter import TrainedAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(KindOptions, TrainingOptions):
+    """Train a LoRA that draws more like the preferred ones of pairs of images.
+
+    Example: `sfumato train dpo --preferred good --rejected bad --output runs/taste`
+    """
+
+    preferred: Path
+    """Folder of preferred images. Each is paired with the image of the same name in --rejected, else with one of the
+    same prompt and size: that of its caption, or of the settings that sfumato, A1111, Forge, ComfyUI and InvokeAI write
+    into images."""
+    rejected: Path
+    """Folder of rejected images. Of one prompt there may be more or fewer than preferred ones: each image comes in a
+    pair."""
+    caption: str | None = None
+    """Template for captions, such as "a photo of a {caption}". {caption} stands for the caption of the preferred image,
+    or for the prompt in its settings, or for its file name."""
+    caption_dropout: float = 0.0
+    """Share of pairs that are trained without a caption, 0 to 1."""
+    beta: float | None = None
+    """How far the adapter is held to the model before the training. The larger it is, the less is learned from pairs
+    that are told apart already. Unset: the base family's default; 1000 to 10000 is usual on Stable Diffusion."""
+    anchor: float | None = None
+    """How many times an error on a preferred image that is larger than before the training counts in addition. Without
+    it, 0, pairs may be told apart by spoiling both of their images, the rejected one more. Unset: the base family's
+    default."""
+    rank: int | None = None
+    """LoRA rank: the inner dimension of each update B A. Unset: the base family's default."""
+    alpha: float | None = None
+    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    conv_rank: int | None = None
+    """Rank for convolutions larger than 1x1, where --targets adapts them; sd-scripts calls it conv_dim. Unset:
+    --rank."""
+    conv_alpha: float | None = None
+    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers."""
+    targets: str = "attention"
+    """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
+    around them), everything (all layers of the U-Net's blocks), or a regular expression over module names."""
+    prior_prompts: tuple[str, ...] = ()
+    """Prompts whose images should stay as they were before the training. Each training batch is joined by one of half
+    the size for these prompts, whose target is the prediction of the model before the training. Repeat the option for
+    several."""
+    prior_weight: float | None = None
+    """Weight of the prior-preservation samples in the loss; the pairs have weight 1. Unset: 1."""
+    init_from: Path | None = None
+    """Go on from this adapter, such as a style that you trained, instead of from the base model: its images are those
+    that the preferences are about. It must have the same targets and ranks, and be there when the run is resumed."""
+    over_steps: str | None = None
+    """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
+    Sample images use it, and the file asks for it (see sfumato generate --over-steps). Unset: the steps that were
+    trained, see --min-timestep."""
+    save_every: int = 0
+    """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps
+    only the last."""
+    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "pocket": {"steps": 300, "batch": 8, "learning_rate": 1e-4, "beta": 2000.0, "anchor": 0.0, "min_snr": 0.0},
+        # beta is that of the paper's own code, the rate that of diffusers' example, which trains a LoRA, too.
+        "sd1": {"steps": 2000, "batch": 4, "learning_rate": 1e-5, "beta": 5000.0, "anchor": 0.0, "min_snr": 0.0},
+        "sd2": {"steps": 2000, "batch": 4, "learning_rate": 1e-5, "beta": 5000.0, "anchor": 0.0, "min_snr": 0.0},
+        "sdxl": {"steps": 2000, "batch": 2, "learning_rate": 1e-5, "beta": 5000.0, "anchor": 0.0, "min_snr": 0.0},
+    }
+)
+"""Defaults of this method, by family, for what a config leaves unset."""
+
+
+@training_entry_point
+def train(config: Config) -> Path:
+    """Train, and return the path of the adapter."""
+    import torch
+
+    from sfumato.adapters import ByLayer, Kind, target_layers
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training import optimizers
+    from sfumato.training.adapting import new_adapter
+    from sfumato.training.ema import Ema
+    from sfumato.training.init_from import start_from
+    from sfumato.training.preferences import PreferenceMetrics, Preferences, Start, figures_of
+    from sfumato.training.prior import BasePrediction
+
+    check(config)
+    processes = Processes.join(config.device)
+    pairs = read_pairs(config)
+    precision = config.decide_precision(processes, config.optimizer)
+    base = config.load_base(precision)
+    config, filled = resolve(config, base, pairs[0], processes.count)
+    by_layer = ByLayer.of(config)
+    adapted = by_layer.kept(target_layers(base.parts(text=False), config.targets))
+    checks.check_module_dropout(config, sum(map(len, adapted.values())))
+    run = Run.start(config, program="dpo", processes=processes, writes=["adapters"] if config.save_every else [])
+    run.say(precision.table())
+    run.say_filled(base.family.title, filled)
+    run.say(*Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer))
+
+    batches = processes.micro_batches(config.batch, config.accumulate)
+    global_batch = batches.global_batch
+    prepare = partial(
+        config.prepare_as,
+        base=base,
+        processes=processes,
+        caption_dropout=config.caption_dropout,
+        will_draw=(config.seed, config.steps, global_batch),
+        together=config.batch,
+    )
+    preferred, rejected = (prepare(each) for each in pairs)
+    run.say_notes(preferred, rejected)
+    base.lazy_weights.load_only("unet")  # the others rest until something asks for them
+    lora = new_adapter(adapted, config)
+    facts: dict[str, Any] = {"data": preferred, "partners": rejected}
+    if config.init_from:
+        facts["init"], left = start_from(config.init_from, base, lora, None, ())
+        run.say(*left)
+    start = Start(lora, from_nothing=not config.init_from)  # before a checkpoint is read, which comes with the steps
+    noising = config.noising(base)
+    preferences = Preferences(
+        base,
+        preferred,
+        rejected,
+        config.beta,
+        config.anchor,
+        before=start.applied,
+        noising=noising,
+        settings=config.loss(),
+    )
+    prior = None
+    if config.prior_prompts:
+        prior = BasePrediction(
+            base,
+            preferred,
+            config.prior_prompts,
+            config.seed,
+            order=config.seed,
+            pristine=start.applied,
+            noising=noising,
+        )
+    run.identify(**facts, base=base.fingerprint())
+    layers = pluralize(len(lora.layers), "adapted layer")
+    run.say(f"{pluralize(len(preferred), 'pair')}, {layers}, {lora.count():,} trained numbers")
+
+    parameters = list(lora.parameters())
+    groups = optimizers.groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
+    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
+    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    scaler = precision.scaler()
+    average = Ema(parameters, config.ema)
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
+    metrics = PreferenceMetrics(
+        base,
+        preferred,
+        lora,
+        preferences,
+        config.batch,
+        before=start.applied,
+        within=average.applied,
+        watches=bool(config.measure_every),
+    )
+    samples = samples_of(config, base, lora, preferred, run, average)
+    learned = trained_adapter_of(config, base, lora, preferred, samples, average)
+    run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
+    run.every(config.sample_every, samples.draw)
+    run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
+    lora.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        loss, prior_loss = torch.zeros(2, device=precision.device)
+        sums, further = torch.zeros(6, device=precision.device), {}
+        for micro in batches.of(step.number):
+            of_prior = [prior.draw(micro)] if prior else []
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
+            with precision.autocast():
+                rewarded, kept = preferences.rewarded(preferences.draw(config.seed, micro), *of_prior)
+                part = rewarded.loss.sum() / global_batch
+                if prior:
+                    kept = kept.sum() / global_batch
+                    part = part + config.prior_weight * kept
+                    prior_loss += kept.detach()
+            scaler.scale(part).backward()
+            loss += part.detach()
+            sums += rewarded.sums()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss, prior_loss, sums)
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            if config.max_norm:
+                further["limited"] = lora.limit_norms(config.max_norm)
+            average.update()
+        scaler.update()
+        optimizer.zero_grad()
+        if prior:
+            further["prior_loss"] = prior_loss
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **figures_of(sums, global_batch), **further)
+
+    average.swap()
+    path = config.output / f"{config.name}.safetensors"
+    if processes.is_main:
+        save(path, config, learned, samples, run)
+    run.close()
+    processes.wait()
+    return path
+
+
+def check(config: Config) -> None:
+    """Refuse options that make no sense, before anything is loaded."""
+    checks.check_trainer(config)
+    checks.check_kind(config)
+    checks.refuse_given(
+        config, "has no effect here: the loss compares squared errors, which stand for likelihoods; leave it out", "huber"
+    )
+    for option, folder in (("--preferred", config.preferred), ("--rejected", config.rejected)):
+        if not folder.is_dir():
+            raise ConfigError(f"{option} {folder}: no such folder; give one that holds an image of each pair.")
+    if config.preferred.resolve() == config.rejected.resolve():
+        raise ConfigError(f"--preferred and --rejected are both {config.preferred}; sort the images into two folders.")
+    if config.init_from:
+        checks.refuse_missing(config.init_from)
+    if config.over_steps is not None:
+        parse_span(config.over_steps)
+    if not config.prior_prompts:
+        checks.only_with(config, "--prior-prompts", "prior_weight")
+
+
+def read_pairs(config: Config) -> tuple[ExampleSet, ExampleSet]:
+    """The preferred images and their rejected partners."""
+    from sfumato.training.pairs import preference_pairs, read_told
+
+    if not config.resume:
+        checks.refuse_output_among(config.output, [config.preferred, config.rejected])
+    # The captions of the partners are not learned, and need not be there.
+    return preference_pairs(read_told(config.preferred, config.caption), read_told(config.rejected, "{caption}"))
+
+
+def resolve(config: Config, base: Base, pairs: ExampleSet, processes: int) -> tuple[Config, list[str]]:
+    """The config with every unset field filled in, and the names of the fields that the base family or the method
+    filled."""
+    config, filled = config_defaults.resolve(config, base, pairs, processes, **DEFAULTS[base.family.name])
+    values = config_defaults.scale_defaults(config)
+    if config.prior_prompts:
+        values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
+    return dataclasses.replace(config, **values), filled
+
+
+def samples_of(config: Config, base: Base, lora: Attached, data: Dataset, run: Run, average: Ema) -> Samples:
+    """The run's sample images."""
+    from sfumato.runs.samples import Samples
+    from sfumato.training.sampling import drawing_of
+    from sfumato.training.unrelated import default_prompts
+
+    asked, own = config.asked_samples()
+    prompts = asked or default_prompts(list(dict.fromkeys(data.captions)), None, None)
+    draw = drawing_of(base, lora, span=config_defaults.span_of(config, base), resolution=config.resolution, own=own)
+    return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
+
+
+def trained_adapter_of(
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema
+) -> TrainedAdapter:
+    """The result of the training, and what its file says about itself."""
+    from sfumato.precision import DTYPES
+    from sfumato.training.finish import describe_run
+    from sfumato.training.trained_adapter import TrainedAdapter
+
+    about = partial(
+        describe_run, config, base, data, samples, trigger=(), over_steps=config_defaults.span_of(config, base)
+    )
+    return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
+
+
+def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
+    """Write the adapter, its model card and the plot; upload them if asked."""
+    from sfumato.training.finish import finish, upload
+
+    description, _ = learned.write(path, config.steps)
+    finish(run, path, description, samples, kind="lora")
+    upload(run, [path], config.push_to_hub)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with these arguments."""
+    train(parse(Config, argv, program="train dpo"))
+    return 0
+
+
+if __name__ == "__main__":
+    from sfumato.cli import run
+
+    run(main)
