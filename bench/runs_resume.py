@@ -73,6 +73,14 @@ CASES: Mapping[str, Sequence[str]] = {
         *_SHARED, "--rank", "2", "--caption", "{caption}", "--ema", "0.9", "--accumulate", "2", "--dropout", "0.2",
         "--optimizer-args", "eps=1e-5",
     ],
+    "dpo averaged, dropped out": [
+        *_SHARED, "--rank", "2", "--caption", "{caption}", "--ema", "0.9", "--accumulate", "2", "--dropout", "0.2",
+        "--caption-dropout", "0.4", "--prior-prompts", "a key", "--optimizer-args", "eps=1e-5",
+    ],
+    "dpo from an adapter": [
+        *_SHARED, "--rank", "2", "--targets", "cross-attention", "--caption", "{caption}", "--optimizer-args",
+        "eps=1e-5",
+    ],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
     "style_emphasis": _PRETRAIN,
@@ -111,6 +119,8 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
     (folder / "partners").mkdir()
     for file in (folder / "pictures").iterdir():
         Image.open(file).convert("L").save(folder / "partners" / file.name)
+    write_start(base, folder / "start.safetensors")
+    preferences = ["--base", str(base), "--preferred", str(folder / "pictures"), "--rejected", str(folder / "partners")]
     adapters = ["--base", str(base), "--images", str(folder / "pictures")]
     return {
         "lora": adapters,
@@ -123,11 +133,29 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
             *("--base", str(base), "--more-images", str(folder / "pictures")),
             *("--less-images", str(folder / "partners")),
         ],
+        "dpo": preferences,
+        "dpo from an adapter": [*preferences, "--init-from", str(folder / "start.safetensors")],
         "pretrain": ["--data", str(folder / "data")],
         "style_emphasis": ["--data", str(folder / "data"), "--base", str(base)],
         "self_play": ["--data", str(folder / "data"), "--base", str(base)],
         "vae": ["--vae", str(folder / "vae")],
     }
+
+
+def write_start(base: Path, file: Path) -> None:
+    """An adapter of rank 2 of the base's cross-attention, that changes something."""
+    import torch
+
+    from sfumato.adapters import attach, target_layers
+    from sfumato.bases import load_base
+    from sfumato.precision import decide
+
+    parts = load_base(str(base), precision=decide("fp32", device="cpu")).parts(text=False)
+    adapter = attach(target_layers(parts, "cross-attention"), rank=2, alpha=2.0, seed=1)
+    for layer in adapter.layers.values():
+        for up in layer.ups():
+            up.data += 0.1
+    adapter.write(file, family="pocket", metadata={}, dtype=torch.float32)
 
 
 def command(case: str, inputs: Mapping[str, list[str]], output: Path, *more: str) -> list[str]:

@@ -198,6 +198,7 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         "finetune fused with text encoder",
         "textual_inversion",
         "slider",
+        "dpo averaged, dropped out",
     ],
 )
 def test_in_half_precision_each_trainer_learns_nearly_the_same(case, major, dtype, inputs, on_cpu, tmp_path):

@@ -310,10 +310,10 @@ def test_wrong_use_is_one_line(program, options, said, pocket_folder, pictures, 
     assert said in error[0]
 
 
-@pytest.mark.parametrize("program", ["lora", "dreambooth", "slider"])
+@pytest.mark.parametrize("program", ["lora", "dreambooth", "slider", "dpo"])
 def test_each_dropout_reaches_the_adapter(program, tmp_path):
     from sfumato.training.adapting import new_adapter
-    from trainers import dreambooth, lora, slider
+    from trainers import dpo, dreambooth, lora, slider
 
     shares = {"dropout": 0.1, "rank_dropout": 0.2, "module_dropout": 0.3}
     options = {"output": tmp_path, "rank": 1, "alpha": 1.0, "targets": "to_q", **shares}
@@ -323,6 +323,8 @@ def test_each_dropout_reaches_the_adapter(program, tmp_path):
         made = new_adapter(layers, lora.Config(**options, images=tmp_path))
     elif program == "slider":
         made = new_adapter(layers, slider.Config(**options))
+    elif program == "dpo":
+        made = new_adapter(layers, dpo.Config(**options, preferred=tmp_path, rejected=tmp_path))
     else:
         base = SimpleNamespace(parts=lambda text: {"unet": unet})
         made = dreambooth.trainable(base, dreambooth.Config(**options, images=tmp_path, method="lora"))

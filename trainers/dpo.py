@@ -250,7 +250,9 @@ def check(config: Config) -> None:
     checks.check_trainer(config)
     checks.check_kind(config)
     checks.refuse_given(
-        config, "has no effect here: the loss compares squared errors, which stand for likelihoods; leave it out", "huber"
+        config,
+        "has no effect here: the loss compares squared errors, which stand for likelihoods; leave it out",
+        "huber",
     )
     for option, folder in (("--preferred", config.preferred), ("--rejected", config.rejected)):
         if not folder.is_dir():

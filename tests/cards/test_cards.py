@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from sfumato.trainers import dreambooth, finetune, lcm, lora, slider, textual_inversion
+from sfumato.trainers import dpo, dreambooth, finetune, lcm, lora, slider, textual_inversion
 
 from sfumato import shell
 from sfumato.cards.adapter import _USUAL, code, training_table, write_card
@@ -521,19 +521,21 @@ WHERE_AND_HOW = {
         "less_images",
         "prompts",
         "drawn_steps",
+        "preferred",
+        "rejected",
     ),
 }
 """Options that a card tells in its own words, or that say where and how a training was computed."""
 
 
-@pytest.mark.parametrize("trainer", [lora, dreambooth, finetune, textual_inversion, slider, lcm])
+@pytest.mark.parametrize("trainer", [lora, dreambooth, finetune, textual_inversion, slider, lcm, dpo])
 def test_a_card_tells_every_setting_that_is_not_as_usual(trainer):
     """What is usual is the trainer's own default."""
     defaults = {field.name: field.default for field in dataclasses.fields(trainer.Config)}
     told = {name for name in defaults if name in _USUAL}
     always = {"steps", "batch", "learning_rate", "min_snr", "seed", "resolution", "rank", "alpha", "targets", "method"}
     always |= {"conv_rank", "conv_alpha", "prior", "vectors", "start", "templates", "guidance", "solver_steps"}
-    always |= {"concept", "more", "less", "strength", "drawn"}
+    always |= {"concept", "more", "less", "strength", "drawn", "beta", "anchor"}
     assert defaults.keys() - told - WHERE_AND_HOW - always == set()
     for name in told:
         usual = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]

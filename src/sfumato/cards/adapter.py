@@ -51,7 +51,12 @@ def write_card(
     adapted = ("method", "rank", "alpha") if whole else ("method", "rank", "alpha", "targets")
     if (about.config or {}).get("conv_rank") is not None:
         adapted = (*adapted, "conv_rank", "conv_alpha")
-    shown = (*adapted, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution")
+    of_preferences = [name for name in ("beta", "anchor") if name in (about.config or {})]
+    shown = (
+        *(*adapted, *of_preferences, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution"),
+    )
+    kind_of_data = "pair of images", "pairs of images"
+    learned = pluralize(about.images or 0, *(kind_of_data if of_preferences else ("image",)))
     before_after = ""
     if len(rows) > 1:
         for name, row in (("before", rows[0]), ("after", rows[-1])):
@@ -62,7 +67,7 @@ def write_card(
     clients = (_BUNDLED if _is_bundled(about) else CLIENTS) if plain else readers_of(about, adapter.name)
     tags = ("lora", "template:sd-lora") if plain else ("lycoris",)
     text = f"""{opening(folder, about, prompts, rows, tags=tags)}
-A {title_of(about)} for {code(about.base)} ({about.family}), learned from {pluralize(about.images or 0, "image")}.
+A {title_of(about)} for {code(about.base)} ({about.family}), learned from {learned}.
 {before_after}
 ## Trigger words
 

@@ -1,4 +1,4 @@
-"""Two folders of images as pairs, whose partners share a caption and a size: what sliders and preferences learn from."""
+"""Two folders of images as pairs of one caption and size: what sliders and preferences learn from."""
 
 from __future__ import annotations
 

@@ -53,6 +53,9 @@ def preference_loss(margin: Tensor) -> Tensor:
 class Start:
     """The adapter as it was when the training began: what the rewards are measured against.
 
+    Nothing in it asks for gradients, so that it needs no `no_grad`: with that, a CPU computes attention in bf16 otherwise
+    than for the adapter that learns, and an adapter of nothing had margins.
+
     from_nothing: whether it changed nothing then, and no copy of it is needed.
     """
 
@@ -68,15 +71,17 @@ class Start:
                 yield
             return
         parameters = list(self._adapter.parameters())
-        now = [p.data for p in parameters]
+        now = [(p.data, p.requires_grad) for p in parameters]
         try:
             for parameter, value in zip(parameters, self._values, strict=True):
                 parameter.data = value
+                parameter.requires_grad_(False)
             with evaluating([self._adapter]):
                 yield
         finally:
-            for parameter, value in zip(parameters, now, strict=True):
+            for parameter, (value, learns) in zip(parameters, now, strict=True):
                 parameter.data = value
+                parameter.requires_grad_(learns)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Preferences:
 
     def rewarded(self, pair: list[NoisedBatch], *further: NoisedBatch) -> tuple[Rewarded, Tensor]:
         """What these pairs give, with gradients, and each sample's error of what joins them."""
-        with torch.no_grad(), self._before():
+        with self._before():
             before = per_sample_losses(self._base, pair, encode=False, settings=self._settings)
         errors = per_sample_losses(self._base, [*pair, *further], encode=False, settings=self._settings)
         count = len(before) // 2
