@@ -103,19 +103,31 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
     assert all((tmp_path / name / "model_index.json").is_file() for name in ("mixed", "elected", "gained"))
 
 
+def sort_by_hand(drawn, good, bad):
+    """Move the images of a folder into two, as the words beside the recipe ask."""
+    for place, file in enumerate(sorted(drawn.glob("*.png"))):
+        folder = bad if place % 2 else good
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+
+
 @pytest.mark.slow
 def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatch, quick):
     for name in ("datasets", "trainers"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
-    assert len(RECIPES) == 12
+    assert len(RECIPES) == 13
     for command in RECIPES:
         program, *words = shlex.split(command)
         assert program == "sfumato"
-        if words[0] == "generate":  # with what the command before it learned
+        if words[0] == "generate":  # with what the command before it learned, or images for the one after it
             assert cli.main(words) == 0, command
-            assert (tmp_path / words[words.index("-o") + 1]).is_file()
+            drawn = tmp_path / words[words.index("-o") + 1]
+            if "--count" in words:
+                sort_by_hand(drawn, tmp_path / "good", tmp_path / "bad")
+            else:
+                assert drawn.is_file()
             continue
         quick = ["--steps", "1", "--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
         quick += {"dreambooth": ["--class-count", "2"], "slider": ["--drawn", "2"], "lcm": ["--drawn", "2"]}.get(
@@ -147,7 +159,7 @@ def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkey
 
 
 def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
-    from sfumato.trainers import dreambooth, finetune, lcm, slider, textual_inversion
+    from sfumato.trainers import dpo, dreambooth, finetune, lcm, slider, textual_inversion
 
     from sfumato.bases import FAMILIES
     from sfumato.words.placeholders import DEFAULT_LEARNING_RATES
@@ -177,6 +189,7 @@ def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
             f"{slider.DEFAULTS[name]['drawn']}",
             "`lcm`; the same": f"{shown(lcm.DEFAULTS[name])}, {lcm.DEFAULTS[name].get('rank', family.rank)}; "
             f"{lcm.DEFAULTS[name]['drawn']}",
+            "`dpo`; beta": f"{shown(dpo.DEFAULTS[name])}, {family.rank}; {dpo.DEFAULTS[name]['beta']:,.0f}",
             "`generate`: steps, guidance, sampler": f"{family.sampling_steps}, {family.guidance:g}, {family.sampler}",
         }
         for row, value in wanted.items():

@@ -99,7 +99,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--class-count": "num_class_images",
         "--prior pictures": "with_prior_preservation",
         "--prior-weight": "prior_loss_weight",
-        "--beta": "beta_dpo dpo_beta",
+        "--beta": "beta_dpo",
         "--fused": "fused_backward_pass",
         "--placeholder": "placeholder_token token_string",
         "--train-words": "placeholder_token token_string train_text_encoder_ti",
