@@ -259,6 +259,20 @@ def test_the_config_of_a_run_runs_again(train, tmp_path):
     assert_equal(tmp_path / "before/run.safetensors", path)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_folders_that_were_moved_and_not_with_other_images(train, tmp_path, capsys):
+    path = train("run", "--steps", "2")
+    for name in ("good", "bad"):
+        (tmp_path / name).rename(tmp_path / f"{name}-moved")
+    words = ["resume", str(path.parent), "--preferred", str(tmp_path / "good-moved")]
+    assert cli.main([*words, "--rejected", str(tmp_path / "bad-moved")]) == 0
+    for folder in ("good-moved", "bad-moved"):
+        (tmp_path / folder / "square-0.png").unlink()
+    capsys.readouterr()
+    assert cli.main([*words, "--rejected", str(tmp_path / "bad-moved")]) == 2
+    assert "square-0.png is gone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", ["pocket", "sd1", "sd2", "sdxl"])
 def test_defaults(family):
     from tests.test_train_textual_inversion import base_of

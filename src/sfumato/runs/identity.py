@@ -49,6 +49,10 @@ OF_CHECKPOINT = frozenset(
 """Fields that decide which numbers a checkpoint holds: of another value none fits."""
 BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "images": ("data",),
+    "preferred": ("data",),
+    "rejected": ("partners",),
+    "more_images": ("data",),
+    "less_images": ("partners",),
     "data": ("data",),
     "validation_split": ("data", "validation"),
     "class_images": ("class",),
