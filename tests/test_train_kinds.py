@@ -310,6 +310,17 @@ def test_wrong_use_is_one_line(program, options, said, pocket_folder, pictures, 
     assert said in error[0]
 
 
+@pytest.mark.parametrize("algo", ["loha", "lokr", "oft"])
+@pytest.mark.parametrize("program", ["slider", "lcm", "dpo"])
+def test_a_kind_needs_no_option_that_its_trainer_lacks(program, algo, tmp_path):
+    from sfumato.training.checks import check_kind
+    from trainers import dpo, lcm, slider
+
+    folders = {"preferred": tmp_path, "rejected": tmp_path} if program == "dpo" else {}
+    config = {"slider": slider, "lcm": lcm, "dpo": dpo}[program].Config(output=tmp_path, algo=algo, **folders)
+    check_kind(config)
+
+
 @pytest.mark.parametrize("program", ["lora", "dreambooth", "slider", "dpo"])
 def test_each_dropout_reaches_the_adapter(program, tmp_path):
     from sfumato.training.adapting import new_adapter

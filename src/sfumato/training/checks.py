@@ -256,6 +256,6 @@ def refuse_given(config: FolderOptions, why: str, *names: str) -> None:
     Not where a run goes on: earlier versions filled these fields in, and so they stand in its config.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    given = [name for name in names if getattr(config, name) != defaults[name]]
+    given = [name for name in names if name in defaults and getattr(config, name) != defaults[name]]
     if given and not config.resume:
         raise ConfigError(f"{shell.option(given[0])} {why}.")
