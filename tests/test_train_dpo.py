@@ -45,7 +45,7 @@ def train(pocket_folder, pairs, tmp_path):
     def run(name, *options, base=pocket_folder, code=0):
         words = {**pairs, "--output": str(tmp_path / name), "--base": str(base), "--steps": "4", "--batch": "2"}
         words |= {"--rank": "2", "--learning-rate": "1e-2", "--precision": "fp32", "--sample-every": "0"}
-        words |= {"--targets": "cross-attention", "--resolution": "64", "--beta": str(BETA), "--anchor": "0"}
+        words |= {"--targets": "cross-attention", "--resolution": "64", "--beta": str(BETA)}
         words |= {"--measure-every": "0", "--checkpoint-every": "0", "--optimizer-args": f"eps={EPS}"}
         words |= {"--save-precision": "fp32"}
         words |= dict(zip(options[::2], options[1::2], strict=True))
@@ -162,16 +162,6 @@ def test_it_learns_to_tell_them_apart(train):
 
 
 @pytest.mark.slow
-def test_an_anchor_holds_the_errors_of_the_preferred(train):
-    free, held = (
-        train(f"run-{anchor}", "--steps", "40", "--learning-rate", "3e-2", "--beta", "20", "--anchor", anchor)
-        for anchor in ("0", "50")
-    )
-    most = [max(row["preferred"] for row in rows(path)[-15:]) for path in (free, held)]
-    assert most[1] < most[0]
-
-
-@pytest.mark.slow
 def test_the_same_run_gives_the_same_file_and_accumulating_is_a_larger_batch(train):
     own = ("--caption-dropout", "0.4", "--noise-offset", "0.1", "--min-snr", "5")
     once, twice = train("a", *own, "--batch", "4", "--name", "a"), train("b", *own, "--batch", "4", "--name", "b")
@@ -185,7 +175,7 @@ def test_two_processes_give_what_one_gives(train, pairs, pocket_folder, tmp_path
     words = [*(word for pair in pairs.items() for word in pair), "--output", str(tmp_path / "two")]
     words += ["--base", str(pocket_folder), "--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
     words += ["--precision", "fp32", "--device", "cpu", "--sample-every", "0", "--measure-every", "0"]
-    words += ["--optimizer-args", f"eps={EPS}", "--targets", "cross-attention", "--beta", str(BETA), "--anchor", "0"]
+    words += ["--optimizer-args", f"eps={EPS}", "--targets", "cross-attention", "--beta", str(BETA)]
     assert run_apart(["train", "dpo", *words], log=log, processes=2) == 0, log.read_text()[-2000:]
     assert_near(one, tmp_path / "two/two.safetensors")
     for mine, theirs in zip(rows(one), rows(tmp_path / "two/two.safetensors"), strict=True):
@@ -279,9 +269,9 @@ def test_defaults(family):
 
     config = Config(output=Path("runs/a"), preferred=Path("a"), rejected=Path("b"))
     found, filled = resolve(config, base_of(family), ExampleSet(()), 1)
-    assert None not in (found.beta, found.anchor, found.steps, found.batch)
+    assert None not in (found.beta, found.steps, found.batch)
     assert (found.min_snr, found.alpha) == (0.0, found.rank)
-    assert {"beta", "anchor"} <= set(filled)
+    assert "beta" in filled
 
 
 @pytest.mark.parametrize(
@@ -290,7 +280,6 @@ def test_defaults(family):
         (("--preferred", "nowhere"), "--preferred nowhere: no such folder; give one that holds an image of each pair."),
         (("--rejected", "nowhere"), "--rejected nowhere: no such folder"),
         (("--beta", "0"), "--beta is 0.0; it must be a positive number"),
-        (("--anchor", "-1"), "--anchor is -1.0; it must not be negative"),
         (("--huber", "0.1"), "--huber has no effect here: the loss compares squared errors"),
         (("--caption-dropout", "2"), "--caption-dropout is 2.0; it must be 0 to 1"),
         (("--prior-weight", "2"), "--prior-weight has no effect without --prior-prompts"),

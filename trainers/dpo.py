@@ -59,10 +59,6 @@ class Config(KindOptions, TrainingOptions):
     beta: float | None = None
     """How far the adapter is held to the model before the training. The larger it is, the less is learned from pairs
     that are told apart already. Unset: the base family's default; 1000 to 10000 is usual on Stable Diffusion."""
-    anchor: float | None = None
-    """How many times an error on a preferred image that is larger than before the training counts in addition. Without
-    it, 0, pairs may be told apart by spoiling both of their images, the rejected one more. Unset: the base family's
-    default."""
     rank: int | None = None
     """LoRA rank: the inner dimension of each update B A. Unset: the base family's default."""
     alpha: float | None = None
@@ -97,11 +93,11 @@ class Config(KindOptions, TrainingOptions):
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "pocket": {"steps": 300, "batch": 8, "learning_rate": 1e-4, "beta": 2000.0, "anchor": 0.0, "min_snr": 0.0},
+        "pocket": {"steps": 100, "batch": 4, "learning_rate": 6e-4, "beta": 500.0, "min_snr": 0.0},
         # beta is that of the paper's own code, the rate that of diffusers' example, which trains a LoRA, too.
-        "sd1": {"steps": 2000, "batch": 4, "learning_rate": 1e-5, "beta": 5000.0, "anchor": 0.0, "min_snr": 0.0},
-        "sd2": {"steps": 2000, "batch": 4, "learning_rate": 1e-5, "beta": 5000.0, "anchor": 0.0, "min_snr": 0.0},
-        "sdxl": {"steps": 2000, "batch": 2, "learning_rate": 1e-5, "beta": 5000.0, "anchor": 0.0, "min_snr": 0.0},
+        "sd1": {"steps": 2000, "batch": 4, "learning_rate": 1e-5, "beta": 5000.0, "min_snr": 0.0},
+        "sd2": {"steps": 2000, "batch": 4, "learning_rate": 1e-5, "beta": 5000.0, "min_snr": 0.0},
+        "sdxl": {"steps": 2000, "batch": 2, "learning_rate": 1e-5, "beta": 5000.0, "min_snr": 0.0},
     }
 )
 """Defaults of this method, by family, for what a config leaves unset."""
@@ -161,7 +157,6 @@ def train(config: Config) -> Path:
         preferred,
         rejected,
         config.beta,
-        config.anchor,
         before=start.applied,
         noising=noising,
         settings=config.loss(),

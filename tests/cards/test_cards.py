@@ -535,7 +535,7 @@ def test_a_card_tells_every_setting_that_is_not_as_usual(trainer):
     told = {name for name in defaults if name in _USUAL}
     always = {"steps", "batch", "learning_rate", "min_snr", "seed", "resolution", "rank", "alpha", "targets", "method"}
     always |= {"conv_rank", "conv_alpha", "prior", "vectors", "start", "templates", "guidance", "solver_steps"}
-    always |= {"concept", "more", "less", "strength", "drawn", "beta", "anchor"}
+    always |= {"concept", "more", "less", "strength", "drawn", "beta"}
     assert defaults.keys() - told - WHERE_AND_HOW - always == set()
     for name in told:
         usual = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]

@@ -28,12 +28,6 @@ def test_an_adapter_of_nothing_has_the_loss_log_2_and_swapping_a_pair_turns_its_
     assert_close(preference_margin(one, other, 7.0), -preference_margin(other, one, 7.0))
 
 
-def test_the_anchor_counts_an_error_that_grows_and_no_other():
-    grown, fallen = tensor([0.1]), tensor([-0.1])
-    assert_close(preference_margin(grown, tensor([0.3]), 10.0, anchor=3.0), tensor([-5 * (0.1 - 0.3 + 0.3)]))
-    assert_close(preference_margin(fallen, tensor([0.3]), 10.0, anchor=3.0), tensor([2.0]))
-
-
 def test_figures():
     errors = (tensor([0.1, 0.2]), tensor([0.6, 0.6]), tensor([0.2, 0.4]), tensor([0.4, 0.4]))
     sums = Rewarded(torch.zeros(2), tensor([3.0, 0.0]), *errors).sums()

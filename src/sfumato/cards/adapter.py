@@ -51,7 +51,7 @@ def write_card(
     adapted = ("method", "rank", "alpha") if whole else ("method", "rank", "alpha", "targets")
     if (about.config or {}).get("conv_rank") is not None:
         adapted = (*adapted, "conv_rank", "conv_alpha")
-    of_preferences = [name for name in ("beta", "anchor") if name in (about.config or {})]
+    of_preferences = ["beta"] if "beta" in (about.config or {}) else []
     shown = (
         *(*adapted, *of_preferences, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution"),
     )

@@ -34,7 +34,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     *("warmup", "clip", "max_norm", "min_snr", "noise_offset", "input_perturbation", "huber", "weight_decay"),
-    *("keep_tags", "prior_weight", "anchor", "drift_limit", "sample_every", "measure_every", "save_every"),
+    *("keep_tags", "prior_weight", "drift_limit", "sample_every", "measure_every", "save_every"),
     *("checkpoint_every", "keep"),
 )
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (

@@ -33,16 +33,14 @@ _MEASURED = 32
 """Pairs of the fit, or a few more so that batches are full."""
 
 
-def preference_margin(preferred: Tensor, rejected: Tensor, beta: float, anchor: float = 0.0) -> Tensor:
+def preference_margin(preferred: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """(pairs,): by how much the implicit reward of the preferred image is above that of the rejected one.
 
     -beta/2 ((m_w - r_w) - (m_l - r_l)), what eq. 14 of Wallace et al. 2023 takes the sigmoid of, with the mean over an
     image's numbers in the place of their sum, as their code has it.
     preferred, rejected: (pairs,), m_w - r_w and m_l - r_l: the errors less those of the model before the training.
-    anchor: how many times an increase of the preferred image's error counts further (Pal et al. 2024, arXiv 2402.13228,
-    eq. 3), so that a pair is not told apart by both getting worse.
     """
-    return -0.5 * beta * (preferred - rejected + anchor * preferred.clamp(min=0))
+    return -0.5 * beta * (preferred - rejected)
 
 
 def preference_loss(margin: Tensor) -> Tensor:
@@ -132,13 +130,12 @@ class Preferences:
         preferred: Dataset,
         rejected: Dataset,
         beta: float,
-        anchor: float = 0.0,
         *,
         before: Callable[[], AbstractContextManager[object]],
         noising: NoiseSettings | None = None,
         settings: LossSettings | None = None,
     ):
-        self._base, self._sets, self._beta, self._anchor = base, (preferred, rejected), beta, anchor
+        self._base, self._sets, self._beta = base, (preferred, rejected), beta
         self._before, self._noising, self._settings = before, noising, settings
 
     def draw(self, seed: int, micro: MicroBatch) -> list[NoisedBatch]:
@@ -152,7 +149,7 @@ class Preferences:
         errors = per_sample_losses(self._base, [*pair, *further], encode=False, settings=self._settings)
         count = len(before) // 2
         grown = errors[: 2 * count] - before
-        margin = preference_margin(grown[:count], grown[count:], self._beta, self._anchor)
+        margin = preference_margin(grown[:count], grown[count:], self._beta)
         (preferred, rejected), halves = errors[: 2 * count].split(count), before.split(count)
         return Rewarded(preference_loss(margin), margin, preferred, rejected, *halves), errors[2 * count :]
 
