@@ -75,7 +75,7 @@ CASES: Mapping[str, Sequence[str]] = {
     ],
     "dpo averaged, dropped out": [
         *_SHARED, "--rank", "2", "--caption", "{caption}", "--ema", "0.9", "--accumulate", "2", "--dropout", "0.2",
-        "--caption-dropout", "0.4", "--prior-prompts", "a key", "--optimizer-args", "eps=1e-5",
+        "--caption-dropout", "0.4", "--prior-prompts", "a key", "--beta", "100", "--optimizer-args", "eps=1e-5",
     ],
     "dpo from an adapter": [
         *_SHARED, "--rank", "2", "--targets", "cross-attention", "--caption", "{caption}", "--optimizer-args",

@@ -117,7 +117,7 @@ def test_the_recipes_run_as_they_are_written(pocket_folder, tmp_path, monkeypatc
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
-    assert len(RECIPES) == 13
+    assert len(RECIPES) == 15
     for command in RECIPES:
         program, *words = shlex.split(command)
         assert program == "sfumato"

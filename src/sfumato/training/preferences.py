@@ -51,8 +51,8 @@ def preference_loss(margin: Tensor) -> Tensor:
 class Start:
     """The adapter as it was when the training began: what the rewards are measured against.
 
-    Nothing in it asks for gradients, so that it needs no `no_grad`: with that, a CPU computes attention in bf16 otherwise
-    than for the adapter that learns, and an adapter of nothing had margins.
+    Nothing in it asks for gradients, so that it needs no `no_grad`: with that, a CPU computes attention in bf16
+    otherwise than for the adapter that learns, and an adapter of nothing had margins.
 
     from_nothing: whether it changed nothing then, and no copy of it is needed.
     """
