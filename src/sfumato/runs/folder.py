@@ -17,7 +17,7 @@ from sfumato.toml import read_toml
 WRITTEN = ("config.toml", "README.md", "plot.png", "samples.png", "samples", "images", "checkpoints")
 """What a run writes into its folder under a name of its own; NAME.safetensors comes beside them."""
 _OPENED = ("config.toml", "run.json", "pictures.json", "log.jsonl")
-_FOLDERS = ("checkpoints", "samples", "images", "adapters", "tensorboard")
+_FOLDERS = ("checkpoints", "samples", "images", "adapters", "tensorboard", "wandb")
 _OF_THE_LOCK = (".lock", ".holder.json")
 _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 """What follows a run's name in those of adapters kept on the way: sd-scripts' form, or that of runs before 0.4.0."""

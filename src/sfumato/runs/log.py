@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,21 +17,31 @@ from sfumato.errors import RunError
 from sfumato.files.atomic import write_text
 from sfumato.json_text import value_of
 
+if TYPE_CHECKING:
+    from sfumato.runs.wandb_run import WandbRun
+
 _FLUSH_EVERY = 10
 _OF_THE_LOOP = {"loss", "skipped", "went_back_from"}
 """What no measurement has."""
 
 
 class Log:
-    """Appends rows to a file, and to TensorBoard's if asked.
+    """Appends rows to a file, and to TensorBoard's and W&B's if asked.
 
     Values stay on their device until the log is flushed, so that writing them down makes no step wait. A row holds
     finite numbers only: what is not finite is left out of it. A disk that takes no more loses no row and ends no
     training: `warn` is told once, and the rows wait for the next flush.
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool = False, warn: Callable[[str], None] = lambda _: None):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tensorboard: bool = False,
+        wandb: WandbRun | None = None,
+        warn: Callable[[str], None] = lambda _: None,
+    ):
+        self.path, self.wandb = path, wandb
         self._pending: list[dict[str, Any]] = []
         self._warn, self._warned = warn, False
         self._open_board = _board(path.parent) if tensorboard else None
@@ -62,6 +72,8 @@ class Log:
             for row in rows:
                 for name in row.keys() - {"step"}:
                     self._board.add_scalar(name, row[name], row["step"])
+        if self.wandb is not None:
+            self.wandb.add(rows)
 
     def _settle(self) -> None:
         """The pending rows as plain finite numbers; one wait for the device for all of them."""
@@ -87,13 +99,20 @@ class Log:
                 found.append(row)
         return [*found, *self._pending]
 
-    def cut(self, step: int, *, seen: int | None = None) -> None:
-        """Forget the rows after `step`, and measurements after `seen`, which will be written again."""
-        kept = [row for row in self.rows() if row.get("step", 0) <= step]
-        if seen is not None:
-            kept = [row for row in kept if row.get("step", 0) <= seen or row.keys() & _OF_THE_LOOP]
+    def cut(self, step: int, *, seen: int | None = None, again: bool = True) -> None:
+        """Forget the rows after `step`, and measurements after `seen`, which will be written again.
+
+        again: whether they will be the same.
+        """
+        kept: list[dict[str, float]] = []
+        gone: list[dict[str, float]] = []
+        for row in self.rows():
+            last = step if seen is None or row.keys() & _OF_THE_LOOP else min(step, seen)
+            (kept if row.get("step", 0) <= last else gone).append(row)
         self._pending = []
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if self.wandb is not None:
+            self.wandb.forget(gone, again=again)
 
     def close(self) -> None:
         """Write down what is pending."""

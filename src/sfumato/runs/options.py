@@ -28,6 +28,11 @@ class FolderOptions:
     """Replace the run in the output folder. The old run stays until the new one takes its first step."""
     tensorboard: bool = False
     """Also write the log for TensorBoard (pip install "sfumato[tensorboard]")."""
+    wandb: str | None = None
+    """Also send config, log and sample images to this project of Weights & Biases, PROJECT or TEAM/PROJECT (pip install
+    "sfumato[wandb]", then `wandb login` once). WANDB_MODE=offline keeps them in the run's folder for `wandb sync`."""
+    wandb_name: str | None = None
+    """Name of the run at Weights & Biases. Unset: the name of the output folder."""
 
     def __post_init__(self) -> None:
         settle(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sfumato import shell
+from sfumato.config import to_dict
 from sfumato.errors import RunError
 from sfumato.files.atomic import write_text
 from sfumato.runs import identity, progress, unfinished
@@ -20,15 +22,22 @@ from sfumato.runs.folder import clear, forget_leftovers, forget_samples, is_run
 from sfumato.runs.health import not_finite
 from sfumato.runs.log import Log
 from sfumato.runs.looks import Looks
+from sfumato.runs.options import settled
 from sfumato.runs.progress import Progress
 from sfumato.runs.recovery import Recovery
 from sfumato.runs.signals import Stop
 from sfumato.runs.step import Step
+from sfumato.runs.wandb_run import WandbRun
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sfumato.data import Dataset
     from sfumato.runs.options import FolderOptions
     from sfumato.runs.processes import Processes
+
+_WANDB = "wandb"
+"""The fact by which the run at W&B is known again."""
 
 
 class Run:
@@ -48,12 +57,18 @@ class Run:
         self.is_main, self.count = self._processes.is_main, self._processes.count
         # Not self.say: a run that its parts refer to would hold its lock until it is collected.
         say = self._say = progress.speaking(self.is_main)
-        self.log_file = Log(folder / "log.jsonl", tensorboard=config.tensorboard and self.is_main, warn=progress.say)
+        self.log_file = Log(
+            folder / "log.jsonl",
+            tensorboard=config.tensorboard and self.is_main,
+            wandb=self._wandb_run() if config.wandb is not None and self.is_main else None,
+            warn=progress.say,
+        )
         self._claim = Claim(folder, config, say, is_main=self.is_main)
         self._recovery = Recovery(folder, config, self._processes, self.log_file, say)
         self._looks = Looks(self._claim, self.log_file, say, is_main=self.is_main)
         self._progress = Progress(shown=self.is_main)
         self._resumed_from: int | None = None
+        self._is_whole = False  # whether all steps are made
         self._ends = False  # whether the loop is to end before its next step
 
     @classmethod
@@ -144,6 +159,12 @@ class Run:
         if steps:
             self._looks.add(steps, look)
 
+    def show(self, step: int, images: Sequence[Image], captions: Sequence[str]) -> None:
+        """Sample images of a step, for whoever looks at the log elsewhere."""
+        if self.log_file.wandb is not None:
+            self.log_file.flush()  # the rows before
+            self.log_file.wandb.show(step, images, captions)
+
     def say(self, *lines: str) -> None:
         """Lines for the person, above the progress bar, once for all processes."""
         self._say(*lines)
@@ -192,10 +213,11 @@ class Run:
     def _steps(self, count: int) -> Iterator[Step]:
         behind = self._resumed_from is not None and self._looks.are_behind(self._resumed_from)
         if self._resumed_from is not None:
-            self._restore(self._resumed_from, seen=self._resumed_from - behind)
+            self._restore(self._resumed_from, seen=self._resumed_from - behind, again=not self._config.force)
         if self.is_main and self.step < count:  # not where only the results are still to be written
             self._or_stop(self._recovery.check_space)
         self.begin()
+        self._start_wandb()
         health = self._recovery.health
         with self._progress.begin(self.step, count), Stop(quiet=not self.is_main, alone=self.count == 1) as stop:
             if self.step == 0 or behind:
@@ -219,7 +241,17 @@ class Run:
                         raise SystemExit(128 + stopped)
                 if health.broken:
                     self._go_back(self.step)
+        self._is_whole = True
         unfinished.note_steps_done(self)
+
+    def _wandb_run(self) -> WandbRun:
+        return WandbRun(self.folder, str(self._config.wandb), self._config.wandb_name, progress.say)
+
+    def _start_wandb(self) -> None:
+        wandb, claim = self.log_file.wandb, self._claim
+        if wandb is not None:
+            config = {"program": claim.facts.get("program"), **to_dict(settled(self._config), public=True)}
+            wandb.start(claim.facts.get(_WANDB), partial(claim.note, _WANDB), config, self.log_file.rows())
 
     def end(self) -> None:
         """Let the loop end before its next step, with a checkpoint of the last; all processes call it, or none."""
@@ -233,14 +265,15 @@ class Run:
         # At the last step before the results are written, which a second Ctrl-C or a full disk may stop.
         self._recovery.save(step, due=due or step == count)
 
-    def _restore(self, step: int, *, seen: int) -> None:
-        """Go on from this checkpoint. seen: the step up to which what was looked at stays."""
+    def _restore(self, step: int, *, seen: int, again: bool) -> None:
+        """Go on from this checkpoint. seen: the step up to which what was looked at stays. again: whether what comes
+        then is what came before."""
         self._recovery.load(step)
         self.step = step
         self._processes.wait()
         if self.is_main:
             self._recovery.checkpoints.drop_after(step)
-            self._or_stop(lambda: self.log_file.cut(step, seen=seen))
+            self._or_stop(lambda: self.log_file.cut(step, seen=seen, again=again))
             self._or_stop(lambda: forget_samples(self.folder, seen))
         self._looks.note(max(seen, 0))
 
@@ -249,7 +282,7 @@ class Run:
         reason = self._recovery.health.reset()
         newest = self._recovery.to_go_back_to(reason)
         self._processes.wait()
-        self._restore(newest, seen=newest)
+        self._restore(newest, seen=newest, again=False)
         self._recovery.health.reset()
         self._recovery.rate_factor /= 2
         self.say(f"{reason}; going back to step {newest} with half the learning rate")
@@ -324,6 +357,8 @@ class Run:
         """Let the folder go, whether or not all is written."""
         if self.is_main:
             self.log_file.close()
+            if self.log_file.wandb is not None:
+                self.log_file.wandb.finish(is_whole=self._is_whole)
             self._claim.release()
 
     def close_while_writing(self) -> str:

@@ -84,6 +84,7 @@ class Samples:
         sheet = contact_sheet([row for _, row in rows], row_labels=times, column_labels=self.labels)
         with atomic_path(self._run.folder / "samples.png") as temporary:
             sheet.save(temporary)
+        self._run.show(step, pictures, self.labels)
 
     @property
     def _steps(self) -> list[int]:

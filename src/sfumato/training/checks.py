@@ -20,6 +20,7 @@ from sfumato.files.metadata import moment
 from sfumato.limits import checked_seed
 from sfumato.prompts.tags import refuse_tags, split_flags
 from sfumato.runs.folder import WRITTEN
+from sfumato.runs.wandb_run import check_project
 from sfumato.training import optimizer_settings
 from sfumato.words.placeholders import holds
 
@@ -60,7 +61,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),
 )
 """(fields of any trainer, what their values have to be, and how that is said)."""
-_FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "model"))
+_FOLDERS_OF_A_RUN = frozenset(("checkpoints", "samples", "tensorboard", "wandb", "model"))
 _NAMES_OF_A_RUN = _FOLDERS_OF_A_RUN.union(map(str.casefold, WRITTEN), ("adapters", "class", "run.json", "log.jsonl"))
 _NOT_IN_NAMES = '/\\:*?"<>|'
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
@@ -167,6 +168,10 @@ def check_run(config: FolderOptions) -> None:
     if config.resume and config.overwrite:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
     only_with(config, "--resume", "force")
+    if config.wandb is None:
+        only_with(config, "--wandb", "wandb_name")
+    else:
+        check_project(config.wandb)
     check_name(config)
     moment()  # whose date what is learned will have
     if (repository := getattr(config, "push_to_hub", None)) is not None:

@@ -53,7 +53,7 @@ def describe_run(config: TrainingOptions, base: Base, dataset: Dataset, samples:
         author=config.author or "",
         license=config.license or "",
         thumbnail=rows[-1][most_telling_prompt(triggers, samples.prompts)] if rows else None,
-        config=to_dict(settled(config), public=True),
+        config=to_dict(dataclasses.replace(settled(config), wandb=None, wandb_name=None), public=True),
         clip_skip=config.clip_skip,
         timesteps=None if learned == range(len(base.alpha_bar)) else (learned.start, learned.stop),
         dataset_sha256=dataset.fingerprint,
