@@ -187,7 +187,14 @@ def test_an_unset_value_is_shown_as_that(tmp_path):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"cache": Path("c")}, {"device": "cuda:1"}, {"push_to_hub": "me/it"}, {"tensorboard": True}, {"keep": 9}],
+    [
+        {"cache": Path("c")},
+        {"device": "cuda:1"},
+        {"push_to_hub": "me/it"},
+        {"tensorboard": True},
+        {"wandb": "a"},
+        {"keep": 9},
+    ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_where_it_runs_and_what_is_kept_of_it_is_no_difference(changed, tmp_path):

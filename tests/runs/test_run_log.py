@@ -270,7 +270,7 @@ def samples(tmp_path):
             drawn.append((list(prompts), list(seeds)))
             return [Image.new("RGB", (16, 16), (len(drawn), place, 0)) for place in range(len(prompts))]
 
-        run = SimpleNamespace(folder=tmp_path, step=step, is_main=is_main)
+        run = SimpleNamespace(folder=tmp_path, step=step, is_main=is_main, show=lambda *_: None)
         return Samples(run, ["a", "b"], seed, draw)
 
     drawn = make.drawn = []
@@ -363,10 +363,13 @@ def test_the_sheet_has_a_row_a_step_and_a_column_a_prompt(tmp_path, monkeypatch)
         return Image.new("RGB", (4, 4))
 
     monkeypatch.setattr(sheets, "contact_sheet", sheet)
-    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
+    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0, show=lambda *_: None)
+    shown = []
+    run.show = lambda step, images, captions: shown.append((step, len(images), captions))
     drawn = sheets.Samples(run, ("a", "b"), 5, lambda prompts, seeds: [Image.new("L", (4, 4))] * 2)
     drawn.draw(0)
     drawn.draw(60)
+    assert shown == [(0, 2, ["a", "b"]), (60, 2, ["a", "b"])]
     labels = {"row_labels": ["step 0", "step 60"], "column_labels": ["a", "b"]}
     assert made[1] == ([["RGB", "RGB"], ["RGB", "RGB"]], labels)
     assert (tmp_path / "samples.png").is_file()
@@ -382,7 +385,7 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
         return [Image.new("RGB", (4, 4), "red")]
 
     monkeypatch.setattr(drawing, "draw_each", draw)
-    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0)
+    run = SimpleNamespace(folder=tmp_path, is_main=True, step=0, show=lambda *_: None)
     base = SimpleNamespace(lazy_weights=SimpleNamespace(restored_after=nullcontext))
     Samples(run, ["a"], 5, drawing_of(base), modules=[layer]).draw(0)
     assert given == [(base, ["a"], [5], False)]
@@ -421,7 +424,7 @@ def test_a_sheet_of_many_steps_shows_the_first_the_last_and_some_between(count):
 
 
 def test_pictures_of_steps_that_the_sheet_leaves_out_are_not_read(tmp_path, monkeypatch):
-    run = SimpleNamespace(folder=tmp_path, is_main=True, count=1)
+    run = SimpleNamespace(folder=tmp_path, is_main=True, count=1, show=lambda *_: None)
     drawn = sheets.Samples(run, ["a"], 5, lambda prompts, seeds: [Image.new("RGB", (4, 4))])
     for step in range(100):
         folder = tmp_path / f"samples/{step:06d}"

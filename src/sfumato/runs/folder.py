@@ -21,7 +21,8 @@ _FOLDERS = ("checkpoints", "samples", "images", "adapters", "tensorboard", "wand
 _OF_THE_LOCK = (".lock", ".holder.json")
 _KEPT = re.compile(r"-(?:step\d{8,}|\d{6,})[-.]")
 """What follows a run's name in those of adapters kept on the way: sd-scripts' form, or that of runs before 0.4.0."""
-
+_OF_WANDB = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-\w+|latest-run|debug(?:-\w+)?\.log")
+"""What W&B writes into its folder."""
 _LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{12}\.part(\.\w+)?")
 
 
@@ -105,7 +106,10 @@ def clear(config: FolderOptions) -> None:
             _remove(adapter)
     for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
         _remove(events)
-    for emptied in ("images", "adapters", "samples", "tensorboard"):
+    for kept in (folder / "wandb").glob("*"):
+        if _OF_WANDB.fullmatch(kept.name):
+            _remove(kept)
+    for emptied in ("images", "adapters", "samples", "tensorboard", "wandb"):
         with suppress(OSError):  # somebody keeps something there, or there is none
             (folder / emptied).rmdir()
     learned = [f"{name}.safetensors", *also_written(identity.read_facts(folder))]

@@ -25,9 +25,10 @@ _NOT_IN_PROJECTS = "/\\#?%:"
 class WandbRun:
     """Only the main process has one. Whatever fails after the start is said once, and ends no training.
 
-    W&B refuses a step below its latest one. A resumed training makes some rows again, which W&B has already and does
-    not get twice. One that goes back makes others instead; these get W&B steps that follow its latest one, while
-    `step`, the axis of the charts, is the training's.
+    W&B takes no step below its latest one. A resumed training makes some rows again: the server is not sent those that
+    it has, and gets what a killed process has not sent. Offline files are whole, each by itself, because a killed
+    process leaves W&B's without their end, or empty. A training that goes back makes other rows instead; these get W&B
+    steps that follow its latest one, while `step`, the axis of the charts, is the training's.
 
     folder: of the run; W&B's own files are in its folder `wandb`. project: PROJECT or TEAM/PROJECT. name: unset, that
     in the environment, or the folder's. say: tells the person lines.
@@ -41,9 +42,9 @@ class WandbRun:
         self._name = name or os.environ.get("WANDB_NAME") or folder.resolve().name
         self._wandb = _package()
         self._run: Any = None
-        self._at = 0
-        self._shift = 0
-        self._had: set[tuple[float, frozenset[str]]] = set()
+        self._at = 0  # W&B's latest step
+        self._shift = 0  # how far its steps are beyond the training's
+        self._again = -1  # the step up to which rows are made again
         self._note: Callable[[str], None] = lambda _: None
 
     def start(
@@ -52,30 +53,27 @@ class WandbRun:
         """Begin the run, or go on with the known one, offline if the server does not answer.
 
         known: what `note` got last, by which the run is known again; note keeps that in the run's folder. rows: the log
-        so far, for a run that W&B does not know yet.
+        so far, of which W&B gets what it has not.
         """
         where, number, shift = (known or "").rsplit(" ", 2) if known and known.count(" ") >= 2 else ("", "", "0")
         is_known = where == self._where and shift.isdecimal()
         self._number = number if is_known else secrets.token_hex(4)
         self._shift = int(shift) if is_known else 0
         self._note = note
-        if not is_known:
-            self._had.clear()
         try:
             self._run = self._begun(config)
-            self._at = max(self._at + self._shift, self._run.step) if is_known else 0
+            self._at = self._run.step if is_known else 0  # 0 offline, where nobody knows
         except Exception as error:  # no one class holds all that W&B raises, nor pydantic and the system below it
             self._stop(error)
             return
         self._write_down()
         self._say(f"W&B: {self._address()}")
-        if not is_known:
-            self.add(rows)
+        self.add([row for row in rows if row.get("step", 0) + self._shift >= self._at])
 
     def add(self, rows: Sequence[Row]) -> None:
         """The rows of the log that are new."""
         for row in rows:
-            if self._run is not None and _kind(row) not in self._had:
+            if self._run is not None:
                 self._send(row)
 
     def show(self, step: int, images: Sequence[Image], captions: Sequence[str]) -> None:
@@ -90,9 +88,7 @@ class WandbRun:
 
     def forget(self, rows: Sequence[Row], *, again: bool) -> None:
         """These rows have left the log. again: they will be made again, the same."""
-        self._had = {_kind(row) for row in rows} if again else set()
-        if self._run is None:  # which will go on from where the process that is gone has come to
-            self._at = max((int(row.get("step", 0)) for row in rows), default=0)
+        self._again = max((int(row.get("step", 0)) for row in rows), default=-1) if again else -1
 
     def finish(self, *, is_whole: bool) -> None:
         """Wait, not for ever, until all is uploaded. is_whole: whether the training made all its steps."""
@@ -147,6 +143,8 @@ class WandbRun:
         """A row, at the W&B step that is its own, or after the latest one where that has passed it."""
         step = int(row.get("step", 0))
         if step + self._shift < self._at:
+            if step <= self._again:
+                return
             self._shift = self._at + 1 - step
             self._write_down()
         self._at = step + self._shift
@@ -177,7 +175,7 @@ def check_project(project: str) -> None:
 
 
 def _package() -> Any:
-    """The package wandb. Raises RunError where it is not installed, or would ask for a key in the midst of the start."""
+    """The package wandb. Raises RunError where it is not installed, or would ask for a key after all is loaded."""
     try:
         wandb: Any = import_module("wandb")
         mode = wandb.setup().settings.mode
@@ -195,11 +193,6 @@ def _has_key(wandb: Any) -> bool:
         return bool(wandb.login(prompt=False, verify=False))
     except Exception as error:
         raise RunError(f"--wandb: {_reason(error)}. Log in anew with `wandb login --relogin`.") from None
-
-
-def _kind(row: Row) -> tuple[float, frozenset[str]]:
-    """By which a row is known again: its numbers may differ in their last digits on a GPU."""
-    return row.get("step", 0), frozenset(row)
 
 
 def _reason(error: Exception) -> str:
