@@ -95,6 +95,8 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--keep": "checkpoints_total_limit save_last_n_steps_state rolling_backup_count",
         "--resume": "resume_from_checkpoint continue_last_backup",
         "--tensorboard": "logging_dir log_with report_to",
+        "--wandb": "log_with report_to use_wandb log_tracker_name tracker_project_name wandb_project",
+        "--wandb-name": "wandb_run_name tracker_run_name",
         '--trigger WORDS --caption "{trigger}"': "instance_prompt",
         "--class-count": "num_class_images",
         "--prior pictures": "with_prior_preservation",
@@ -190,7 +192,8 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "save_last_n_steps save_last_n_epochs max_step_saves_to_keep": (
             "what --save-every kept stays until it is deleted"
         ),
-        "log_prefix log_tracker_name wandb_run_name wandb_api_key": "--tensorboard is the one tracker",
+        "log_prefix": "there is no counterpart",
+        "wandb_api_key": "--wandb takes the key of `wandb login`, or of the variable WANDB_API_KEY",
         "sample_sampler": "samples are drawn with the base's own sampler",
         "initial_step skip_until_initial_step": "sfumato resume RUN goes on with a run",
         "validation_seed max_validation_steps": "what is measured on is always the same",
@@ -214,16 +217,19 @@ def value_here(option: str, value: str) -> str | None:
     return next(found, None)
 
 
+def _field(option: str) -> str:
+    return option.partition(" ")[0].removeprefix("--").replace("-", "_")
+
+
 def called_here(name: str, known: Collection[str]) -> str | None:
     """What to say of an option of another tool, as a sentence; None for what is none, or has no counterpart here.
 
     name: with - or _, without the dashes before it. known: the fields of the program that was asked.
     """
     name = name.lower().replace("-", "_")
-    for option, others in OPTIONS.items():
-        field = option.partition(" ")[0].removeprefix("--").replace("-", "_")
-        if field in known and name in others.split():
-            return f"Here it is {option}."
+    ours = [option for option, others in OPTIONS.items() if name in others.split() and _field(option) in known]
+    if ours:
+        return f"Here it is {' or '.join(ours)}."
     if "learning_rate" not in known:  # not of a trainer
         return None
     if why := next((why for others, why in UNASKED.items() if name in others.split()), None):

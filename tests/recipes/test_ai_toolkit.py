@@ -220,6 +220,13 @@ def test_of_what_it_is_not_told_its_defaults_are_written(home):
         ({"model": {"arch": "sd15"}}, {"base": "a"}, {}),
         ({"save": {"push_to_hub": True, "hf_repo_id": "me/x"}}, {"push_to_hub": "me/x"}, {}),
         ({"training_seed": 3, "log_dir": "l"}, {"seed": 3, "tensorboard": True}, {}),
+        ({"logging": {"use_wandb": True}}, {"wandb": "ai-toolkit", "tensorboard": None}, {}),
+        (
+            {"logging": {"use_wandb": True, "project_name": "p", "run_name": "r"}, "log_dir": "l"},
+            {"wandb": "p", "wandb_name": "r", "tensorboard": True},
+            {},
+        ),
+        ({"logging": {"use_wandb": False, "project_name": "p"}}, {"wandb": None, "wandb_name": None}, {}),
         ({"sample": {"prompts": ["a", "b"], "seed": 0}}, {"sample_prompts": ["a --d 0", "b --d 0"]}, {}),
         ({"sample": {"prompts": ["a"], "neg": "red"}}, {"sample_prompts": ["a --n red"]}, {}),
         (
@@ -256,7 +263,6 @@ def test_a_setting_of_ai_toolkit_means_here(changes, told, usual, home):
         ({"network": {"type": "dora"}}, "type = dora: one length is learned for each input here"),
         ({"model": {"quantize": True}}, "quantize = True: has no counterpart here and is left out"),
         ({"model": {"assistant_lora_path": "a"}}, "assistant_lora_path = a: has no counterpart here and is left out"),
-        ({"logging": {"use_wandb": True}}, "use_wandb = True: has no counterpart here and is left out"),
         ({"sample": {"prompts": ["a"], "network_multiplier": 2}}, "network_multiplier = 2: has no counterpart here"),
         ({"train": {"diff_output_preservation": True}}, "diff_output_preservation: what the base predicts for each"),
         ({"guidance": {"target_class": "a"}}, "guidance = {'target_class': 'a'}: has no counterpart here"),

@@ -76,6 +76,22 @@ def test_a_lora_of_a_style_and_a_word_of_diffusers(home):
     )
 
 
+@pytest.mark.parametrize(
+    ("script", "more", "wanted"),
+    [
+        ("train_text_to_image_lora.py", "--report_to=wandb", {"wandb": "text2image-fine-tune"}),
+        ("train_text_to_image.py", "--report_to wandb --tracker_project_name p", {"wandb": "p"}),
+        ("train_text_to_image_lora.py", "--report_to=all", {"wandb": "text2image-fine-tune", "tensorboard": True}),
+        ("train_text_to_image_lora_sdxl.py", "--report_to=comet_ml", {}),
+        ("textual_inversion.py", "--placeholder_token=a --report_to=wandb", {"wandb": "textual_inversion"}),
+    ],
+)
+def test_trackers_of_diffusers(script, more, wanted, home):
+    told, _, notes = converted(home, f"{script} --pretrained_model_name_or_path=a --train_data_dir=img {more}")
+    assert {name: value for name, value in told.items() if name in ("wandb", "tensorboard", "wandb_name")} == wanted
+    assert notes == ()
+
+
 NARUTO = r"""
 accelerate launch --mixed_precision="fp16" {script} \
   --pretrained_model_name_or_path=a --train_data_dir=img --use_ema --resolution=512 --center_crop --random_flip \

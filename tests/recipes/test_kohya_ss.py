@@ -35,6 +35,13 @@ def of_window(home, **changes):
     return convert(written(home / "saved.json", json.dumps(values)), home / "mine-images.toml")
 
 
+def test_its_run_at_w_and_b_is_ours_and_its_key_is_not(home):
+    asked = {"log_with": "wandb", "log_tracker_name": "p", "wandb_run_name": "r", "wandb_api_key": "0a1b2c3d"}
+    recipe = of_window(home, **asked).recipe
+    assert (recipe.told["wandb"], recipe.told["wandb_name"]) == ("p", "r")
+    assert "0a1b2c3d" not in str((recipe, recipe.notes))
+
+
 def test_what_its_window_saves_is_a_config_of_lora(home):
     training = of_window(home)
     assert training.source == "train_network.py in saved.json"

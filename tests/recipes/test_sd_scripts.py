@@ -118,7 +118,14 @@ def test_of_what_sd_scripts_is_not_told_its_defaults_are_written(home):
         ("--clip_skip 1", {"clip_skip": None}, {}),
         ("--max_token_length 225", {"max_tokens": 225}, {}),
         ("--v2 --v_parameterization", {"prediction_type": "v_prediction"}, {}),
-        ("--logging_dir logs", {"tensorboard": True}, {}),
+        ("--logging_dir logs", {"tensorboard": True, "wandb": None}, {}),
+        ("--log_with wandb --logging_dir logs", {"tensorboard": None, "wandb": "network_train"}, {}),
+        (
+            "--log_with=all --logging_dir logs --log_tracker_name p --wandb_run_name r",
+            {"tensorboard": True, "wandb": "p", "wandb_name": "r"},
+            {},
+        ),
+        ("--wandb_run_name r --log_tracker_name p", {"wandb": None, "wandb_name": None}, {}),
     ],
 )
 def test_a_setting_of_sd_scripts_means_here(line, told, usual, home):
@@ -334,9 +341,11 @@ def test_what_kohya_ss_writes_and_does_nothing_needs_no_note(home):
     assert converted(home, text, "kohya.toml")[2] == ()
 
 
-def test_no_note_has_a_secret(home):
-    _, _, notes = converted(home, f"{NETWORK.rstrip()} --wandb_api_key=secret --huggingface_token=secret")
-    assert "secret" not in str(notes)
+def test_no_secret_is_copied(home):
+    asked = "--log_with wandb --wandb_api_key=0a1b2c3d --huggingface_token=0a1b2c3d"
+    found = converted(home, f"{NETWORK.rstrip()} {asked}")
+    assert found[0]["wandb"] == "network_train"
+    assert "0a1b2c3d" not in str(found)
 
 
 def test_configs_that_a_command_names_are_read(home):

@@ -53,7 +53,7 @@ def test_a_config_of_simpletuner_is_one_of_lora(home):
         **{"rank": 8, "learning_rate": 1e-4, "steps": 10000, "batch": 1, "seed": 42, "resolution": 704},
         **{"optimizer": "adamw", "optimizer_args": ["betas=0.9,0.999", "eps=1e-6"], "schedule": "linear"},
         **{"warmup": 100, "caption_dropout": 0.1, "keep": 5, "checkpoint_every": 500, "sample_every": 100},
-        **{"sample_prompts": ["a cat --s 20 --l 3.4 --d 42 --w 1024 --h 768"]},
+        **{"wandb": "simpletuner", "sample_prompts": ["a cat --s 20 --l 3.4 --d 42 --w 1024 --h 768"]},
         "images": (home / "mine-images.toml").as_posix(),
     }
     assert training.recipe.usual == {
@@ -113,7 +113,13 @@ WHOLE = {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 16, "
         ({"use_ema": True}, {"ema": 0.995}, {}),
         ({"caption_dropout_probability": 0}, {"caption_dropout": 0.0}, {}),
         ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {"zero_terminal_snr": True}, {}),
-        ({"report_to": "tensorboard", "push_to_hub": True}, {"tensorboard": True, "push_to_hub": "x"}, {}),
+        (
+            {"report_to": "tensorboard", "push_to_hub": True},
+            {"tensorboard": True, "wandb": None, "push_to_hub": "x"},
+            {},
+        ),
+        ({"tracker_project_name": "p", "tracker_run_name": "r"}, {"wandb": "p", "wandb_name": "r"}, {}),
+        ({"report_to": "none", "tracker_run_name": "r"}, {"wandb": None, "wandb_name": None}, {}),
         ({"validation_disable": True}, {"sample_every": 0}, {}),
         ({"user_prompt_library": "config/bear/library.json"}, {"sample_prompts": ["a cat", "a fox", "a crab"]}, {}),
         ({"train_text_encoder": True, "text_encoder_lr": 1e-5}, {"text_learning_rate": 1e-5}, {}),
@@ -236,7 +242,7 @@ def test_a_toml_of_simpletuner_is_read(home):
 def test_a_training_of_simpletuner_trains(home, pocket_folder, capsys):
     size = {"resolution": 64, "resolution_type": "pixel_area"}
     changes = {"pretrained_model_name_or_path": str(pocket_folder), "model_family": "sd1x", "max_train_steps": 2}
-    of_simpletuner(home, size=size, **changes, lr_warmup_steps=0)
+    of_simpletuner(home, size=size, **changes, lr_warmup_steps=0, report_to="none")
     assert cli.main(["recipe", "config/bear/config.json", "-o", "mine.toml"]) == 0
     command = capsys.readouterr().out.split()
     assert command == ["sfumato", "train", "lora", "mine.toml", "--output", "runs/mine"]

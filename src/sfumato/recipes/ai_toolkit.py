@@ -107,7 +107,6 @@ def convert(asked: Asked) -> Recipe:
         _loss(asked.part("train"), recipe)
         _prior(asked, recipe)
     _told_while_it_runs(asked, recipe)
-    asked.part("logging")
     for part in asked.with_parts():
         part.taken |= {key for key, neutral in _NEUTRAL.items() if part.values.get(key) == neutral}
         recipe.notes += part.left(_IDLE, recipe.program)
@@ -307,7 +306,10 @@ def _prior(asked: Asked, recipe: Recipe) -> None:
 def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     save, sample = asked.part("save"), asked.part("sample")
     recipe.say("name", asked.text("name"))
+    log = asked.part("logging")
+    project, run = log.text("project_name", "ai-toolkit") or "ai-toolkit", log.text("run_name")
     recipe.say("tensorboard", True if asked.text("log_dir") else None)
+    shared.trackers(recipe, "wandb" if log.flag("use_wandb") else None, project, run)
     recipe.say("save_precision", _FORMATS.get(save.text("dtype") or ""), "fp16")
     train = asked.part("train")
     every = save.whole("save_every")

@@ -29,6 +29,12 @@ _IDLE = frozenset((
     "timestep_bias_portion", "tokenizer_name", "tracker_project_name", "validation_scheduler", "variant",
 ))  # fmt: skip
 """What changes nothing of what is learned, or belongs to another setting."""
+_PROJECTS = {
+    "train_dreambooth": "dreambooth", "train_dreambooth_lora": "dreambooth-lora",
+    "train_dreambooth_lora_sdxl": "dreambooth-lora-sd-xl", "textual_inversion": "textual_inversion",
+    "textual_inversion_sdxl": "textual_inversion", "train_text_to_image_sdxl": "text2image-fine-tune-sdxl",
+}  # fmt: skip
+"""Of its scripts at W&B, by script; the others have one together."""
 
 
 def convert(asked: Asked) -> Recipe:
@@ -56,7 +62,8 @@ def convert(asked: Asked) -> Recipe:
             recipe.notes.append(
                 "push_to_hub without hub_model_id: nothing is uploaded unless --push-to-hub OWNER/NAME is given"
             )
-    recipe.say("tensorboard", True if asked.text("report_to") in ("tensorboard", "all") else None)
+    project = asked.text("tracker_project_name") or _PROJECTS.get(script.removesuffix(".py"), "text2image-fine-tune")
+    shared.trackers(recipe, asked.text("report_to"), project, None)
     recipe.say("keep", asked.whole("checkpoints_total_limit"))
     prompt = asked.text("validation_prompt")
     recipe.say("sample_prompts", None if prompt is None else [prompt])

@@ -18,7 +18,8 @@ _PASSED_ON = frozenset((
     "caption_extension", "clip_skip", "color_aug", "dataset_config", "debiased_estimation_loss", "dim_from_weights",
     "flip_aug", "fp8_base", "full_bf16", "full_fp16", "gradient_accumulation_steps", "gradient_checkpointing",
     "huber_c", "huber_scale", "huber_schedule", "huggingface_repo_id", "init_word", "ip_noise_gamma",
-    "ip_noise_gamma_random_strength", "keep_tokens", "learning_rate", "learning_rate_te", "log_with", "logging_dir",
+    "ip_noise_gamma_random_strength", "keep_tokens", "learning_rate", "learning_rate_te", "log_tracker_name", "log_with",
+    "logging_dir",
     "loss_type", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_num_cycles", "lr_scheduler_power",
     "lr_scheduler_type", "masked_loss", "max_bucket_reso", "max_grad_norm", "max_timestep", "max_token_length",
     "max_train_epochs", "max_train_steps", "metadata_author", "metadata_license", "min_bucket_reso", "min_snr_gamma",
@@ -28,7 +29,7 @@ _PASSED_ON = frozenset((
     "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps", "save_precision",
     "scale_v_pred_loss_like_noise_pred", "scale_weight_norms", "seed", "shuffle_caption", "stop_text_encoder_training",
     "text_encoder_lr", "token_string", "train_batch_size", "train_data_dir", "train_inpainting", "unet_lr", "v2",
-    "v_parameterization", "v_pred_like_loss", "vae", "weighted_captions", "weights",
+    "v_parameterization", "v_pred_like_loss", "vae", "wandb_run_name", "weighted_captions", "weights",
 ))  # fmt: skip
 """Settings that mean in sd-scripts what they mean in the window, as far as they change a training."""
 _CALLED = {

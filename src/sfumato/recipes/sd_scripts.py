@@ -41,6 +41,11 @@ _PROGRAMS = {
     "train_network.py": "lora", "train_db.py": "dreambooth", "fine_tune.py": "finetune", "train.py": "finetune",
 }  # fmt: skip
 """By script, without the sdxl_ before it."""
+_PROJECTS = {
+    "lora": "network_train", "dreambooth": "dreambooth", "finetune": "finetuning",
+    "textual_inversion": "textual_inversion",
+}  # fmt: skip
+"""Of its scripts at W&B, where log_tracker_name names none."""
 _RATE = 2e-6
 _LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "diag-oft": "oft"}
 _OFF = ("0", "0.0", "false", "none", "")
@@ -277,6 +282,7 @@ def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
     recipe.say("validation_split", asked.number("validation_split") or None)
     if recipe.program not in ("dreambooth", "finetune"):
         recipe.say("save_every", asked.whole("save_every_n_steps"))
-    if asked.text("log_with") in ("tensorboard", "all") or (asked.text("logging_dir") and not asked.text("log_with")):
-        recipe.say("tensorboard", True)
+    trackers = asked.text("log_with") or ("tensorboard" if asked.text("logging_dir") else None)
+    project = asked.text("log_tracker_name") or _PROJECTS[recipe.program]
+    shared.trackers(recipe, trackers, project, asked.text("wandb_run_name"))
     shared.sample_prompts(asked, recipe, "sample_prompts")

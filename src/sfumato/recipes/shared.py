@@ -46,6 +46,15 @@ def base(asked: Asked, recipe: Recipe) -> None:
     recipe.say("base", name)
 
 
+def trackers(recipe: Recipe, named: str | None, project: str, name: str | None) -> None:
+    """Where the log goes. named: tensorboard, wandb, all or another; project and name: of the run at W&B."""
+    if named in ("tensorboard", "all"):
+        recipe.say("tensorboard", True)
+    if named in ("wandb", "all"):
+        recipe.say("wandb", project)
+        recipe.say("wandb_name", name)
+
+
 def without_scale(recipe: Recipe) -> None:
     """Take back what an OFT has no place for: alphas, lengths and a largest norm. Not of any other kind."""
     if recipe.told.get("algo") != "oft":

@@ -282,7 +282,8 @@ def _loss(asked: Asked, recipe: Recipe) -> None:
 
 
 def _told_while_it_runs(asked: Asked, recipe: Recipe) -> None:
-    recipe.say("tensorboard", True if asked.text("report_to") in ("tensorboard", "all") else None)
+    project, name = asked.text("tracker_project_name", "simpletuner") or "simpletuner", asked.text("tracker_run_name")
+    shared.trackers(recipe, asked.text("report_to"), project, name)
     if asked.flag("push_to_hub"):
         recipe.say("push_to_hub", asked.text("hub_model_id"))
     recipe.say("keep", asked.whole("checkpoints_total_limit") or None)
