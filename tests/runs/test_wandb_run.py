@@ -29,6 +29,7 @@ class Service:
 
     def __init__(self):
         self.mode, self.key, self.rows, self.refused, self.calls, self.failing = "online", KEY, {}, [], [], ()
+        self.images = []
 
     def package(self):
         def login(*, prompt, verify):
@@ -61,6 +62,7 @@ class Service:
 
     def log(self, row, step):
         self.fail("log")
+        self.images += [step] if "samples" in row else []
         if step < max(self.rows, default=0):
             self.refused.append(row)
         else:
@@ -116,7 +118,7 @@ def losses(service):
 
 
 def test_rows_and_images_are_sent_at_their_steps(service, tmp_path, capsys):
-    train(tmp_path)
+    train(tmp_path, checkpoint_every=0)
     assert losses(service) == {step: step for step in range(1, 9)}
     assert {at: row["fit"] for at, row in service.rows.items() if "fit" in row} == {0: 0, 4: 0.5, 8: 1}
     assert [at for at, row in service.rows.items() if row.get("samples") == [((3, 2), "a crab")]] == [0, 4, 8]
@@ -161,6 +163,12 @@ def test_a_killed_training_goes_on_in_the_same_run_without_a_gap_or_a_repetition
     assert service.started[0]["id"] == service.started[1]["id"]
 
 
+def test_images_that_are_drawn_again_are_not_sent_again(service, tmp_path):
+    train(tmp_path, steps=12, checkpoint_every=6, killed_at=9)
+    train(tmp_path, steps=12, checkpoint_every=6, resume=True)
+    assert service.images == [0, 4, 8, 12]
+
+
 def test_offline_a_resumed_training_s_files_are_whole_by_themselves(service, tmp_path, capsys):
     service.mode, service.key = "offline", None
     train(tmp_path, killed_at=5)
@@ -175,6 +183,7 @@ def test_a_training_that_goes_back_follows_its_latest_step_and_its_axis_goes_bac
     train(tmp_path, broken_at=5)
     assert service.refused == []
     told = [(row["step"], row.get("loss")) for _, row in sorted(service.rows.items())]
+    assert [step for step, _ in told] == [*range(9), *range(4, 9)]
     assert told[:6] == [(step, step or None) for step in range(6)]
     again = told.index((4, None))
     assert service.rows[sorted(service.rows)[again]]["went_back_from"] == 7
