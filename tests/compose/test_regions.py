@@ -208,12 +208,23 @@ def test_a_text_encoders_part_wants_a_prompt_of_the_region(sd1, write):
 
 
 @pytest.mark.parametrize(
-    ("where", "said"), [((0, 0, 0, 1), "box"), ((0.5, 0, 1.5, 1), "box"), (Image.new("L", (8, 8), 0), "black|empty")]
+    ("where", "said"),
+    [((0, 0, 0, 1), "box"), ((0.5, 0, 1.5, 1), "box"), (Image.new("L", (8, 8), 0), "a region is black all over")],
 )
 def test_a_region_that_is_none_is_refused_and_leaves_no_hook(sd1, where, said):
     with pytest.raises(AdapterError, match=said), regions(sd1, Region(where, prompt=None)):
         pass
     assert not any(module._forward_hooks for module in sd1.unet.modules())
+
+
+def test_a_black_region_is_named_by_its_adapters_or_its_prompt():
+    black = Image.new("L", (8, 8), 0)
+    for region, named in (
+        (Region(black, Adapter("line.safetensors"), Adapter("b.safetensors"), prompt="a crab"), "line and b"),
+        (Region(black, prompt="a crab"), "'a crab'"),
+    ):
+        with pytest.raises(AdapterError, match=f"the region of {named} is black all over"):
+            region.mask()
 
 
 @pytest.mark.parametrize("way", ["baked", "live"])

@@ -14,6 +14,10 @@ from tests.generate.shared import TWO
 
 WRONG = {
     "a tag of no file": (["a <lora:nowhere:1>", "-o", "a.png"], "<lora:nowhere>: no file"),
+    "an ending alone": (
+        ["a", "-o", ".png"],
+        "--output .png: a file's ending without its name; name it, such as crab.png",
+    ),
     "a file that would be a folder": (["a", "-o", "a.pgn"], "--output a.pgn: images are written as .png"),
     "a folder of adapters that is none": (["a", "--lora-folder", "nowhere"], "--lora-folder nowhere: no"),
     "a mask alone": (["a", "--mask", "there.png", "-o", "a.png"], "give --image"),

@@ -64,6 +64,7 @@ def test_what_its_window_saves_is_a_config_of_lora(home):
     [
         ({"max_train_steps": 500}, {"steps": 500, "epochs": None, "warmup": 0.1}, {}),
         ({"lr_warmup_steps": 7}, {"warmup": 7}, {}),
+        ({"lr_warmup": 100}, {"warmup": 0.9999}, {}),
         ({"noise_offset_type": "Multires"}, {"noise_offset": None, "pyramid_noise": 0.3}, {}),
         ({"LoRA_type": "Kohya LoCon"}, {"conv_rank": 4, "conv_alpha": 2.0}, {"targets": "everything"}),
         ({"LoRA_type": "LoCon"}, {"algo": "lora", "conv_rank": 4}, {"targets": "everything"}),

@@ -63,6 +63,12 @@ def test_of_what_sd_scripts_is_not_told_its_defaults_are_written(home):
         ("--learning_rate 3e-5", {"learning_rate": 3e-5, "text_learning_rate": 3e-5}, {}),
         ("--unet_lr 1e-4 --learning_rate 3e-5", {"learning_rate": 1e-4, "text_learning_rate": 3e-5}, {}),
         ("--network_args conv_dim=4 conv_alpha=2", {"conv_rank": 4, "conv_alpha": 2.0}, {"targets": "everything"}),
+        ("--network_args conv_dim=4 conv_alpha=0", {"conv_rank": 4, "conv_alpha": 4.0}, {"targets": "everything"}),
+        (
+            "--network_module lycoris.kohya --network_args conv_dim=4 conv_alpha=0",
+            {"conv_rank": 4, "conv_alpha": 4.0},
+            {},
+        ),
         ("--network_args conv_dim=4", {"conv_rank": 4}, {"targets": "everything", "conv_alpha": 1.0}),
         ("--network_alpha 0", {"alpha": 8}, {}),
         ("--network_args loraplus_lr_ratio=4", {"loraplus_ratio": 4.0}, {}),

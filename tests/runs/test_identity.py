@@ -193,6 +193,8 @@ def test_an_unset_value_is_shown_as_that(tmp_path):
         {"push_to_hub": "me/it"},
         {"tensorboard": True},
         {"wandb": "a"},
+        {"author": "A"},
+        {"license": "mit"},
         {"keep": 9},
     ],
     ids=lambda changed: next(iter(changed)),

@@ -62,9 +62,13 @@ def test_a_file_tells_the_batch_of_all_processes():
     base.unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(32, 64)))
     base.resolution = 64
     base.adapted_fingerprint, base.alpha_bar = (lambda: ""), range(1000)
-    config = TrainerOptions(images=Path("a"), output=Path("b"), name="c", resolution=64, batch=3, accumulate=2)
+    config = TrainerOptions(
+        images=Path("a"), output=Path("b"), name="c", resolution=64, batch=3, accumulate=2, wandb="p", wandb_name="n"
+    )
     about = describe_run(config, base, MagicMock(), SimpleNamespace(ends=[], processes=4, prompts=[]))
     assert about.batch == 24
+    assert about.config["batch"] == 3
+    assert not {"wandb", "wandb_name"} & about.config.keys()  # whoever gets the file need not know the team
 
 
 def run_all(processes, work):

@@ -90,6 +90,8 @@ def picture_files(
     """
     count = 1 if is_sheet else len(pictures)
     suffix = "" if output.is_dir() else output.suffix.lower()
+    if not output.is_dir() and output.name.lower() in SUFFIXES:  # whose suffix is none
+        raise ConfigError(f"--output {output}: a file's ending without its name; name it, such as crab{output.name}.")
     is_file = suffix in SUFFIXES
     is_near = not is_file and bool(difflib.get_close_matches(suffix, SUFFIXES))  # .pgn, which would be a folder
     if is_near or suffix in _OTHER_FILES:

@@ -87,7 +87,7 @@ def by_block(asked: Asked, recipe: Recipe, args: dict[str, str], *, is_sdxl: boo
         recipe.say("targets", None, "transformers" if conv_dim is None else "everything")
         if conv_dim is not None:
             recipe.say("conv_rank", conv_dim)
-            recipe.say("conv_alpha", conv_alpha, 1.0)
+            recipe.say("conv_alpha", float(conv_dim) if conv_alpha == 0 else conv_alpha, 1.0)  # 0 is the rank there
         return
 
     plain = _rank(int(recipe.values["rank"]), float(recipe.values["alpha"]))

@@ -136,13 +136,17 @@ def _number(value: Any) -> float | None:
         return None
 
 
+_ALMOST_ALL = 0.9999
+"""Of the steps: a share is below 1."""
+
+
 def _steps(found: Mapping[str, Any]) -> dict[str, Any]:
     """Its windows count steps from epochs and images; the warm-up is in percent, unless it is in steps."""
     told: dict[str, Any] = {}
     if not {"max_train_epochs", "max_train_steps", "dataset_config"} & found.keys():
         told["max_train_epochs"] = found.get("epoch", 1)
     steps, percent = _number(found.get("lr_warmup_steps")), _number(found.get("lr_warmup"))
-    told["lr_warmup_steps"] = steps or (percent or 0) / 100
+    told["lr_warmup_steps"] = steps or min((percent or 0) / 100, _ALMOST_ALL)
     return told
 
 

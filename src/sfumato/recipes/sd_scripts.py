@@ -176,7 +176,7 @@ def _lycoris(asked: Asked, recipe: Recipe, args: dict[str, str]) -> None:
     dim, alpha = args.pop("conv_dim", None), args.pop("conv_alpha", None)
     if targets == "everything":
         recipe.say("conv_rank", asked.as_whole("conv_dim", dim) if dim else None, asked.whole("network_dim", 4))
-        given = asked.as_number("conv_alpha", alpha) if alpha else None
+        given = (asked.as_number("conv_alpha", alpha) or float(recipe.values["conv_rank"])) if alpha else None
         recipe.say("conv_alpha", given, asked.number("network_alpha", 1.0))
     if args.pop("dora_wd", "false").lower() == "true":
         recipe.say("dora", True)

@@ -23,7 +23,7 @@ from sfumato.toml import read_toml
 WITHOUT_EFFECT = frozenset(
     (
         *("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache"),
-        *("save_precision", "wandb", "wandb_name"),
+        *("save_precision", "wandb", "wandb_name", "author", "license"),
     )
 ) | {f"{what}_every" for what in ("checkpoint", "sample", "measure", "save")}
 """Fields that change what is seen of a training, or where it runs, and nothing of what is learned."""

@@ -65,5 +65,7 @@ class Region:
             rows, columns = (slice(round(a * _GRID), round(b * _GRID)) for a, b in ((top, bottom), (left, right)))
             mask[..., rows, columns] = 1
         if not mask.any():
-            raise AdapterError("a region is black all over; its mask is white where the adapters count.")
+            whose = " and ".join(each.label for each in self.adapters) or (repr(self.prompt) if self.prompt else "")
+            which = f"the region of {whose:.80}" if whose else "a region"
+            raise AdapterError(f"{which} is black all over; its mask is white where the adapters count.")
         return mask
