@@ -53,7 +53,7 @@ class Service:
             self.rows = {}
         return SimpleNamespace(
             offline=offline,
-            url="https://wandb.ai/run",
+            url=None if self.mode == "disabled" else "https://wandb.ai/run",
             step=max(self.rows, default=-1) + 1,
             define_metric=lambda name, step_metric: self.calls.append((name, step_metric)),
             log=self.log,
@@ -259,13 +259,14 @@ def test_a_stopped_training_is_marked_as_not_whole(service, tmp_path):
     assert service.calls[-1] == 1
 
 
-def test_the_package_and_the_key_are_asked_for_at_the_start(service, tmp_path, monkeypatch):
+def test_the_package_and_the_key_are_asked_for_at_the_start(service, tmp_path, monkeypatch, capsys):
     service.key = None
     assert problem(lambda: train(tmp_path)) == (
         "--wandb: no API key of W&B; log in once with `wandb login`, or set WANDB_MODE=offline and upload later."
     )
     service.mode = "disabled"
     train(tmp_path)
+    assert "W&B: switched off by WANDB_MODE" in lines(capsys)
     monkeypatch.setitem(sys.modules, "wandb", None)
     missing = '--wandb: the package is not installed; pip install "sfumato[wandb]".'
     assert problem(lambda: train(tmp_path, overwrite=True)) == missing

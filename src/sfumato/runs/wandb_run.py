@@ -157,7 +157,9 @@ class WandbRun:
         self._note(f"{self._where} {self._number} {self._shift}")
 
     def _address(self) -> str:
-        return f"offline; {self._upload()} uploads the run" if self._run.offline else str(self._run.url)
+        if self._run.offline:
+            return f"offline; {self._upload()} uploads the run"
+        return str(self._run.url or "switched off by WANDB_MODE")
 
     def _upload(self) -> str:
         return f"`wandb sync {shell.quote(str(self._folder / 'wandb'))}/offline-run-*`"
