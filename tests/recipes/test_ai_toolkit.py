@@ -260,6 +260,7 @@ def test_a_setting_of_ai_toolkit_means_here(changes, told, usual, home):
         ({"train": {"optimizer": "automagic"}}, "optimizer automagic: has no counterpart; adamw takes its place"),
         ({"train": {"ema_config": {"use_ema": True, "use_feedback": True}}}, "use_feedback = True: has no counterpart"),
         ({"network": {"network_kwargs": {"only_if_contains": ["up"]}}}, "network_kwargs.only_if_contains = ['up']: "),
+        ({"train": {"timestep_type": "one_step"}}, "timestep_type = one_step: has no counterpart here and is left out"),
         ({"network": {"type": "dora"}}, "type = dora: one length is learned for each input here"),
         ({"model": {"quantize": True}}, "quantize = True: has no counterpart here and is left out"),
         ({"model": {"assistant_lora_path": "a"}}, "assistant_lora_path = a: has no counterpart here and is left out"),
@@ -271,6 +272,11 @@ def test_a_setting_of_ai_toolkit_means_here(changes, told, usual, home):
 def test_what_ai_toolkit_has_alone_is_named(changes, note, home):
     notes = of_toolkit(home, **changes).notes
     assert [each[: len(note)] for each in notes] == [note]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "linear", "weighted", "shift"])
+def test_timesteps_of_flow_matching_do_nothing_with_ddpm(kind, home):
+    assert of_toolkit(home, train={"timestep_type": kind}).notes == ()
 
 
 def test_what_keeps_the_base_in_ai_toolkit(home):

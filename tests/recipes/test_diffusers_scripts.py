@@ -32,8 +32,10 @@ def test_dreambooth_of_diffusers(home):
     assert notes == ()
     (home / "class").mkdir()
     shutil.copy(TEDDY / "flat.png", home / "class/a.png")
-    told, _, _ = converted(home, DOG.format(script="train_dreambooth.py", more=more))
+    told, _, notes = converted(home, DOG.format(script="train_dreambooth.py", more=more))
     assert (told["class_images"], "class_count" in told) == ("class", False)
+    assert notes == ("num_class_images = 200: class has 1; the script draws the rest, and these are all here",)
+    assert converted(home, DOG.format(script="train_dreambooth.py", more=more.replace("200", "1")))[2] == ()
     assert cli.main(["recipe", "train.sh", "-o", "mine.toml"]) == 0
 
 

@@ -31,7 +31,7 @@ _RESNETS = r"attentions|time_emb_proj|conv_shortcut"
 _RATE = 1e-6
 _NEUTRAL: Mapping[str, Any] = {
     # of train
-    "train_unet": True, "train_refiner": True, "content_or_style": "balanced", "timestep_type": "sigmoid",
+    "train_unet": True, "train_refiner": True, "content_or_style": "balanced",
     "switch_boundary_every": 1, "loss_type": "mse", "loss_target": "noise", "noise_multiplier": 1,
     "target_noise_multiplier": 1, "img_multiplier": 1, "noisy_latent_multiplier": 1, "latent_multiplier": 1,
     "num_train_timesteps": 1000, "max_negative_prompts": 1, "optimal_noise_pairing_samples": 1, "pred_scaler": 1,
@@ -47,6 +47,8 @@ _NEUTRAL: Mapping[str, Any] = {
     "network_multiplier": 1, "guidance_rescale": 0,
 }  # fmt: skip
 """Settings without a counterpart, and the value with which they do nothing to SD 1.x, 2.x and SDXL."""
+_OF_FLOWS = ("sigmoid", "linear", "weighted", "shift", "lumina2_shift", "flux_shift", "lognorm_blend")
+"""Its timestep_type of flow matching, which do nothing with ddpm."""
 _IDLE = frozenset((
     # of the process
     "datasets", "log_dir", "performance_log_every", "sqlite_db_path", "trigger_word", "training_folder", "type",
@@ -109,6 +111,7 @@ def convert(asked: Asked) -> Recipe:
     _told_while_it_runs(asked, recipe)
     for part in asked.with_parts():
         part.taken |= {key for key, neutral in _NEUTRAL.items() if part.values.get(key) == neutral}
+        part.taken |= {"timestep_type"} if part.values.get("timestep_type") in _OF_FLOWS else set()
         recipe.notes += part.left(_IDLE, recipe.program)
     return recipe
 

@@ -181,12 +181,23 @@ def _subject(asked: Asked, recipe: Recipe, *, method: str) -> None:
         recipe.notes.append('--class-prompt is a prompt for what the subject is, such as "a photo of a dog"')
     if asked.flag("with_prior_preservation"):
         recipe.say("class_images", _filled(asked, "class_data_dir"))
-        if "class_images" not in recipe.told:  # beside which nothing is drawn
+        wanted, there = asked.whole("num_class_images", 100) or 100, recipe.told.get("class_images")
+        if there is None:  # beside a folder of them nothing is drawn
             recipe.say("class_count", asked.whole("num_class_images"), 100)
+        elif (count := _count(asked, there)) < wanted:
+            recipe.notes.append(
+                f"num_class_images = {wanted}: {there} has {count}; the script draws the rest, and these are all here"
+            )
         recipe.say("prior_weight", asked.number("prior_loss_weight"))
     recipe.say("prior", None, "pictures" if asked.flag("with_prior_preservation") else "none")
     recipe.say("flip", asked.flag("random_flip") or None)
     recipe.say("crop", None, None if asked.flag("center_crop") else "random")
+
+
+def _count(asked: Asked, folder: str) -> int:
+    """The files in it, which the script takes for images, too."""
+    there = asked.find(folder)
+    return 0 if there is None else sum(1 for _ in there.iterdir())
 
 
 def _filled(asked: Asked, key: str) -> str | None:
