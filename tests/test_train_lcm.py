@@ -34,7 +34,7 @@ def train(pocket_folder, pictures, tmp_path):
         words |= {"--learning-rate": "1e-2", "--precision": "fp32", "--sample-every": "0", "--measure-every": "0"}
         words |= {"--checkpoint-every": "0", "--optimizer-args": f"eps={EPS}"}
         words |= dict(zip(options[::2], options[1::2], strict=True))
-        given = [word for pair in words.items() if pair[1] for word in pair]
+        given = [word for pair in words.items() if pair[1] for word in (pair if pair[1] != "yes" else pair[:1])]
         assert cli.main(["train", "lcm", *given]) == code
         return tmp_path / name / f"{name}.safetensors"
 
@@ -267,3 +267,10 @@ def test_diffusers_draws_with_it_what_we_draw(train, pocket_folder):
     theirs = pipe("a square", **settings).images[0]
     pipe.unload_lora_weights()
     assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [["--algo", "loha"], ["--algo", "lokr"], ["--algo", "oft"], ["--dora"]])
+def test_each_kind_learns(kind, train):
+    path = train("run", *kind, *(["yes"] if len(kind) == 1 else []), "--measure-every", "3")
+    assert rows(path)[-1]["fit"] != pytest.approx(rows(path)[0]["fit"])

@@ -474,3 +474,10 @@ def test_images_without_a_partner_are_refused(spoil, said, train, pairs, tmp_pat
 def test_a_run_is_not_written_among_the_pairs(train, pairs, tmp_path, capsys):
     train("colour", pairs, code=2)
     assert "is a folder of the images" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["loha", "lokr", "oft"])
+def test_each_kind_learns(algo, train, pairs):
+    path = train("run", pairs, "--algo", algo, "--measure-every", "4")
+    assert rows(path)[-1]["fit"] != pytest.approx(rows(path)[0]["fit"])

@@ -150,8 +150,8 @@ class Preferences:
         count = len(before) // 2
         grown = errors[: 2 * count] - before
         margin = preference_margin(grown[:count], grown[count:], self._beta)
-        (preferred, rejected), halves = errors[: 2 * count].split(count), before.split(count)
-        return Rewarded(preference_loss(margin), margin, preferred, rejected, *halves), errors[2 * count :]
+        halves = (*torch.split(errors[: 2 * count], count), *torch.split(before, count))
+        return Rewarded(preference_loss(margin), margin, *halves), errors[2 * count :]
 
 
 class PreferenceMetrics(Metrics):
