@@ -42,14 +42,14 @@ def drawing_of(
     from sfumato.drawing import pictures
 
     side = None if resolution is None else square_side(base, resolution)
-    sampler = usual.get("sampler")
-    scheduler = base.scheduler if sampler is None else schedulers.scheduler(sampler, base.scheduler.config)
-    for said in own:
-        if "steps" in said:
+    if asked := [said["steps"] for said in own if "steps" in said]:
+        sampler = usual.get("sampler")
+        scheduler = base.scheduler if sampler is None else schedulers.scheduler(sampler, base.scheduler.config)
+        for steps in asked:
             try:
-                pictures.check_steps(said["steps"], scheduler)
+                pictures.check_steps(steps, scheduler)
             except ConfigError as error:
-                raise ConfigError(f"--s {said['steps']} in a prompt: {error}") from None
+                raise ConfigError(f"--s {steps} in a prompt: {error}") from None
 
     def alike(prompts: Sequence[str], seeds: Sequence[int], said: Mapping[str, Any]) -> list[Image.Image]:
         settings = {"width": side, "height": side, **usual, **said}
