@@ -27,7 +27,7 @@ from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import print_report
 from bench.style_runs import to_tensor
-from sfumato import cli, randomness, shell
+from sfumato import cli, randomness, schedulers, shell
 from sfumato.bases import FAMILIES
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.data.latents import to_floats
@@ -70,6 +70,8 @@ class Config:
     """Folder that keeps the drawn pictures: an interrupted run goes on, and another judge judges the same ones."""
     prompt: str = "{concept}, {style} style"
     """What is asked for, with {concept} and {style} in it."""
+    sampler: str | None = None
+    """Sampler, by the names of sfumato generate. Unset: the base's own."""
     sampler_steps: int = 25
     """Sampler steps."""
     guidance: float = FAMILIES["pocket"].defaults.guidance
@@ -124,7 +126,9 @@ def draw_some(pipeline: StableDiffusionPipeline, cells: Sequence[Cell], config: 
 
 def settings_of(config: Config) -> str:
     """A name for what the pictures depend on: the base's weights and configs, and the sampler's settings."""
-    key = hashlib.sha256(json.dumps([config.seed, config.sampler_steps, config.guidance, config.prompt]).encode())
+    key = hashlib.sha256(
+        json.dumps([config.seed, config.sampler, config.sampler_steps, config.guidance, config.prompt]).encode()
+    )
     for path in sorted(config.base.rglob("*")):
         if path.suffix in (".safetensors", ".json", ".txt"):
             key.update(path.read_bytes())
@@ -250,12 +254,15 @@ def measure(config: Config) -> dict[str, Any]:
     judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=config.seed, others=others)
     pipeline = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    if config.sampler is not None:
+        pipeline.scheduler = schedulers.scheduler(config.sampler, pipeline.scheduler.config)
     one = [(seen.concepts[0], seen.styles[0], 0)]
     draw_some(pipeline, one, config)
     began = time.perf_counter()
     draw_some(pipeline, one, config)
     report = {
         "prompt": config.prompt,
+        "sampler": config.sampler,
         "sampler_steps": config.sampler_steps,
         "guidance": config.guidance,
         "seconds_a_picture": round(time.perf_counter() - began, 3),

@@ -174,6 +174,22 @@ def test_pictures_of_few_concepts_and_none_withheld_are_judged(pocket_folder, tm
     assert Image.open(config.sheet).size == (2 * 64, 4 * 64)
 
 
+@pytest.mark.slow
+def test_another_sampler_draws_otherwise_and_its_images_are_kept_apart(pocket_folder, tmp_path):
+    """Of two DDIM steps and two of dpm++; what was kept of one is not judged as the other's."""
+    for style in ("oil", "ink"):
+        (tmp_path / "data" / style).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (90, 9, 9)).save(tmp_path / f"data/{style}/lamp.png")
+    config = Config(
+        base=pocket_folder, data=tmp_path / "data", cache=tmp_path, judge_steps=1, sampler_steps=2,
+        drawn=tmp_path / "drawn",
+    )  # fmt: skip
+    measure(config)
+    measure(replace(config, sampler="dpm++"))
+    (one, other) = ((folder / "oil/lamp-0.png").read_bytes() for folder in (tmp_path / "drawn").iterdir())
+    assert one != other
+
+
 def test_one_cell_alone_has_no_distance(pictures):
     judge = Judge(pictures.concepts, pictures.styles).eval()
     one, several = pictures.cells([("bus", "a")]), look(judge, pictures.pixels)
