@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.judge import Judge, cached_judge, look
-from bench.judge_pictures import read_others, read_pictures, withheld_cells
+from bench.judge import Judge, look
+from bench.judge_pictures import read_pictures
+from bench.pocket_runs import every_nth, images_of, judge_of, learn, places_of, shown
 from bench.real import print_report
-from bench.style_runs import to_image, to_tensor
+from bench.style_runs import to_image
 from sfumato import Adapter, cli, compose, randomness
 from sfumato.bases import Base, load_base
-from sfumato.data.latents import to_floats
-from sfumato.drawing.pictures import draw
 from sfumato.errors import ConfigError
 
 INK = 0.08
@@ -92,8 +90,7 @@ def drawn(base: Base, prompts: Sequence[str], first_seed: int, file: Path) -> Te
     """An image of each prompt, the seeds from `first_seed` on: (n, 3, 64, 64) uint8; from the file if it is there."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        seeds = range(first_seed, first_seed + len(prompts))
-        torch.save(torch.stack([to_tensor(image) for image in draw(base, prompts, seeds)]), file)
+        torch.save(images_of(base, prompts, first_seed), file)
     images: Tensor = torch.load(file, weights_only=True)
     return images
 
@@ -110,21 +107,9 @@ def write_pairs(images: Tensor, things: Sequence[str], rule: Callable[[Tensor], 
             (folder / "preferred" / f"{place:03}-{rank}.txt").write_text(thing, encoding="utf-8")
 
 
-def learn(program: str, words: Sequence[str], folder: Path, seed: int) -> tuple[Path, float | None]:
-    """The adapter, and its minutes; None where it was there already."""
-    path, began = folder / f"{folder.name}.safetensors", time.perf_counter()
-    if path.exists():
-        return path, None
-    words = [*words, "--output", str(folder), "--seed", str(seed), "--sample-every", "0", "--measure-every", "0"]
-    if cli.main(["train", program, *words, "--overwrite"]):
-        raise ConfigError(f"{folder}: the training failed.")
-    return path, round((time.perf_counter() - began) / 60, 2)
-
-
 @dataclass(frozen=True)
 class Question:
-    """What is asked of images of the things, one each. before: the base's own. usual: the number of the rule that half
-    of the base's images have."""
+    """What is asked of images of the things, one each. before: the base's own, from the same seeds."""
 
     judge: Judge
     places: Tensor
@@ -138,14 +123,12 @@ class Question:
         wins = (own > theirs).float() + 0.5 * (own == theirs).float()
         picks = torch.randint(len(wins), (RESAMPLED, len(wins)), generator=randomness.generator(0, "bootstrap"))
         low, high = torch.quantile(wins[picks].mean(1), torch.tensor([0.025, 0.975])).tolist()
-        verdict = look(self.judge, to_floats(images))
         return {
             "have_it": round(float((own > theirs.median()).float().mean()), 4),
             "mean": round(float(own.mean()), 4),
             "win_rate": round(float(wins.mean()), 4),
             "win_rate_95": [round(low, 4), round(high, 4)],
-            "concept_top1": round(verdict.concept_accuracy(self.places), 4),
-            "concept_top5": round(verdict.concept_accuracy(self.places, 5), 4),
+            **shown(look(self.judge, images), self.places),
         }
 
 
@@ -154,14 +137,10 @@ def measure(config: Config) -> dict[str, Any]:
     if other := set(config.taste) - TASTES.keys():
         raise ConfigError(f"--taste {min(other)}: wanted {', '.join(TASTES)}.")
     pictures = read_pictures(config.data)
-    seen, _ = pictures.apart(withheld_cells(config.data))
-    others = read_others(config.data, pictures.styles)
-    judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, others=others)
-    concepts = pictures.concepts
-    taught = list(concepts[:: max(1, len(concepts) // config.taught)][: config.taught])
-    left = [concept for concept in concepts if concept not in taught]
-    things = left[:: max(1, len(left) // config.things)][: config.things]
-    places = torch.tensor([concepts.index(thing) for thing in things])
+    judge = judge_of(pictures, config.data, cache=config.cache, steps=config.judge_steps)
+    taught = every_nth(pictures.concepts, config.taught)
+    things = every_nth([concept for concept in pictures.concepts if concept not in taught], config.things)
+    places = places_of(pictures, things)
     base = load_base("pocket")
     report: dict[str, Any] = {"taught": len(taught), "pairs": len(taught) * (config.seeds // 2), "things": len(things)}
     with ExitStack() as stack:
@@ -182,7 +161,7 @@ def measure(config: Config) -> dict[str, Any]:
                 runs = []
                 for seed in config.train_seed:
                     name = "-".join([way, str(seed), *(config.options if way == "dpo" else ())]).replace("/", "_")
-                    path, minutes = learn(way, [*images[way], *options], folder / taste / name, seed)
+                    path, minutes = learn(way, folder / taste / name, *images[way], *options, "--seed", str(seed))
                     with compose(base, Adapter(path)):
                         after = drawn(base, things, 100_000, path.with_name("after.pt"))
                     runs.append({"seed": seed, "minutes": minutes, **question.answers(after)})

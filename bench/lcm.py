@@ -22,19 +22,18 @@ from typing import Any
 
 import torch
 
-from bench.judge import cached_judge, look
-from bench.judge_pictures import read_others, read_pictures, withheld_cells
+from bench.judge import look
+from bench.judge_pictures import read_pictures
+from bench.pocket_runs import every_nth, images_of, judge_of, learn, places_of, shown
 from bench.real import cells_of, print_report
-from bench.style_runs import CONFIGS, to_tensor
+from bench.style_runs import CONFIGS
 from sfumato import Adapter, cli, compose
 from sfumato.bases import Base, load_base
 from sfumato.compose import adapter_guidance
-from sfumato.data.latents import to_floats
 from sfumato.drawing.pictures import draw
-from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 
-RECIPE = "lcm-pocket.toml"
+RECIPE, POCKET = CONFIGS / "lcm-pocket.toml", ("--base", "pocket")
 Verdict = dict[str, float]
 """The judge's shares of images: in the style, the thing found first, and among the first five."""
 OF_BASE: Mapping[str, Mapping[str, Any]] = {
@@ -85,15 +84,6 @@ class Config:
     """File that receives the JSON besides."""
 
 
-def learn(program: str, recipe: str, folder: Path, *options: str) -> tuple[Path, float]:
-    """The adapter by a shipped config, and its minutes."""
-    began = time.perf_counter()
-    words = [str(CONFIGS / recipe), "--output", str(folder), "--base", "pocket", "--overwrite", *options]
-    if cli.main(["train", program, *words, "--sample-every", "0", "--measure-every", "0"]):
-        raise ConfigError(f"{folder}: the training failed.")
-    return folder / f"{folder.name}.safetensors", round((time.perf_counter() - began) / 60, 2)
-
-
 def learn_style(folder: Path, config: Config, things: Sequence[str]) -> Path:
     """A LoRA of the style, from its pictures of these things."""
     images = folder / "images"
@@ -101,7 +91,7 @@ def learn_style(folder: Path, config: Config, things: Sequence[str]) -> Path:
     cells = cells_of(config.data, [config.style])
     for thing in things:
         shutil.copy(cells[thing, config.style], images / f"{thing}.png")
-    return learn("lora", "lora-style.toml", folder / "style", "--images", str(images))[0]
+    return learn("lora", folder / "style", str(CONFIGS / "lora-style.toml"), *POCKET, "--images", str(images))[0]
 
 
 def seconds(ways: Mapping[str, tuple[Base, Mapping[str, Any]]], rounds: int) -> dict[str, float]:
@@ -118,28 +108,22 @@ def seconds(ways: Mapping[str, tuple[Base, Mapping[str, Any]]], rounds: int) -> 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
     pictures = read_pictures(config.data)
-    seen, _ = pictures.apart(withheld_cells(config.data))
-    others = read_others(config.data, pictures.styles)
-    judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, others=others)
+    judge = judge_of(pictures, config.data, cache=config.cache, steps=config.judge_steps)
 
     def judged(source: Base, things: Sequence[str], styles: Sequence[str], named: bool, **settings: Any) -> Verdict:
         prompts = [f"{thing}, {style} style" if named else thing for thing, style in zip(things, styles, strict=True)]
-        drawn = draw(source, prompts, range(len(prompts)), **settings)
-        verdict = look(judge, to_floats(torch.stack([to_tensor(image) for image in drawn])))
-        concepts = torch.tensor([pictures.concepts.index(thing) for thing in things])
-        return {
-            "style": round(verdict.style_accuracy(torch.tensor([pictures.styles.index(each) for each in styles])), 4),
-            "concept_top1": round(verdict.concept_accuracy(concepts), 4),
-            "concept_top5": round(verdict.concept_accuracy(concepts, 5), 4),
-        }
+        verdict = look(judge, images_of(source, prompts, **settings))
+        style = torch.tensor([pictures.styles.index(each) for each in styles])
+        return {"style": round(verdict.style_accuracy(style), 4), **shown(verdict, places_of(pictures, things))}
 
-    things = pictures.concepts[:: max(1, len(pictures.concepts) // config.things)][: config.things]
+    things = every_nth(pictures.concepts, config.things)
     in_turns = [pictures.styles[place % len(pictures.styles)] for place in range(len(things))]
     base, fast_base = load_base("pocket"), load_base("pocket")
     with tempfile.TemporaryDirectory() as name:
         fast, minutes = config.adapter, None
         if fast is None:
-            fast, minutes = learn("lcm", RECIPE, Path(name) / "fast", "--seed", str(config.train_seed))
+            seeded = ("--seed", str(config.train_seed))
+            fast, minutes = learn("lcm", Path(name) / "fast", str(RECIPE), *POCKET, *seeded)
         of_base = {way: judged(base, things, in_turns, True, **settings) for way, settings in OF_BASE.items()}
         with compose(fast_base, Adapter(fast)):
             with_adapter = {way: judged(fast_base, things, in_turns, True, **to) for way, to in OF_ADAPTER.items()}
@@ -147,7 +131,7 @@ def measure(config: Config) -> dict[str, Any]:
             ways |= {f"adapter, {way}": (fast_base, settings) for way, settings in OF_ADAPTER.items()}
             taken = seconds(ways, config.rounds)
         undrawn = [thing for thing in pictures.concepts if thing not in things]
-        style = learn_style(Path(name), config, undrawn[:: max(1, len(undrawn) // TAUGHT)][:TAUGHT])
+        style = learn_style(Path(name), config, every_nth(undrawn, TAUGHT))
         in_style = [config.style] * len(things)
         mixed = {"no adapter, 25 steps": judged(base, things, in_style, False)}
         guidance = base.defaults.guidance

@@ -26,7 +26,7 @@ from bench.distances import paired_kernel_distance
 from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import print_report
-from bench.style_runs import to_tensor
+from bench.style_runs import to_tensors
 from sfumato import cli, randomness, schedulers, shell
 from sfumato.bases import FAMILIES
 from sfumato.bases.loading import POCKET_FOLDER
@@ -142,7 +142,7 @@ def batched(cells: Sequence[Cell], size: int) -> list[Sequence[Cell]]:
 
 def as_floats(images: Sequence[Image.Image]) -> Tensor:
     """(n, 3, h, w) in [-1, 1]."""
-    return to_floats(torch.stack([to_tensor(image) for image in images]))
+    return to_floats(to_tensors(images))
 
 
 def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.pocket_data import Source, fetch, render
 from bench.real import print_report
-from bench.style_runs import to_tensor
+from bench.style_runs import to_tensors
 from sfumato import cli
 from sfumato.bases.folder import load_vae
 from sfumato.data import open_image
@@ -94,7 +94,7 @@ def sets(config: Config, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
             raise DataError(f"{folder} holds no picture; give --folders folders of .png, .jpg or .webp.")
         side = (config.size, config.size)
         opened = (open_image(path, any_ratio=True) for path in spread(files, config.pictures))
-        yield called, torch.stack([to_tensor(ImageOps.fit(picture, side)) for picture in opened])
+        yield called, to_tensors(ImageOps.fit(picture, side) for picture in opened)
     for package in config.packages:
         name, _, version = package.rpartition("@")
         if not name:
@@ -102,7 +102,7 @@ def sets(config: Config, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         icons = fetch(Source(name, version, "not asked for"), config.npm)
         chosen = spread(sorted(icons["icons"]), config.pictures)
         drawn = [Image.open(io.BytesIO(render(icons, icon, config.size))) for icon in chosen]
-        yield name, torch.stack([to_tensor(picture) for picture in drawn])
+        yield name, to_tensors(drawn)
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:

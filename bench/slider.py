@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bench.judge import Judge, cached_judge, look
-from bench.judge_pictures import read_others, read_pictures, withheld_cells
+from bench.judge import Judge, look
+from bench.judge_pictures import read_pictures
+from bench.pocket_runs import every_nth, images_of, judge_of, learn, places_of, shown
 from bench.real import print_report
-from bench.style_runs import CONFIGS, to_tensor
+from bench.style_runs import CONFIGS
 from sfumato import Adapter, cli, compose
-from sfumato.bases import Base, load_base
-from sfumato.data.latents import to_floats
-from sfumato.drawing.pictures import draw
+from sfumato.bases import load_base
 from sfumato.errors import ConfigError
 from sfumato.toml import read_toml
 
@@ -77,26 +74,8 @@ class Question:
         return {
             "more": round(float((style == self.more).float().mean()), 4),
             "less": round(float((style == self.less).float().mean()), 4),
-            "concept_top1": round(verdict.concept_accuracy(self.things), 4),
-            "concept_top5": round(verdict.concept_accuracy(self.things, 5), 4),
+            **shown(verdict, self.things),
         }
-
-
-def learn(folder: Path, config: Config, seed: int) -> tuple[Path, float | None]:
-    """The slider by the shipped recipe, and its minutes; None where it was there already."""
-    path, began = folder / f"{folder.name}.safetensors", time.perf_counter()
-    if path.exists():
-        return path, None
-    ends = ("--more", f"{{concept}}, {config.more} style", "--less", f"{{concept}}, {config.less} style")
-    words = [str(RECIPE), *ends, "--output", str(folder), "--seed", str(seed)]
-    if cli.main(["train", "slider", *words, "--sample-every", "0", "--measure-every", "0", "--overwrite"]):
-        raise ConfigError(f"{folder}: the training failed.")
-    return path, round((time.perf_counter() - began) / 60, 2)
-
-
-def drawn(base: Base, prompts: Sequence[str]) -> Tensor:
-    """An image of each prompt, from the seed that is its place: (n, 3, 64, 64) in [-1, 1]."""
-    return to_floats(torch.stack([to_tensor(image) for image in draw(base, prompts, range(len(prompts)))]))
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -105,30 +84,30 @@ def measure(config: Config) -> dict[str, Any]:
     for style in (config.more, config.less):
         if style not in pictures.styles:
             raise ConfigError(f"{style}: no style of {config.data}; wanted two of {', '.join(pictures.styles)}.")
-    seen, _ = pictures.apart(withheld_cells(config.data))
-    others = read_others(config.data, pictures.styles)
-    judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, others=others)
+    judge = judge_of(pictures, config.data, cache=config.cache, steps=config.judge_steps)
     taught = read_toml(RECIPE)["concept"]
     known = [concept for concept in pictures.concepts if concept not in taught]
-    things = known[:: max(1, len(known) // config.things)][: config.things]
-    places = torch.tensor([pictures.concepts.index(thing) for thing in things])
-    question = Question(judge, places, pictures.styles.index(config.more), pictures.styles.index(config.less))
+    things = every_nth(known, config.things)
+    more, less = map(pictures.styles.index, (config.more, config.less))
+    question = Question(judge, places_of(pictures, things), more, less)
     base = load_base("pocket")
     by_words = {
-        "none": question.shares(drawn(base, things)),
-        "more": question.shares(drawn(base, [f"{thing}, {config.more} style" for thing in things])),
-        "less": question.shares(drawn(base, [f"{thing}, {config.less} style" for thing in things])),
+        "none": question.shares(images_of(base, things)),
+        "more": question.shares(images_of(base, [f"{thing}, {config.more} style" for thing in things])),
+        "less": question.shares(images_of(base, [f"{thing}, {config.less} style" for thing in things])),
     }
     runs: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = config.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ends = ("--more", f"{{concept}}, {config.more} style", "--less", f"{{concept}}, {config.less} style")
         for seed in config.train_seed:
-            path, minutes = learn(folder / f"{config.more}-{config.less}-{seed}", config, seed)
+            run = folder / f"{config.more}-{config.less}-{seed}"
+            path, minutes = learn("slider", run, str(RECIPE), *ends, "--seed", str(seed))
             rows = {}
             with compose(base, Adapter(path, 0.0, name="slider")) as mix:
                 for weight in config.weights:
                     mix.set(slider=weight)
-                    rows[f"{weight:g}"] = question.shares(drawn(base, things))
+                    rows[f"{weight:g}"] = question.shares(images_of(base, things))
             runs.append({"seed": seed, "minutes": minutes, "bytes": path.stat().st_size, "by_weight": rows})
     means = {
         weight: {

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -162,7 +162,7 @@ class Workshop:
                     stack.enter_context(applied(self.base, mix, wanted))
                 asked = [text for texts in mix.negatives.values() for text in texts] if adapters else []
                 pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax, guidance=guidance)
-                return torch.stack([to_tensor(picture) for picture in pictures])
+                return to_tensors(pictures)
 
         return self._kept(f"{name}-{_hash(told)}", make)
 
@@ -202,6 +202,11 @@ def _hash(told: Any) -> str:
 def to_tensor(picture: Image.Image) -> Tensor:
     """(3, h, w) uint8."""
     return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
+
+
+def to_tensors(pictures: Iterable[Image.Image]) -> Tensor:
+    """(n, 3, h, w) uint8, of pictures of one size."""
+    return torch.stack([to_tensor(picture) for picture in pictures])
 
 
 def to_image(picture: Tensor) -> Image.Image:
