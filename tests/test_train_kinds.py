@@ -327,18 +327,10 @@ def test_each_dropout_reaches_the_adapter(program, tmp_path):
     from trainers import dpo, dreambooth, lora, slider
 
     shares = {"dropout": 0.1, "rank_dropout": 0.2, "module_dropout": 0.3}
-    options = {"output": tmp_path, "rank": 1, "alpha": 1.0, "targets": "to_q", **shares}
-    unet = nn.ModuleDict({"to_q": nn.Linear(3, 3)})
-    layers = {"unet": select(unet, "to_q")}
-    if program == "lora":
-        made = new_adapter(layers, lora.Config(**options, images=tmp_path))
-    elif program == "slider":
-        made = new_adapter(layers, slider.Config(**options))
-    elif program == "dpo":
-        made = new_adapter(layers, dpo.Config(**options, preferred=tmp_path, rejected=tmp_path))
-    else:
-        base = SimpleNamespace(parts=lambda text: {"unet": unet})
-        made = dreambooth.trainable(base, dreambooth.Config(**options, images=tmp_path, method="lora"))
+    folders = {"slider": {}, "dpo": {"preferred": tmp_path, "rejected": tmp_path}}.get(program, {"images": tmp_path})
+    program_of = {"lora": lora, "dreambooth": dreambooth, "slider": slider, "dpo": dpo}[program]
+    config = program_of.Config(output=tmp_path, rank=1, alpha=1.0, **shares, **folders)
+    made = new_adapter({"unet": {"to_q": nn.Linear(3, 3)}}, config)
     assert {name: getattr(made, name) for name in shares} == shares
 
 

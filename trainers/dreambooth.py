@@ -136,12 +136,12 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato import randomness
-    from sfumato.adapters import Attached
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
+    from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
-    from sfumato.training.full import decide_precision
+    from sfumato.training.full import decide_precision, unfreeze
     from sfumato.training.fused import FusedStep
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
@@ -158,7 +158,7 @@ def train(config: Config) -> Path:
     precision = decide_precision(config, processes, adapting=config.method == "lora")
     base = config.load_base(precision)
     config, filled = resolve(config, base, examples, processes.count)
-    notes = notes_of(config, base)
+    adapted, notes = adapted_layers(config, base) if config.method == "lora" else ({}, [])
     run = Run.start(config, program="dreambooth", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
@@ -182,7 +182,8 @@ def train(config: Config) -> Path:
     run.say_notes(dataset, class_set, held_out)
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder else ()))
-    trained = trainable(base, config)
+    lora = new_adapter(adapted, config) if config.method == "lora" else None
+    trained = unfreeze(base, text=config.train_text_encoder) if lora is None else lora
     facts = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
     run.identify(**facts, base=base.fingerprint())
     parameters = list(trained.parameters())
@@ -197,7 +198,6 @@ def train(config: Config) -> Path:
     fused = FusedStep(optimizer, scaler) if config.fused else None
     average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
-    lora = trained if isinstance(trained, Attached) else None
     pristine: Pristine = lora.disabled if lora else nullcontext  # of a whole base nothing has been trained yet
     unrelated = unrelated_to(preserved.of_class)
     drift_prompts = {"drift": unrelated, "class_drift": preserved.prompts} if config.measure_every else {}
@@ -515,34 +515,6 @@ def prior_of(
         noising=noising,
         embed_text=not config.train_text_encoder,
     )
-
-
-def trainable(base: Base, config: Config) -> Attached | nn.ModuleDict:
-    """What is trained: the base model's own weights, or with --method lora a new adapter that changes nothing yet."""
-    from sfumato.training.adapting import new_adapter
-    from sfumato.training.full import unfreeze
-
-    if config.method == "full":
-        return unfreeze(base, text=config.train_text_encoder)
-    return new_adapter(adapted(base, config), config)
-
-
-def adapted(base: Base, config: Config) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
-    """The layers that a LoRA changes, by part and path."""
-    from sfumato.adapters import ByLayer, target_layers
-
-    return ByLayer.of(config).kept(target_layers(base.parts(text=config.train_text_encoder), config.targets))
-
-
-def notes_of(config: Config, base: Base) -> list[str]:
-    """What there is to say of the layers that a LoRA changes."""
-    from sfumato.adapters import ByLayer, Kind
-
-    if config.method == "full":
-        return []
-    parts = adapted(base, config)
-    checks.check_module_dropout(config, sum(map(len, parts.values())))
-    return Kind.of(config).notes(parts, config.rank, config.conv_rank, ByLayer.of(config))
 
 
 def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:

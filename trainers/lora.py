@@ -144,11 +144,10 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.adapters import ByLayer, Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
-    from sfumato.training.adapting import new_adapter
+    from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
     from sfumato.training.init_from import start_from
     from sfumato.training.metrics import Metrics
@@ -167,10 +166,7 @@ def train(config: Config) -> Path:
     kinds = 1 + bool(config.prior_prompts) + bool(of_class)
     config, filled = resolve(config, base, examples, processes.count, kinds=kinds)
     words = new_words(base, config, examples) if config.train_words else None
-    by_layer = ByLayer.of(config)
-    adapted = by_layer.kept(target_layers(base.parts(text=config.train_text_encoder), config.targets, conv=config.conv))
-    notes = Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer)
-    checks.check_module_dropout(config, sum(map(len, adapted.values())))
+    adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
     run.say_filled(base.family.title, filled)

@@ -125,11 +125,10 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.adapters import ByLayer, Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
-    from sfumato.training.adapting import new_adapter
+    from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
     from sfumato.training.init_from import start_from
     from sfumato.training.noising import per_sample_losses
@@ -143,13 +142,11 @@ def train(config: Config) -> Path:
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
     config, filled = resolve(config, base, given, processes.count)
-    by_layer = ByLayer.of(config)
-    adapted = by_layer.kept(target_layers(base.parts(text=False), config.targets))
-    checks.check_module_dropout(config, sum(map(len, adapted.values())))
+    adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="slider", processes=processes, writes=["adapters"] if config.save_every else [])
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    run.say(*Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer))
+    run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate)
     global_batch = batches.global_batch
