@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.adapters.folded import folded
-from sfumato.adapters.layer import UpdateLayer
+from sfumato.adapters.folded import folded, geometry_of
+from sfumato.adapters.layer import UpdateLayer, uniform
 from sfumato.adapters.whole import Host
 from sfumato.errors import AdapterError
 from sfumato.files.changes import Change, LoraModule
@@ -31,11 +31,9 @@ class LoraLayer(UpdateLayer):
             up_shape: tuple[int, ...] = (host.out_channels, rank, 1, 1)
         else:
             down_shape, up_shape = (rank, host.in_features), (host.out_features, rank)
-        self.host_geometry = (host.stride, host.padding, host.dilation) if isinstance(host, nn.Conv2d) else None
-        # Uniform in +-1/sqrt(fan in), PyTorch's and peft's start for A; B starts at zero, so that the start is a no-op.
-        bound = 1 / math.sqrt(math.prod(down_shape[1:]))
-        self.down = nn.Parameter((torch.rand(down_shape, generator=generator) * 2 - 1) * bound)
-        self.up = nn.Parameter(torch.zeros(up_shape))
+        self.host_geometry = geometry_of(host)
+        self.down = uniform(*down_shape, generator=generator)
+        self.up = nn.Parameter(torch.zeros(up_shape))  # so that the start is a no-op
 
     @property
     def rank(self) -> int:  # type: ignore[override]  # that of what is trained
@@ -58,7 +56,7 @@ class LoraLayer(UpdateLayer):
         if self.host_geometry is None:
             low = linear(x, self.down) * scale
         else:
-            low = F.conv2d(x, self.down, None, *self.host_geometry) * scale  # type: ignore[arg-type]
+            low = F.conv2d(x, self.down, None, *self.host_geometry) * scale
         low = low if drop is None else drop(low)
         return linear(low, self.up) if self.host_geometry is None else F.conv2d(low, self.up)
 

@@ -55,6 +55,11 @@ class NoisedBatch:
     target: Tensor
     unasked: Tensor | None = None
 
+    @property
+    def seen_noise(self) -> Tensor:
+        """All noise that the model sees."""
+        return self.noise if self.unasked is None else self.noise + self.unasked
+
     def concat(self, other: NoisedBatch) -> NoisedBatch:
         """Both as one batch, these first."""
         return NoisedBatch(
@@ -78,8 +83,7 @@ def per_sample_losses(
         batch = call.batch
         text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
         assert text is not None
-        noise = call.noise if call.unasked is None else call.noise + call.unasked
-        given = (batch, noise, call.timesteps, text)
+        given = (batch, call.seen_noise, call.timesteps, text)
         found = denoising_errors(
             base,
             *given,

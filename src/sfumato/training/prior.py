@@ -192,8 +192,7 @@ class BasePrediction:
     def _predict(self, noised: NoisedBatch) -> Tensor:
         text = self._text[[self._prompts.index(caption) for caption in noised.batch.captions]]
         # With the perturbation that the adapter's input has, so that an adapter of nothing has nothing to learn.
-        noise = noised.noise if noised.unasked is None else noised.noise + noised.unasked
-        return predict(self._base, noised.batch, noise, noised.timesteps, text)
+        return predict(self._base, noised.batch, noised.seen_noise, noised.timesteps, text)
 
 
 def class_seed(seed: int) -> int:

@@ -160,7 +160,7 @@ class WordedWay:
         noised = draw_noised(self._base, self._data, seed, micro, noising=self._noising)
         rows = [self._concepts.index(caption) for caption in noised.batch.captions]
         # With the perturbation that the adapter's input has, so that an adapter of nothing has nothing to learn.
-        noise = noised.noise if noised.unasked is None else noised.noise + noised.unasked
+        noise = noised.seen_noise
         with self._pristine():
             middle, more, less = (
                 predict(self._base, noised.batch, noise, noised.timesteps, text[rows]) for text in self._text
