@@ -209,7 +209,7 @@ def train(config: Config) -> Path:
     samples = samples_of(config, base, trained, prompts, trigger, run, average)
     about = partial(description_of, config, base, dataset, samples, trigger)
     learned = trained_adapter_of(config, base, lora, about, average) if lora else None
-    limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row.get("step", 0) <= run.step])
+    limit = DriftLimit(config.drift_limit, run.rows())
     run.every(config.measure_every, limit.watching(run, metrics, processes))
     run.every(config.sample_every, samples.draw)
     if learned:
@@ -219,8 +219,6 @@ def train(config: Config) -> Path:
         steps = range(run.step, config.steps)
         run.say(prior.precompute_targets(steps, batches, shown=processes.is_main))
     trained.train()
-    if limit.reached:  # by a run that goes on with the same limit
-        run.end()
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
         loss, class_loss = torch.zeros(2, device=precision.device)
@@ -262,7 +260,7 @@ def train(config: Config) -> Path:
 
     limit.tell(run, config.steps, samples)
     average.swap()
-    path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
+    path = config.result_path()
     if processes.is_main:
         save(path, config, base, learned, about(steps=run.step), samples, run)
     run.close()
@@ -312,17 +310,7 @@ def refuse_idle(config: Config) -> None:
         checks.only_with(config, "it in --instance-prompt", "identifier")
     if config.method == "full":
         of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets", "over_steps", "own_negative")
-        of_kind = (
-            "algo",
-            "dora",
-            "factor",
-            "dropout",
-            "rank_dropout",
-            "module_dropout",
-            "max_norm",
-            "rank_of",
-            "rate_of",
-        )
+        of_kind = [field.name for field in dataclasses.fields(KindOptions)]
         checks.only_with(config, "--method lora", *of_lora, "save_every", *of_kind)
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")

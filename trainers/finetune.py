@@ -119,15 +119,13 @@ def train(config: Config) -> Path:
     drift_prompts = watched if config.measure_every else {}
     # Nothing has been trained yet, so that the base predicts as it did before.
     metrics = Metrics(base, dataset, drift_prompts, within=average.applied, modules=[trained], held_out=held_out)
-    limit = DriftLimit(config.drift_limit, [row for row in run.rows() if row.get("step", 0) <= run.step])
+    limit = DriftLimit(config.drift_limit, run.rows())
     samples = samples_of(config, base, trained, subjects, dataset, run, average)
     run.every(config.measure_every, limit.watching(run, metrics, processes))
     run.every(config.sample_every, samples.draw)
     noising = config.noising(base)
     prior = ClassPictures(base, class_set, config.seed, noising=noising) if class_set else None
     trained.train()
-    if limit.reached:  # by a run that goes on with the same limit
-        run.end()
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)
         loss, prior_loss = torch.zeros(2, device=precision.device)
@@ -163,7 +161,7 @@ def train(config: Config) -> Path:
 
     limit.tell(run, config.steps, samples)
     average.swap()
-    path = config.output / f"{config.name}{'' if config.save == 'folder' else '.safetensors'}"
+    path = config.result_path()
     if processes.is_main:
         about = describe_run(config, base, dataset, samples, trigger=subjects.triggers, steps=run.step)
         save(path, config, base, about, samples, run)

@@ -78,6 +78,6 @@ class UpdateLayer(nn.Module):
 
 
 def uniform(*shape: int, generator: torch.Generator) -> nn.Parameter:
-    """A factor that starts uniform in +-1 / sqrt(inputs), PyTorch's and peft's start of a linear layer or a convolution."""
+    """A factor that starts uniform in +-1 / sqrt(inputs), as PyTorch and peft start a linear layer or a convolution."""
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return nn.Parameter((torch.rand(shape, generator=generator) * 2 - 1) * bound)

@@ -187,8 +187,9 @@ class Run:
             self.log_file.add(values)
 
     def rows(self) -> list[dict[str, float]]:
-        """The log so far."""
-        return [] if self._claim.replaces else self.log_file.rows()
+        """The log up to the step that it is at; the log may have more where a checkpoint is further back."""
+        rows = [] if self._claim.replaces else self.log_file.rows()
+        return [row for row in rows if row.get("step", 0) <= self.step]
 
     @property
     def has_begun(self) -> bool:

@@ -142,7 +142,10 @@ class DriftLimit:
             self._take(measured[-1])
 
     def watching(self, run: Run, metrics: Metrics, processes: Processes) -> Callable[[int], None]:
-        """What measures at a step, logs it, and ends the run where the limit is reached."""
+        """What measures at a step, logs it, and ends the run where the limit is reached; a run that goes on with a
+        limit that was reached before ends at once."""
+        if self.reached:
+            run.end()
 
         def measure(step: int) -> None:
             figures: dict[str, float] = {}

@@ -454,3 +454,7 @@ class FullOptions(TrainerOptions):
     change's energy (squared norm), at most --rank if that is given."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of what is written. Unset: fp32 on pocket, fp16 elsewhere."""
+
+    def result_path(self) -> Path:
+        """The folder or file of what is learned. Of a resolved config."""
+        return self.output / f"{self.name}{'' if self.save == 'folder' else '.safetensors'}"
