@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from bench.kept import kept_bytes
-from bench.real import print_report
+from bench.real import check_least, print_report
 from sfumato import cli, data, load_base
 from sfumato.adapters import Kind, attach, target_layers
 from sfumato.bases import Base
 from sfumato.data import Dataset
-from sfumato.errors import ConfigError
 from sfumato.precision import decide
 from sfumato.precision.lean import save_activation_memory
 from sfumato.precision.products import quicken
@@ -105,9 +104,7 @@ def together(rounds: Sequence[dict[str, float]], of_lora: Sequence[dict[str, flo
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for name in ("rounds", "threads"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
+    check_least(config, "rounds", "threads")
     torch.set_num_threads(config.threads)
     base = load_base(config.base, precision=decide("fp32", device="cpu"))
     quicken(base.unet.requires_grad_(False))

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.real import print_report
+from bench.real import check_least, print_report
 from sfumato import cli
-from sfumato.errors import ConfigError
 
 SIDES: dict[str, dict[str, str]] = {"sfumato": {}, "libgomp": {"GOMP_SPINCOUNT": "300000"}}
 """What each side's environment says besides; the second is what libgomp takes of its own."""
@@ -81,9 +80,7 @@ def in_turns(command: Sequence[str], rounds: int) -> dict[str, float]:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for name in ("pictures", "steps", "busy", "rounds"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
+    check_least(config, "pictures", "steps", "busy", "rounds")
     with tempfile.TemporaryDirectory() as folder:
         words = ["generate", "crab, noto style", "--count", str(config.pictures), "--steps", str(config.steps)]
         command = [sys.executable, "-m", "sfumato", *words, "--output", folder, "--overwrite"]

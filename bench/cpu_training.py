@@ -22,9 +22,8 @@ from typing import Any, Literal
 
 import torch
 
-from bench.real import print_report
+from bench.real import check_least, print_report
 from sfumato import cli
-from sfumato.errors import ConfigError
 from sfumato.precision import Precision, decide
 
 
@@ -82,9 +81,7 @@ def step_times(config: Config) -> dict[str, float]:
 
 def measure(config: Config) -> dict[str, Any]:
     """Both sides in turns, each part in each precision; or the one side that is asked for."""
-    for name in ("batch", "steps", "rounds", "threads"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
+    check_least(config, "batch", "steps", "rounds", "threads")
     if config.side:
         return step_times(config)
     report: dict[str, Any] = {"unet": {}, "text_encoder": {}}

@@ -21,10 +21,10 @@ from typing import Any
 
 from PIL import Image
 
-from bench.real import BASE_CONCEPTS
+from bench.real import BASE_CONCEPTS, check_least
 from sfumato import cli
 from sfumato.config import parse
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,7 @@ def build(config: Config) -> Path:
     Pictures that the folder's manifest listed before and that are none of these any more are removed.
     Raises DataError for a concept that a set lacks, ConfigError for a size of nothing.
     """
-    if config.size_px < 1:
-        raise ConfigError(f"--size-px is {config.size_px}; it must be at least 1.")
+    check_least(config, "size_px")
     groups: dict[str, str] = json.loads(BASE_CONCEPTS.read_text(encoding="utf-8"))
     names = {concept: concept.replace(" ", "-") for concept in groups}
     withheld = withheld_cells(list(groups), list(SOURCES), config.seed)

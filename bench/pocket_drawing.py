@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from bench.real import print_report
+from bench.real import check_least, print_report
 from sfumato import cli, draw, load_base
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.errors import ConfigError
@@ -89,9 +89,7 @@ def most_apart(some: Sequence[Image], others: Sequence[Image]) -> int:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for name in ("steps", "rounds"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
+    check_least(config, "steps", "rounds")
     if not config.at_once or min(config.at_once) < 1:
         raise ConfigError("--at-once: wanted one or more counts of pictures, each at least 1.")
     from diffusers import StableDiffusionPipeline

@@ -25,9 +25,9 @@ from torch.nn.functional import avg_pool2d
 from bench.distances import paired_kernel_distance
 from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
-from bench.real import print_report
+from bench.real import check_least, print_report
 from bench.style_runs import to_tensors
-from sfumato import cli, randomness, schedulers, shell
+from sfumato import cli, randomness, schedulers
 from sfumato.bases import FAMILIES
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.data.latents import to_floats
@@ -241,9 +241,7 @@ def draw_sheet(pipeline: StableDiffusionPipeline, pictures: Pictures, config: Co
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for name in ("judge_steps", "pictures_per_cell", "sampler_steps", "batch"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{shell.option(name)} is {getattr(config, name)}; it must be at least 1.")
+    check_least(config, "judge_steps", "pictures_per_cell", "sampler_steps", "batch")
     if not all(place in config.prompt for place in ("{concept}", "{style}")):
         raise ConfigError(f"--prompt {config.prompt!r}: wanted {{concept}} and {{style}} in it.")
     if not (config.base / "model_index.json").is_file():

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from bench.judge import Judge, accuracies, cached_judge, look
 from bench.judge_pictures import Pictures, chosen_tenth, read_named
-from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
+from bench.real import Cells, cells_of, check_least, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
 from bench.style_summary import paired
 from sfumato import cli, load_base, randomness
 from sfumato.drawing.sheet import contact_sheet
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import DataError
 from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
 
@@ -75,9 +75,7 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for option in ("subjects", "unrelated", "seeds"):
-        if getattr(config, option) < 1:
-            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least 1.")
+    check_least(config, "subjects", "unrelated", "seeds")
     files = cells_of(config.data, (*config.styles, *config.hands))
     known = known_concepts(files)
     if len(known) < config.subjects * (1 + config.unrelated):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.full_size import added_conditions
-from bench.real import print_report
+from bench.real import check_least, print_report
 from sfumato import cli
 from sfumato.bases.single_file import shipped
 from sfumato.bases.weights import unet_skeleton
@@ -135,9 +135,7 @@ def _as(model: nn.Module, work: Work, *, quick: bool) -> Work:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for name in ("rounds", "threads"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(config, name)}; wanted at least 1.")
+    check_least(config, "rounds", "threads")
     if config.resolution < 64 or config.resolution % 64:
         raise ConfigError(f"--resolution {config.resolution}: wanted a multiple of 64 px.")
     torch.set_num_threads(config.threads)

@@ -8,14 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sfumato import shell
 from sfumato.config import Config, parse
-from sfumato.errors import DataError
+from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import write_text
 
 BASE_CONCEPTS = Path(__file__).parents[1] / "src/sfumato/pocket/concepts.json"
 
 Cells = dict[tuple[str, str], Path]
 """(concept, style) -> picture."""
+
+
+def check_least(config: object, *names: str, least: int = 1) -> None:
+    """Raises ConfigError for one of these options that is less; unset is fine."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{shell.option(name)} is {value}; it must be at least {least}.")
 
 
 def at_least(least: int) -> Callable[[str], int]:

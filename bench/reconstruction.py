@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bench.pocket_data import Source, fetch, render
-from bench.real import print_report
+from bench.real import check_least, print_report
 from bench.style_runs import to_tensors
 from sfumato import cli
 from sfumato.bases.folder import load_vae
@@ -56,8 +56,7 @@ def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
     if not config.folders and not config.packages:
         raise ConfigError("nothing to reconstruct; give --folders or --packages.")
-    if config.size < 1 or config.pictures < 1:
-        raise ConfigError(f"--size {config.size}, --pictures {config.pictures}: both must be at least 1.")
+    check_least(config, "size", "pictures")
     names = names_of(config.folders)
     vaes = [read_vae(path) for path in config.vaes]
     for path, vae in zip(config.vaes, vaes, strict=True):

@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.distances import paired_kernel_distance
 from bench.judge import Judge, accuracies, cached_judge, look
 from bench.judge_pictures import Pictures, chosen_tenth, read_named
-from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
+from bench.real import Cells, cells_of, check_least, known_concepts, print_report, styles_of
 from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
 from sfumato import cli, load_base, randomness
@@ -140,9 +140,8 @@ def check(config: Config) -> None:
     """Refuse what makes no sense before anything is learned."""
     if "{concept}" not in config.prompt:
         raise ConfigError(f"--prompt {config.prompt!r} has no {{concept}}, where what is drawn is named; add it.")
-    for option, least in (("seeds", 1), ("concepts", 2), ("images", 1), ("mixed", 1)):  # a distance wants two
-        if getattr(config, option) < least:
-            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least {least}.")
+    check_least(config, "seeds", "images", "mixed")
+    check_least(config, "concepts", least=2)  # a distance wants two
     if config.subjects is None:
         if config.mix_with:
             raise ConfigError("--mix-with names subjects of a folder; give it with --subjects.")

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from bench.judge import Judge, cached_judge, look
 from bench.judge_pictures import read_named
-from bench.real import Cells, cells_of, known_concepts, print_report, styles_of
+from bench.real import Cells, cells_of, check_least, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, reconstruct, to_image
 from bench.style_summary import paired
-from sfumato import cli, load_base, randomness, shell
+from sfumato import cli, load_base, randomness
 from sfumato.drawing.sheet import contact_sheet
 from sfumato.errors import ConfigError, DataError
 from sfumato.files.atomic import atomic_path
@@ -178,10 +178,7 @@ def check(config: Config) -> None:
     unknown = [method for method in config.methods if method not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {unknown[0]}: unknown; wanted {', '.join(METHODS)}.")
-    for option in ("seeds", "pictures", "subject_count"):
-        value = getattr(config, option)
-        if value is not None and value < 1:
-            raise ConfigError(f"{shell.option(option)} is {value}; it must be at least 1.")
+    check_least(config, "seeds", "pictures", "subject_count")
     if config.subject and config.subject_count is not None:
         raise ConfigError("--subject and --subject-count are both given; each chooses the subjects, so give one.")
     for text in config.options:
@@ -367,7 +364,7 @@ def changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, An
 
 
 def goals(after: dict[str, Tensor]) -> dict[str, bool]:
-    """The issue's, for this method."""
+    """What ought to be reached by this method, and whether it is."""
     return {
         "true drawing in the top 5 at least 0.70": float(after["top5"].mean()) >= 0.7,
         "style at least 0.85": float(after["style"].mean()) >= 0.85,

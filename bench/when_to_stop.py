@@ -23,14 +23,14 @@ import torch
 from bench.distances import paired_kernel_distance
 from bench.judge import Judge, cached_judge, look
 from bench.judge_pictures import Pictures, chosen_tenth
-from bench.real import print_report
+from bench.real import check_least, print_report
 from bench.style_fidelity import Config as StyleConfig
 from bench.style_fidelity import read_real
 from bench.style_runs import Workshop, reconstruct
-from sfumato import Adapter, cli, compose, data, load_base, randomness, shell
+from sfumato import Adapter, cli, compose, data, load_base, randomness
 from sfumato.bases import Base
 from sfumato.data import Dataset
-from sfumato.errors import ConfigError, DataError
+from sfumato.errors import DataError
 from sfumato.precision import decide
 from sfumato.training.metrics import Metrics
 
@@ -69,9 +69,8 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    for name, least in (("images", 1), ("held_out", 1), ("every", 1), ("concepts", 2)):  # a distance wants two
-        if getattr(config, name) < least:
-            raise ConfigError(f"{shell.option(name)} is {getattr(config, name)}; it must be at least {least}.")
+    check_least(config, "images", "held_out", "every")
+    check_least(config, "concepts", least=2)  # a distance wants two
     drawn = config.held_out + config.concepts
     pictures, others = read_real(
         StyleConfig(data=config.data, styles=config.styles, images=config.images, concepts=drawn)
