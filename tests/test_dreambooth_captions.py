@@ -1,6 +1,5 @@
 """What of its captions DreamBooth embeds before the loop: exactly those that the loop will draw, for every prior."""
 
-import json
 import shutil
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from sfumato.data import Dataset
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training.prior import BasePrediction
+from tests.logged import log_in
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -142,5 +142,5 @@ def test_sdxls_zeros_for_no_prompt_are_learned_with_and_without_the_text_encoder
         words += ["--batch", "2", "--resolution", "64", "--caption-dropout", "0.99", "--sample-every", "0"]
         words += ["--measure-every", "0", "--checkpoint-every", "0", "--precision", "fp32", *more]
         assert cli.main(["train", "dreambooth", *map(str, words)]) == 0
-        losses.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"])
+        losses.append(log_in(tmp_path / name)[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

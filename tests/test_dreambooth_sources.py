@@ -11,6 +11,7 @@ from sfumato import cli
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header
 from sfumato.training.subject import Subject
+from tests.logged import log_in
 
 pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
@@ -121,7 +122,7 @@ def test_a_file_says_how_many_steps_made_it(train):
     quiet = ("--sample-every", "0", "--measure-every", "1", "--checkpoint-every", "0")
     options = ("--method", "lora", "--rank", "1", "--prior", "none", "--steps", "9", "--learning-rate", "1e-2")
     run = train(*options, "--drift-limit", "1e-6", quiet=quiet)
-    made = max(json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines())
+    made = max(row["step"] for row in log_in(run))
     assert made < 9
     assert read_header(run / "run.safetensors").metadata["ss_steps"] == str(made)
     assert f"| steps | {made} |" in (run / "README.md").read_text()

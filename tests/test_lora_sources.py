@@ -18,6 +18,7 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header, read_tensors
 from sfumato.training import noising
 from sfumato.training.noising import draw_noised
+from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0")
@@ -48,10 +49,6 @@ def source(pictures):
     return write
 
 
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("further", [pytest.param((), marks=pytest.mark.slow), ("--train-text-encoder",)])
 def test_pictures_of_a_class_come_beside_each_batch_as_in_dreambooth(further, train, source):
@@ -60,9 +57,9 @@ def test_pictures_of_a_class_come_beside_each_batch_as_in_dreambooth(further, tr
     same = ["--epochs", "1", "--learning-rate", "1e-2", "--prior-weight", "0.4", "--targets", "attention", *further]
     one = train("one", both, *same)
     other = train("other", both, *same, "--method", "lora", "--class-name", "square", program="dreambooth")
-    assert [row["loss"] for row in rows(one)] == [row["loss"] for row in rows(other)]
-    assert len(rows(one)) == 3
-    assert all(row["prior_loss"] > 0 for row in rows(one))
+    assert [row["loss"] for row in log_beside(one)] == [row["loss"] for row in log_beside(other)]
+    assert len(log_beside(one)) == 3
+    assert all(row["prior_loss"] > 0 for row in log_beside(one))
     for key, tensor in read_tensors(other).items():
         assert torch.equal(read_tensors(one)[key], tensor)
 
@@ -72,7 +69,10 @@ def test_two_kinds_of_prior_share_their_weight(train, source):
     both = source('words = "sks square"') + source('words = "square"', "class = true")
     one = train("one", both, "--steps", "1", "--precision", "fp32")
     two = train("two", both, "--steps", "1", "--precision", "fp32", "--prior-prompts", "a cat")
-    (first,), (second,) = rows(one), rows(two)  # what the untrained base predicts of the prompts is what it should
+    (first,), (second,) = (
+        log_beside(one),
+        log_beside(two),
+    )  # what the untrained base predicts of the prompts is what it should
     assert second["prior_loss"] == pytest.approx(first["prior_loss"] / 2, rel=1e-5)
     path, base = one.parents[1] / "one.toml", SimpleNamespace(defaults=FAMILIES["sd1"].defaults, alpha_bar=range(1000))
     base.family = FAMILIES["sd1"]
@@ -293,7 +293,7 @@ def test_images_are_learned_at_each_resolution_of_their_source(train, source, mo
 
     monkeypatch.setattr(noising, "draw_noised", noted)
     path = train("both", source('words = "square"', "resolution = [32, 64]"), "--epochs", "1", "--accumulate", "2")
-    assert len(rows(path)) == 3  # twelve samples by two and two
+    assert len(log_beside(path)) == 3  # twelve samples by two and two
     sides = [part.batch.target_sizes[:, 0].tolist() for part in seen]
     assert sorted(sides) == [[32, 32]] * 3 + [[64, 64]] * 3
     assert read_header(path).metadata["ss_resolution"] == "(64, 64)"

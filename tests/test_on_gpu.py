@@ -1,7 +1,6 @@
 """The programs on a GPU, beside the same on the CPU: the machine's own where torch finds one, else a pretended."""
 
 import gc
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from sfumato.runs.processes import Processes
 from sfumato.training import muon
 from tests.compose.conftest import write  # noqa: F401
 from tests.files.test_change_definitions import DEFINITIONS, change_of
+from tests.logged import log_in
 from tests.pretended_gpu import pretended_gpu
 from tests.tiny import tiny_pipeline
 
@@ -144,7 +144,7 @@ def learn(case, inputs, output, *more):
     """The tensors that come out, by file and name, and the rows of the log."""
     few = {"--steps": "3", "--checkpoint-every": "0"} | dict(zip(more[::2], more[1::2], strict=True))
     assert cli.main(command(case, inputs, output, *(word for pair in few.items() for word in pair))) == 0
-    return results(output), [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return results(output), log_in(output)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Pivotal tuning, a word and a LoRA learned together: equal to a plain loop."""
 
 import errno
-import json
 import shutil
 
 import numpy as np
@@ -17,6 +16,7 @@ from sfumato.files.header import read_header
 from sfumato.files.metadata import words_beside
 from sfumato.words import embedding
 from tests.in_peft import layers_of_peft
+from tests.logged import log_in
 from tests.tiny import CPU
 
 STEPS, SEED = 4, 3
@@ -77,7 +77,7 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
             rows *= norm.clamp(low, high) / norm
         losses.append(loss.item())
 
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = log_in(tmp_path / "run")
     assert_close([row["loss"] for row in log], losses, rtol=1e-4, atol=1e-6)
     assert_close(read_tensors(tmp_path / "run/run-x.safetensors")["<x>"], rows.detach(), rtol=1e-3, atol=1e-5)
     modules = read_lora(tmp_path / "run/run.safetensors").modules

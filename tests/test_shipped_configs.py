@@ -9,6 +9,7 @@ from PIL import Image
 from sfumato import cli
 from sfumato.bases import load_base
 from sfumato.files import inspect_file
+from tests.logged import log_in
 from tests.tiny import CPU
 
 CONFIGS = cli.source("sfumato.trainers.lora").parent / "configs"
@@ -54,7 +55,7 @@ def test_a_recipe_learns_from_pictures(name, pocket_folder, tmp_path, quick):
     if name == "lora-pivotal":
         words += ["--train-words", "<x>", "--stands-for", "sks cat"]
     assert cli.main(["train", program, str(FILES[name]), *words]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    rows = log_in(tmp_path / "run")
     assert len([row for row in rows if "loss" in row]) == 2
     if name in ("dreambooth-subject-full", "finetune-style"):
         assert load_base(str(tmp_path / "run/run"), precision=CPU).family.name == "pocket"

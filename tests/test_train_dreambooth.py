@@ -29,6 +29,7 @@ from sfumato.training.class_pictures import read_class
 from sfumato.training.full import write_folder as full_writer
 from sfumato.training.prior import class_seed
 from tests.in_peft import layers_of_peft
+from tests.logged import log_beside
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -68,10 +69,6 @@ def train(pocket_folder, pictures, tmp_path):
         return folder if folder.is_dir() else folder.with_suffix(".safetensors")
 
     return run
-
-
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
 def unet_of(folder):
@@ -171,8 +168,10 @@ def test_equal_to_a_plain_loop_from_the_paper(method, prior, folder, train, pock
     layers = layers_of_peft(base.unet, "attention", seed=3) if method == "lora" else base.unet.requires_grad_(True)
     losses = papers_loop(base, dataset, class_set, seed=3, weight=0.7)
 
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
-    assert len({row["class_loss"] for row in rows(path) if "class_loss" in row}) == (0 if prior == "none" else STEPS)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-6)
+    assert len({row["class_loss"] for row in log_beside(path) if "class_loss" in row}) == (
+        0 if prior == "none" else STEPS
+    )
     if method == "lora":
         found = {name: module.delta() for (_, name), module in read_lora(path).modules.items()}
         wanted = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
@@ -206,7 +205,7 @@ def test_each_method_has_its_own_defaults_in_each_family(method, family, wanted,
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_pictures_of_several_shapes_learn_beside_the_bases_predictions(method, train, shapes):
     path = train("run", "--prior", "base", "--method", method, "--images", shapes, "--steps", "6")
-    assert len(rows(path)) == 6
+    assert len(log_beside(path)) == 6
 
 
 @pytest.mark.slow
@@ -236,7 +235,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(method, prior, further
     ]
     path = train("run", *options)
     load = unet_of if path.is_dir() else read_tensors
-    whole, log = {name: tensor.clone() for name, tensor in load(path).items()}, rows(path)
+    whole, log = {name: tensor.clone() for name, tensor in load(path).items()}, log_beside(path)
     # Forget what came after step 2, as if it had been killed there.
     shutil.rmtree(path.parent / "checkpoints/000004")
     if path.is_dir():
@@ -244,7 +243,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(method, prior, further
     else:
         path.unlink()
     again = load(train("run", *options, "--resume"))
-    assert rows(path) == log
+    assert log_beside(path) == log
     assert again.keys() == whole.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
@@ -276,8 +275,8 @@ def test_fused_weights_are_those_of_the_plain_run(train, clip):
     plain, fused = train("plain", "--clip", clip), train("fused", "--clip", clip, "--fused")
     weights, others = unet_of(plain), unet_of(fused)
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
-    norms = [row["gradient_norm"] for row in rows(plain)]
-    assert norms == [row["gradient_norm"] for row in rows(fused)]
+    norms = [row["gradient_norm"] for row in log_beside(plain)]
+    assert norms == [row["gradient_norm"] for row in log_beside(fused)]
     assert min(norms) > 0.05
 
 
@@ -450,7 +449,7 @@ def test_every_family_learns_text_encoders_and_all(family, method, train, family
 @pytest.mark.slow
 def test_drift_of_class_and_unrelated_prompts_is_logged_from_nothing_on(train):
     path = train("run", "--prior", "none", "--steps", "4", "--measure-every", "2")
-    measured = [row for row in rows(path) if "drift" in row]
+    measured = [row for row in log_beside(path) if "drift" in row]
     assert len(measured) == 3
     assert measured[0]["drift"] == measured[0]["class_drift"] == 0
     assert measured[-1]["drift"] > 0
@@ -461,7 +460,7 @@ def test_drift_of_class_and_unrelated_prompts_is_logged_from_nothing_on(train):
 def test_a_prior_moves_the_class_less(train):
     options = ["--measure-every", "8", "--steps", "8"]
     held, free = (
-        [row["class_drift"] for row in rows(train(prior[1], *prior, *options)) if "class_drift" in row]
+        [row["class_drift"] for row in log_beside(train(prior[1], *prior, *options)) if "class_drift" in row]
         for prior in (["--prior", "base", "--prior-weight", "5"], ["--prior", "none"])
     )
     assert held[0] == free[0] == 0
@@ -473,10 +472,10 @@ def test_the_drift_limit_stops_saves_and_holds_when_it_goes_on(train, capsys):
     options = ["--prior", "none", "--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1"]
     path = train("run", *options)
     assert path.is_dir()
-    assert max(row["step"] for row in rows(path)) == 1
+    assert max(row["step"] for row in log_beside(path)) == 1
     assert "--drift-limit" in capsys.readouterr().err
     again = train("run", *options, "--resume")
-    assert max(row["step"] for row in rows(again)) == 1
+    assert max(row["step"] for row in log_beside(again)) == 1
 
 
 def test_pictures_with_captions_keep_them_and_the_class_has_their_form(train, pictures, tmp_path, capsys):

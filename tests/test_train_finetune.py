@@ -1,6 +1,5 @@
 """The trainer of all weights: equal to a loop written from the formula and to DreamBooth's, and each of its outputs."""
 
-import json
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from sfumato.files import read_lora
 from sfumato.runs.step import Step
 from sfumato.training import noising
 from sfumato.training.prior import class_seed
+from tests.logged import log_beside
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -54,12 +54,8 @@ def with_class(pictures, tmp_path):
     return path
 
 
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-
-
 def losses(path):
-    return [row["loss"] for row in rows(path) if "loss" in row]
+    return [row["loss"] for row in log_beside(path) if "loss" in row]
 
 
 def state_of(base):
@@ -150,7 +146,7 @@ def test_equal_to_a_plain_loop_from_the_formula(
     wanted = plain_loop(base, dataset, class_set, groups, seed=3, weight=0.7, count=2, accumulate=accumulate)
 
     assert_close(losses(path), wanted, rtol=1e-4, atol=1e-6)
-    assert all(("prior_loss" in row) == has_class for row in rows(path) if "loss" in row)
+    assert all(("prior_loss" in row) == has_class for row in log_beside(path) if "loss" in row)
     changes = {name: tensor - start[name] for name, tensor in state_of(base).items()}
     assert any(name.startswith("text") and change.any() for name, change in changes.items()) == learns_text
     for name, tensor in weights_of(path).items():
@@ -180,7 +176,7 @@ def test_a_class_is_learned_at_its_weight_alone(train, with_class):
     images = ("--images", str(with_class), "--caption", None)
     beside = train("beside", *images, "--prior-weight", "0")
     alone = train("alone", "--caption", "sks square")
-    assert all(row["prior_loss"] > 0 for row in rows(beside) if "loss" in row)
+    assert all(row["prior_loss"] > 0 for row in log_beside(beside) if "loss" in row)
     assert_close(losses(beside), losses(alone), rtol=1e-3, atol=0)
     config = Config(images=with_class, output=with_class.parent / "two")
     base = SimpleNamespace(family=FAMILIES["sd1"], defaults=FAMILIES["sd1"].defaults, alpha_bar=range(1000))
@@ -208,12 +204,12 @@ def test_each_family_has_defaults_of_its_own(family, wanted, tmp_path):
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(further, train):
     options = ["--checkpoint-every", "2", "--ema", "0.5", "--steps", "4", *further]
     path = train("run", *options)
-    whole, log = {name: tensor.clone() for name, tensor in weights_of(path).items()}, rows(path)
+    whole, log = {name: tensor.clone() for name, tensor in weights_of(path).items()}, log_beside(path)
     # Forget what came after step 2, as if it had been killed there.
     shutil.rmtree(path.parent / "checkpoints/000004")
     shutil.rmtree(path)
     assert same(whole, weights_of(train("run", *options, "--resume")))
-    assert rows(path) == log
+    assert log_beside(path) == log
 
 
 @pytest.mark.slow
@@ -313,10 +309,10 @@ def test_the_drift_limit_stops_saves_and_holds_when_it_goes_on(train, with_class
     options += ["--measure-every", "1", "--drift-limit", "1e-6", "--checkpoint-every", "1"]
     path = train("run", *options)
     assert path.is_dir()
-    assert max(row["step"] for row in rows(path)) == 1
-    assert {"drift", "class_drift"} <= rows(path)[0].keys() | rows(path)[1].keys()
+    assert max(row["step"] for row in log_beside(path)) == 1
+    assert {"drift", "class_drift"} <= log_beside(path)[0].keys() | log_beside(path)[1].keys()
     assert "stopped after step 1: " in capsys.readouterr().err
-    assert max(row["step"] for row in rows(train("run", *options, "--resume"))) == 1
+    assert max(row["step"] for row in log_beside(train("run", *options, "--resume"))) == 1
 
 
 def test_its_card_says_how_it_was_learned(train):

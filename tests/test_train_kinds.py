@@ -17,6 +17,7 @@ from sfumato.bases import load_base
 from sfumato.bases.family import FAMILIES
 from sfumato.files import read_adapter, read_header, read_tensors
 from sfumato.precision import decide
+from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")
 SOME = r"mid_block.*(attn2\.to_q|proj_in|conv1)$"
@@ -36,10 +37,6 @@ def train(pocket_folder, pictures, tmp_path):
         return tmp_path / name / f"{name}.safetensors"
 
     return run
-
-
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
 def peft_layers(unet: nn.Module, kind: Kind, rank: int):
@@ -151,7 +148,7 @@ def test_equal_to_a_plain_loop(layers, kind, rank, train, pocket_folder, picture
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-6)
     wanted = deltas()
     changes = read_adapter(path).changes
     assert {name for _, name in changes} == wanted.keys()
@@ -233,7 +230,7 @@ def test_starting_from_an_adapter_goes_on_where_it_stopped(train, capsys):
     kind = ("--algo", "lokr", "--targets", SOME)
     first = train("first", *kind, "--measure-every", "4", flags=["--dora"])
     second = train("second", *kind, "--measure-every", "4", "--init-from", str(first), flags=["--dora"])
-    fits = [[row["fit"] for row in rows(path) if "fit" in row] for path in (first, second)]
+    fits = [[row["fit"] for row in log_beside(path) if "fit" in row] for path in (first, second)]
     assert_close(fits[1][0], fits[0][-1], rtol=1e-4, atol=0)
     assert fits[0][0] != fits[0][-1]
     capsys.readouterr()
@@ -265,7 +262,7 @@ def test_updates_stay_within_the_largest_norm(program, train):
         norms[name] = [float(change.delta().norm()) for change in read_adapter(path).changes.values()]
     assert max(norms["free"]) > 0.2
     assert max(norms["limited"]) <= 0.1 + 1e-5
-    shares = [row["limited"] for row in rows(path) if "loss" in row]
+    shares = [row["limited"] for row in log_beside(path) if "loss" in row]
     assert len(shares) == 4
     assert 0 < shares[-1] <= 1
 
@@ -276,7 +273,7 @@ def test_in_half_precision_and_with_checkpointing_nearly_the_same_is_learned(tra
     losses = []
     for name, more, flags in (("a", "fp32", []), ("b", "bf16", []), ("c", "fp32", ["--gradient-checkpointing"])):
         path = train(name, *kind, "--precision", more, flags=["--dora", *flags])
-        losses.append([row["loss"] for row in rows(path)])
+        losses.append([row["loss"] for row in log_beside(path)])
     assert_close(losses[1], losses[0], rtol=0.05, atol=0)
     assert_close(losses[2], losses[0], rtol=1e-5, atol=0)
 

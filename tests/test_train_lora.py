@@ -30,6 +30,7 @@ from sfumato.runs.samples import Samples
 from sfumato.training.objective import draw_noise
 from sfumato.training.prior import class_seed
 from tests.in_peft import layers_of_peft
+from tests.logged import log_beside
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -53,10 +54,6 @@ def train(pocket_folder, pictures, tmp_path):
         return tmp_path / name / f"{name}.safetensors"
 
     return run
-
-
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +123,7 @@ def test_equal_to_a_plain_loop_with_peft(prompts, among, huber, perturbation, ra
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-6)
     for (_, name), module in read_lora(path).modules.items():
         wanted = layers[name].get_delta_weight("default").detach()
         # Of the whole: a number with almost no gradient goes where rounding tells AdamW's first steps to.
@@ -188,7 +185,7 @@ def test_samples_and_measures_are_of_the_whole_adapter(train):
     first = train("first", "--measure-every", "4")
     dropped = ("--dropout", "0.9", "--rank-dropout", "0.9", "--module-dropout", "0.9")
     second = train("second", "--init-from", str(first), "--measure-every", "4", *dropped)
-    fits = [[row["fit"] for row in rows(path) if "fit" in row] for path in (first, second)]
+    fits = [[row["fit"] for row in log_beside(path) if "fit" in row] for path in (first, second)]
     assert_close(fits[1][0], fits[0][-1], rtol=1e-6, atol=0)
     assert fits[0][0] != fits[0][-1]
 
@@ -202,7 +199,7 @@ def test_bf16_on_a_cpu_learns_nearly_the_same(train, further):
     What is drawn and measured meanwhile calls the text encoder outside autocast."""
     exact = train("exact", "--precision", "fp32", *further)
     rounded = train("rounded", "--precision", "bf16", *further)
-    losses = [[row["loss"] for row in rows(path)] for path in (exact, rounded)]
+    losses = [[row["loss"] for row in log_beside(path)] for path in (exact, rounded)]
     assert losses[0] != losses[1]
     assert_close(losses[1], losses[0], rtol=0.05, atol=0)
     assert {info.dtype for info in read_header(rounded).tensors.values()} == {"F32"}
@@ -213,7 +210,7 @@ def test_another_seed_gives_another_adapter(train):
     one, other = train("a", "--steps", "1"), train("b", "--steps", "1", "--seed", "1")
     downs = [key for key in read_tensors(one) if key.endswith("lora_down.weight")]
     assert not any(torch.equal(read_tensors(one)[key], read_tensors(other)[key]) for key in downs)
-    assert rows(one)[0]["loss"] != rows(other)[0]["loss"]
+    assert log_beside(one)[0]["loss"] != log_beside(other)[0]["loss"]
 
 
 @pytest.mark.slow
@@ -365,7 +362,7 @@ def test_a_copy_of_the_program_runs(run, pocket_folder, pictures, tmp_path, monk
 )
 def test_with_a_prior_other_prompts_move_less(options, train):
     def drift(name, *more):
-        rising = rows(train(name, "--steps", "8", "--measure-every", "8", *options, *more))
+        rising = log_beside(train(name, "--steps", "8", "--measure-every", "8", *options, *more))
         return [row["drift"] for row in rising if "drift" in row][-1]
 
     held = ("--prior-prompts", "a ball", "--prior-prompts", "a dog", "--prior-weight", "5")
@@ -426,7 +423,7 @@ def test_what_it_starts_from_was_learned_on_such_a_base(family, said, train, tmp
 def test_starting_from_an_adapter_goes_on_where_it_stopped(train):
     first = train("first", "--measure-every", "4")
     second = train("second", "--init-from", str(first), "--measure-every", "4")
-    fits = [[row["fit"] for row in rows(path) if "fit" in row] for path in (first, second)]
+    fits = [[row["fit"] for row in log_beside(path) if "fit" in row] for path in (first, second)]
     assert_close(fits[1][0], fits[0][-1], rtol=1e-4, atol=0)
     assert fits[0][0] != fits[0][-1]
 
@@ -469,7 +466,7 @@ def test_an_adapter_with_a_tucker_core_is_started_from_without_it(train, tmp_pat
 
 @pytest.mark.slow
 def test_drift_starts_at_nothing_and_grows(train):
-    drifts = [row["drift"] for row in rows(train("run", "--measure-every", "2")) if "drift" in row]
+    drifts = [row["drift"] for row in log_beside(train("run", "--measure-every", "2")) if "drift" in row]
     assert drifts[0] == 0
     assert len(drifts) == 3
     assert drifts[-1] > 0
@@ -501,7 +498,7 @@ def test_a_mask_keeps_what_is_outside_out_of_the_loss(train, pocket_folder, pict
         mask = Image.new("L", (64, 64), 0)
         mask.paste(255, (0, 0, 16, 32))
         mask.save(images / f"{file.stem}.mask.png")
-    (row,) = rows(train("run", "--images", str(images), "--mask", "files", "--steps", "1", "--precision", "fp32"))
+    (row,) = log_beside(train("run", "--images", str(images), "--mask", "files", "--steps", "1", "--precision", "fp32"))
 
     base = load_base(str(pocket_folder), precision=CPU)
     batch = data.prepare(data.read_folder(pictures, caption_template="{caption}"), base, resolution=64).batch(0, 0, 2)
@@ -556,7 +553,7 @@ def test_the_run_folder_tells_everything_and_no_path(train, tmp_path, pictures, 
     assert "zwx" in (path.parent / "README.md").read_text()
     assert ", width=32, height=32, num_inference_steps=" in text  # as the samples
     assert " --size 32x32 --lora" in text
-    steps = [row for row in rows(path) if "loss" in row]
+    steps = [row for row in log_beside(path) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
 
 
@@ -638,7 +635,7 @@ def test_a_run_without_a_checkpoint_does_not_go_on_without_what_it_began_from(tr
 def test_prodigy_finds_one_step_for_text_encoders_and_words_too(train):
     options = ("--learning-rate", "1", "--train-text-encoder", "--caption", "<x>", "--train-words", "<x>")
     path = train("run", "--optimizer", "prodigy", *options)
-    assert len(rows(path)) == 4
+    assert len(log_beside(path)) == 4
     config = json.loads(read_header(path).metadata["sfumato.config"])
     assert config["text_learning_rate"] == config["word_learning_rate"] == 1.0
 
@@ -735,7 +732,7 @@ def test_layers_have_ranks_and_rates_of_their_own(train, capsys):
     metadata = read_header(path).metadata
     assert json.loads(metadata["ss_network_args"]) == {"rank_of": "to_k=0 mid=1", "rate_of": "up=0.1"}
     assert json.loads(metadata["sfumato.config"])["rank_of"] == ["to_k=0", "mid=1"]
-    assert {row["rate"] for row in rows(path) if "rate" in row} == {1e-2}
+    assert {row["rate"] for row in log_beside(path) if "rate" in row} == {1e-2}
     assert "| rank_of | ['to_k=0', 'mid=1'] |" in (path.parent / "README.md").read_text()
     capsys.readouterr()
     assert cli.main(["inspect", str(path)]) == 0

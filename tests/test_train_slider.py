@@ -19,6 +19,7 @@ from sfumato.files import read_header, read_lora, read_tensors
 from sfumato.precision import decide
 from sfumato.training.slider import drawn_images, ends_of, prompt_counts
 from sfumato.training.subject import with_caption
+from tests.logged import log_beside
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -69,10 +70,6 @@ def train(pocket_folder, tmp_path):
     return run
 
 
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-
-
 def plain_loop(base, samples, predict_targets, losses):
     """Four steps of AdamW on rank 2: at weights 1 and -1, the mean squared error of what `samples` gives."""
     lora = attach(target_layers(base.parts(text=False), "cross-attention"), rank=2, alpha=2.0, seed=3)
@@ -106,7 +103,7 @@ def plain_loop(base, samples, predict_targets, losses):
 
 
 def assert_same(path, lora, losses):
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-6)
     made = read_lora(path).modules
     for layer in lora.layers.values():
         layer.strength = 1.0
@@ -187,7 +184,7 @@ def change_of(path, base, weight):
 @pytest.mark.slow
 def test_opposite_weights_move_opposite_ways_and_towards_what_the_words_say(train, pocket_folder):
     path = train("run", WORDS, "--steps", "20", "--measure-every", "20", "--learning-rate", "2e-2", "--seed", "1")
-    fits = [row["fit"] for row in rows(path) if "fit" in row]
+    fits = [row["fit"] for row in log_beside(path) if "fit" in row]
     assert fits[0] == pytest.approx(1.0, abs=1e-5)
     assert fits[-1] < 0.7
     base = load_base(str(pocket_folder), precision=CPU)
@@ -237,9 +234,9 @@ def test_prompts_that_shall_stay_stay_the_more_by_their_weight(train):
         train(f"held-{weight}", (*WORDS, "--prior-prompts", "a cat", "--prior-weight", weight), "--steps", "12")
         for weight in ("0.001", "30")
     )
-    assert rows(light)[0]["prior_loss"] == pytest.approx(0.0, abs=1e-9)  # an adapter of nothing changes nothing
-    assert rows(light)[0]["loss"] == pytest.approx(rows(alone)[0]["loss"], rel=1e-4)
-    moved, held = (sum(row["prior_loss"] for row in rows(path)[-4:]) for path in (light, heavy))
+    assert log_beside(light)[0]["prior_loss"] == pytest.approx(0.0, abs=1e-9)  # an adapter of nothing changes nothing
+    assert log_beside(light)[0]["loss"] == pytest.approx(log_beside(alone)[0]["loss"], rel=1e-4)
+    moved, held = (sum(row["prior_loss"] for row in log_beside(path)[-4:]) for path in (light, heavy))
     assert held < 0.5 * moved
 
 
@@ -480,4 +477,4 @@ def test_a_run_is_not_written_among_the_pairs(train, pairs, tmp_path, capsys):
 @pytest.mark.parametrize("algo", ["loha", "lokr", "oft"])
 def test_each_kind_learns(algo, train, pairs):
     path = train("run", pairs, "--algo", algo, "--measure-every", "4")
-    assert rows(path)[-1]["fit"] != pytest.approx(rows(path)[0]["fit"])
+    assert log_beside(path)[-1]["fit"] != pytest.approx(log_beside(path)[0]["fit"])

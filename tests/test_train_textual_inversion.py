@@ -22,6 +22,7 @@ from sfumato.drawing.pictures import draw
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
 from sfumato.precision import decide
 from sfumato.words import embedding
+from tests.logged import log_beside
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -43,10 +44,6 @@ def train(pocket_folder, pictures, tmp_path):
         return tmp_path / name / f"{name}.safetensors"
 
     return run
-
-
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
 def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictures):
@@ -95,7 +92,7 @@ def test_equal_to_a_plain_loop_over_the_whole_table(train, pocket_folder, pictur
             new *= norm.clamp(low, high) / norm
             table[-2:] = new
         losses.append(float(loss.detach()))
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-6)
     assert_close(read_tensors(path)["<x>"], new.detach(), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(new.detach(), start, atol=1e-3)
 
@@ -135,12 +132,12 @@ def test_stopped_and_resumed_is_not_stopped(train):
     """From the checkpoint of step 2, by --resume and a changed clock, the very bytes of the run that went through."""
     options = ["--start", "random", "--checkpoint-every", "2", "--ema", "0.5", "--measure-every", "1"]
     path = train("run", *options)
-    whole, log = read_tensors(path)["<x>"].clone(), rows(path)
+    whole, log = read_tensors(path)["<x>"].clone(), log_beside(path)
     shutil.rmtree(path.parent / "checkpoints" / "000004")
     path.unlink()
     train("run", *options, resume=True)
     assert torch.equal(read_tensors(path)["<x>"], whole)
-    assert rows(path) == log
+    assert log_beside(path) == log
 
 
 def test_a_checkpoint_holds_the_new_rows_alone(train):
@@ -299,12 +296,12 @@ def test_a_template_may_have_wildcards_and_samples_show_the_first(tmp_path):
 def test_measuring_and_drawing_do_not_change_the_training(train):
     quiet, watched = train("quiet"), train("watched", "--measure-every", "1", "--sample-every", "2")
     assert torch.equal(read_tensors(quiet)["<x>"], read_tensors(watched)["<x>"])
-    assert len([row for row in rows(watched) if "fit" in row]) == 5
+    assert len([row for row in log_beside(watched) if "fit" in row]) == 5
 
 
 def test_a_batch_without_captions_teaches_nothing_and_breaks_nothing(train):
     path = train("run", "--caption-dropout", "0.999", "--weight-decay", "0", "--start", "random")
-    assert all(np.isfinite(row["loss"]) for row in rows(path))
+    assert all(np.isfinite(row["loss"]) for row in log_beside(path))
 
 
 @pytest.mark.usefixtures("plotted")
@@ -402,7 +399,7 @@ def test_in_turn_the_words_are_those_of_textual_inversion(pivotal, train):
     adapter, word = pivotal("run", "--words-first", "2")
     alone = train("alone", "--caption", "a {caption}, {trigger}", "--seed", "3", "--steps", "2")
     assert torch.equal(read_tensors(word)["<x>"], read_tensors(alone)["<x>"])
-    assert [row["loss"] for row in rows(word)][:2] == [row["loss"] for row in rows(alone)]
+    assert [row["loss"] for row in log_beside(word)][:2] == [row["loss"] for row in log_beside(alone)]
     ups = [tensor for key, tensor in read_tensors(adapter).items() if key.endswith("lora_up.weight")]
     assert all(up.abs().sum() > 0 for up in ups)
 
@@ -432,7 +429,7 @@ def test_a_bundle_goes_on_with_its_words(pivotal, capsys):
 def test_together_both_learn_from_the_first_step(pivotal, train):
     adapter, word = pivotal("run")
     alone = train("alone", "--caption", "a {caption}, {trigger}", "--seed", "3")
-    ours, theirs = ([row["loss"] for row in rows(path)] for path in (word, alone))
+    ours, theirs = ([row["loss"] for row in log_beside(path)] for path in (word, alone))
     assert ours[0] == theirs[0]
     assert ours[1:] != theirs[1:]
     assert not torch.equal(read_tensors(word)["<x>"], read_tensors(alone)["<x>"])
@@ -499,7 +496,7 @@ def test_each_adapter_on_the_way_has_its_words_and_its_step(pivotal, monkeypatch
 def test_the_rate_is_that_of_what_learns(pivotal):
     """Either turn has its own cosine, from the whole rate to nothing."""
     _, word = pivotal("run", "--words-first", "2", "--word-learning-rate", "0.5")
-    assert [row["rate"] for row in rows(word)] == pytest.approx([0.5, 0.25, 0.01, 0.005])
+    assert [row["rate"] for row in log_beside(word)] == pytest.approx([0.5, 0.25, 0.01, 0.005])
 
 
 def test_what_is_said_of_words_is_said_of_a_loras_too(pivotal, capsys):

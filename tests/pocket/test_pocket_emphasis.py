@@ -14,6 +14,7 @@ from sfumato.files import read_tensors
 from sfumato.pocket.directions import FORMS, Directions, Things, apart
 from sfumato.pocket.emphasis import Emphasis
 from sfumato.pocket.loosened import Loosened
+from tests.logged import log_in
 from tests.tiny import CPU
 from trainers import pretrain
 from trainers.style_emphasis import Config, train
@@ -204,7 +205,7 @@ SETTINGS = {"batch": 2, "learning_rate": 2e-4, "fall_at": 6, "warmup": 2, "sampl
 
 
 def losses(folder):
-    return [row["loss"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in row]
+    return [row["loss"] for row in log_in(folder) if "loss" in row]
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from sfumato.pocket.trained import PretrainState
 from sfumato.precision import Precision
 from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
+from tests.logged import log_in
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
 
@@ -61,7 +62,7 @@ def test_a_stopped_vae_run_goes_on_as_if_it_had_not_stopped(data, tmp_path):
             "sample_every": 0,
         }
         train(Config(data=data, output=tmp_path / folder, device="cpu", **settings, **more))
-        return [json.loads(line)["loss"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in log_in(tmp_path / folder)]
 
     whole = run("whole", 4)
     run("halves", 2)
@@ -131,7 +132,7 @@ def test_a_unet_that_is_told_less_of_thing_and_style_together_goes_on_where_it_s
 
     def run(folder, steps, **more):
         train(Config(output=tmp_path / folder, steps=steps, **settings, **more))
-        return [json.loads(line)["loss"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in log_in(tmp_path / folder)]
 
     whole = run("whole", 2, style_together=0.5)
     run("halves", 1, style_together=0.5)
@@ -230,7 +231,7 @@ def test_other_drawings_take_their_share_of_a_batch(data, pocket_folder, tmp_pat
 
     def loss(folder, share):
         train(Config(stage="unet", init=str(pocket_folder), data=data, output=folder, others_share=share, **settings))
-        return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
+        return log_in(folder)[0]["loss"]
 
     assert loss(tmp_path / "with", 0.5) != loss(tmp_path / "without", 0.0)
 
@@ -241,7 +242,7 @@ def test_crossed_varied_and_moved_pictures_are_learned_from(data, tmp_path):
 
     def loss(name, **shares):
         train(Config(stage="unet", init="pocket", data=data, output=tmp_path / name, **settings, **shares))
-        return json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"]
+        return log_in(tmp_path / name)[0]["loss"]
 
     losses = [loss("as it was"), loss("crossed", crossed_share=1.0), loss("varied", varied_share=1.0)]
     losses.append(loss("moved", moved_share=1.0, moved_below=1000))

@@ -23,6 +23,7 @@ from sfumato.runs.run import Run
 from sfumato.runs.state import pack, unpack
 from sfumato.runs.step import Step
 from sfumato.training.options import RunOptions
+from tests.logged import log_in
 from tests.runs.said import ONE, problem, start
 from tests.runs.small import Config, train
 
@@ -352,7 +353,7 @@ def test_gradients_that_overflow_are_the_scaler_s_until_it_has_nothing_to_lower(
 
 
 def seen(run):
-    return [row["step"] for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "weight" in row]
+    return [row["step"] for row in log_in(run) if "weight" in row]
 
 
 def test_a_run_that_goes_on_from_step_0_looks_at_it_once(tmp_path):

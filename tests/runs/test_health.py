@@ -1,6 +1,5 @@
 """Broken numbers are found within the step, skipped, gone back from once, and never written."""
 
-import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.runs.health import Health
 from sfumato.runs.step import Step
+from tests.logged import log_in
 from tests.runs.said import Processes, lines, problem, start
 from tests.runs.small import Config, train
 
@@ -33,17 +33,13 @@ def put(place, number, value):
     return hook
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def assert_all_finite(folder):
     """Every weight file and every number of the log."""
     files = list(folder.rglob("*.safetensors"))
     assert files
     for file in files:
         read_tensors(file)  # refuses what is not finite
-    assert all(math.isfinite(value) for row in rows(folder) for value in row.values())
+    assert all(math.isfinite(value) for row in log_in(folder) for value in row.values())
 
 
 @pytest.mark.parametrize("value", BROKEN)
@@ -59,7 +55,7 @@ def test_one_broken_step_is_skipped_and_said(place, value, tmp_path, capsys):
     assert "step 5: " in said
     assert "gradient_norm not finite; the step is skipped" in said
     assert "going back" not in said
-    assert [row for row in rows(tmp_path / "run") if "skipped" in row] == [{"step": 5, "skipped": 1}]
+    assert [row for row in log_in(tmp_path / "run") if "skipped" in row] == [{"step": 5, "skipped": 1}]
     assert_all_finite(tmp_path / "run")
 
 
@@ -69,7 +65,7 @@ def test_broken_weights_are_found_in_their_step_and_gone_back_from(value, tmp_pa
     said = capsys.readouterr().err
     assert "step 5: the trained weights are not finite; going back to step 4 with half the learning rate" in said
     assert_all_finite(tmp_path / "run")
-    steps = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
+    steps = [row["step"] for row in log_in(tmp_path / "run") if "loss" in row]
     assert steps == list(range(1, 11))
 
 
@@ -83,9 +79,9 @@ def test_three_broken_steps_in_a_row_go_back_with_half_the_rate(tmp_path, capsys
     train(Config(output=tmp_path / "run", checkpoint_every=5), loss_of=loss_of)
     said = capsys.readouterr().err
     assert "step 8: loss, gradient_norm not finite, in 3 steps in a row; going back to step 5" in said
-    found = {row["step"]: row for row in rows(tmp_path / "run") if "rate" in row}
+    found = {row["step"]: row for row in log_in(tmp_path / "run") if "rate" in row}
     assert found[8]["rate"] == pytest.approx(0.5 * 1e-2 * 0.5 * (1 + math.cos(math.pi * 5 / 8)), rel=1e-5)
-    assert [row for row in rows(tmp_path / "run") if "went_back_from" in row] == [{"step": 5, "went_back_from": 7}]
+    assert [row for row in log_in(tmp_path / "run") if "went_back_from" in row] == [{"step": 5, "went_back_from": 7}]
     assert_all_finite(tmp_path / "run")
 
 
@@ -115,7 +111,7 @@ def test_what_breaks_again_ends_with_a_diagnosis_and_without_a_file(tmp_path, ca
     assert capsys.readouterr().err.count("going back to step 4") == 1
     assert not (tmp_path / "run/run.safetensors").exists()
     assert_all_finite(tmp_path / "run")
-    steps = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
+    steps = [row["step"] for row in log_in(tmp_path / "run") if "loss" in row]
     assert steps == [1, 2, 3, 4, 5]
 
 
@@ -272,7 +268,7 @@ def test_a_measurement_that_is_not_finite_is_said_and_not_logged(value, tmp_path
     run.log(step=3, fit=torch.tensor(value), drift=0.5)
     run.close()
     assert "step 3: fit not finite" in capsys.readouterr().err
-    assert rows(tmp_path / "run") == [{"step": 3, "drift": 0.5}]
+    assert log_in(tmp_path / "run") == [{"step": 3, "drift": 0.5}]
 
 
 def test_a_measurement_that_is_broken_is_said_with_its_step_if_there_is_one(tmp_path, capsys):

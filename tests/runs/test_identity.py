@@ -21,6 +21,7 @@ from sfumato.runs.lock import Lock
 from sfumato.runs.options import FolderOptions
 from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions, TrainerOptions
+from tests.logged import log_in
 from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train
 
@@ -173,7 +174,7 @@ def test_every_change_is_shown_and_with_force_said(tmp_path, capsys):
         "changed by --force: config.toml is missing or broken",
         "resuming from step 2",
     ]
-    assert [row["step"] for row in map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())] == [1, 2]
+    assert [row["step"] for row in log_in(tmp_path / "run")] == [1, 2]
 
 
 def test_an_unset_value_is_shown_as_that(tmp_path):

@@ -16,6 +16,7 @@ from sfumato.files import read_tensors
 from sfumato.runs.alone import Alone
 from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
+from tests.logged import log_in
 from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train
 
@@ -37,7 +38,7 @@ def test_each_step_is_a_line_and_tensors_become_numbers(tmp_path):
         step.done(loss=torch.tensor(1.0 / (step.number + 1)), rate=0.5)
     run.log(step=12, fit=0.25)
     run.close()
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = log_in(tmp_path / "run")
     assert lines == run.rows()
     assert lines[3] == {"step": 4, "loss": 0.25, "rate": 0.5}
     assert lines[12] == {"step": 12, "fit": 0.25}
@@ -285,7 +286,7 @@ def test_what_is_only_seen_of_a_training_may_change(tmp_path):
     shutil.rmtree(checkpoints / "000010")
     train(replace(config, resume=True, checkpoint_every=3, measure_every=2, keep=5))
     assert sorted(each.name for each in checkpoints.iterdir()) == ["000005", "000006", "000009", "000010"]
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    rows = log_in(tmp_path / "run")
     assert [row["step"] for row in rows if "weight" in row] == [6, 8, 10]
     written = (tmp_path / "run/config.toml").read_text().splitlines()
     assert {"checkpoint_every = 3", "measure_every = 2", "keep = 5"} <= set(written)

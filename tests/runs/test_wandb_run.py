@@ -19,6 +19,7 @@ from sfumato.runs.run import Run
 from sfumato.runs.wandb_run import check_project
 from sfumato.training.checks import check_run
 from sfumato.training.options import RunOptions
+from tests.logged import log_in
 from tests.runs.said import Processes, lines, problem
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -244,7 +245,7 @@ def test_an_unreachable_server_makes_it_an_offline_run(service, tmp_path, capsys
 def test_what_fails_later_is_said_once_and_ends_nothing(failing, service, tmp_path, capsys):
     service.failing = failing
     train(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    rows = log_in(tmp_path / "run")
     assert [row["loss"] for row in rows if "loss" in row] == list(range(1, 9))
     assert sum(f"no {failing[-1]}: the net is down" in line for line in lines(capsys)) == 1
 

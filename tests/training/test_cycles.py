@@ -1,10 +1,9 @@
 """The rates that each trainer takes where the learning rate falls several times."""
 
-import json
-
 import pytest
 
 from sfumato import cli
+from tests.logged import log_in
 
 QUIET = ("--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0", "--batch", "2", "--steps", "4")
 
@@ -24,5 +23,5 @@ def test_the_rate_falls_from_its_peak_in_each_cycle(program, options, pocket_fol
     words = ["--images", pictures, "--output", tmp_path / "run", "--base", pocket_folder, *QUIET, *options]
     words += ["--learning-rate", "1e-3", "--schedule", "linear", "--cycles", "2"]
     assert cli.main(["train", program, *map(str, words)]) == 0
-    rows = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    rows = log_in(tmp_path / "run")
     assert [row["rate"] for row in rows if "loss" in row] == pytest.approx([1e-3, 5e-4] * 2)

@@ -1,7 +1,5 @@
 """The running mean of weights: its formula, and that showing it changes nothing."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.training import ema
 from sfumato.training.ema import Ema
+from tests.logged import log_in
 
 
 def test_the_mean_of_two_steps_written_out():
@@ -148,7 +147,7 @@ def test_what_is_measured_drawn_and_kept_on_the_way_is_the_mean(trainer, own, po
     fits, drawn, plain, mean = {}, {}, tmp_path / "plain", tmp_path / "mean"
     for folder, more in ((plain, []), (mean, ["--ema", "0.75"])):
         assert cli.main(["train", trainer, "--output", str(folder), *words, *more]) == 0
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        log = log_in(folder)
         fits[folder] = [row["fit"] for row in log if "fit" in row]
         drawn[folder] = [(folder / "samples" / step / "0.png").read_bytes() for step in ("000000", "000001")]
     for before, after in ((fits[plain], fits[mean]), (drawn[plain], drawn[mean])):

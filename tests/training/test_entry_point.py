@@ -1,7 +1,6 @@
 """A trainer called from Python: by a notebook, a service, a thread."""
 
 import gc
-import json
 import weakref
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from sfumato.runs.options import FolderOptions
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.finish import upload
 from sfumato.training.options import TrainerOptions
+from tests.logged import log_in
 from tests.runs.said import start
 
 FEW = {"steps": 1, "batch": 1, "sample_every": 0, "measure_every": 0, "device": "cpu"}
@@ -30,7 +30,7 @@ def test_it_learns_where_the_caller_computes_no_gradients(trainer, off, pocket_f
     config = trainer.Config(images=pictures, output=tmp_path / "run", base=str(pocket_folder), **FEW, **own)
     with off():
         trainer.train(config)
-    row = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
+    row = log_in(tmp_path / "run")[0]
     assert row["gradient_norm"] > 0
 
 

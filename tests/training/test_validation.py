@@ -1,7 +1,6 @@
 """Pictures that are held out: which, that nothing is learned of them, and what is measured on them."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.training import config_defaults
 from sfumato.training.metrics import Metrics
 from sfumato.training.validation import prepare_validation
+from tests.logged import log_in
 from tests.tiny import CPU
 
 QUIET = ("--sample-every", "0", "--checkpoint-every", "0")
@@ -198,7 +198,7 @@ def test_nothing_is_learned_of_pictures_held_out(pictures, tmp_path, pocket_fold
         words = ["--images", images, "--output", tmp_path / name, "--base", pocket_folder, "--caption", "{caption}"]
         words += ["--batch", "2", "--steps", "20", "--rank", "2", "--learning-rate", "1e-2", *QUIET, *more]
         assert cli.main(["train", "lora", *map(str, words)]) == 0
-        return [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return log_in(tmp_path / name)
 
     rows = train(pictures, "held", "--validation-split", "0.34")
     without = train(alone, "without", "--measure-every", "2")
@@ -242,7 +242,7 @@ def test_a_new_word_is_validated_too(pictures, tmp_path, pocket_folder, quick):
     words = ["--images", pictures, "--output", tmp_path / "word", "--base", pocket_folder, "--placeholder", "<x>"]
     words += ["--steps", "2", "--batch", "2", "--validation-split", "0.2", *QUIET]
     assert cli.main(["train", "textual_inversion", *map(str, words)]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "word" / "log.jsonl").read_text().splitlines()]
+    rows = log_in(tmp_path / "word")
     assert [row["step"] for row in rows if "validation" in row] == [0, 1, 2]
 
 
