@@ -20,7 +20,7 @@ from sfumato.files.changes.lokr import Factor, Lokr
 from sfumato.numerals import pluralize
 
 
-def factorization(dimension: int, factor: int | None = None) -> tuple[int, int]:
+def factorization(dimension: int, factor: int | None) -> tuple[int, int]:
     """The dimension as a product, the smaller first: with `factor` where that divides it, else with the largest divisor
     up to it that is at most the root; without one as square as it can be.
 

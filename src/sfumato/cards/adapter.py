@@ -46,17 +46,17 @@ def write_card(
     example = shown_with or next(iter(about.captions), "")
     words = _word_files(about, adapter)
     line = generate_line(example, about.base, about, lora=adapter.name, words=words)
-    # Of a LoRA that was extracted the targets say nothing: it is of all weights that changed.
-    whole = (about.config or {}).get("method") == "full"
-    adapted = ("method", "rank", "alpha") if whole else ("method", "rank", "alpha", "targets")
-    if (about.config or {}).get("conv_rank") is not None:
-        adapted = (*adapted, "conv_rank", "conv_alpha")
-    of_preferences = ["beta"] if "beta" in (about.config or {}) else []
-    shown = (
-        *(*adapted, *of_preferences, "steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution"),
-    )
-    kind_of_data = "pair of images", "pairs of images"
-    learned = pluralize(about.images or 0, *(kind_of_data if of_preferences else ("image",)))
+    config = about.config or {}
+    of_preferences = "beta" in config
+    shown = [
+        *("method", "rank", "alpha"),
+        # Of a LoRA that was extracted they say nothing: it is of all weights that changed.
+        *(["targets"] if config.get("method") != "full" else []),
+        *(["conv_rank", "conv_alpha"] if config.get("conv_rank") is not None else []),
+        *(["beta"] if of_preferences else []),
+        *("steps", "batch", "learning_rate", "schedule", "min_snr", "seed", "resolution"),
+    ]
+    learned = pluralize(about.images or 0, *(("pair of images", "pairs of images") if of_preferences else ("image",)))
     before_after = ""
     if len(rows) > 1:
         for name, row in (("before", rows[0]), ("after", rows[-1])):

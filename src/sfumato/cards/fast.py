@@ -45,7 +45,7 @@ def write_fast_card(
     plain = is_plain_lora(about)
     example = prompts[-1] if prompts else next(iter(about.captions), "a dog")
     tags = ("lora", "template:sd-lora", "lcm") if plain else ("lycoris", "lcm")
-    learned = f"{pluralize(about.images, 'image')}" if about.images else "images that the base model drew"
+    learned = pluralize(about.images, "image") if about.images else "images that the base model drew"
     line = generate_line(example, about.base, about, lora=adapter.name)
     mixed = line.replace(" --lora ", " --lora style.safetensors:1 --lora ", 1)
     of_base = f"{code(about.base)} ({about.family})"

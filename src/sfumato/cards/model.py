@@ -27,16 +27,8 @@ if TYPE_CHECKING:
     from sfumato.files import Description
 
 _SHOWN = (
-    "method",
-    "steps",
-    "batch",
-    "learning_rate",
-    "schedule",
-    "prior",
-    "prior_weight",
-    "min_snr",
-    "seed",
-    "resolution",
+    *("method", "steps", "batch", "learning_rate", "schedule"),
+    *("prior", "prior_weight", "min_snr", "seed", "resolution"),
 )
 
 

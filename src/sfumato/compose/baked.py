@@ -65,7 +65,7 @@ class Baked:
 
     way = "baked"
 
-    def __init__(self, part: str, path: str, module: nn.Module, name: str = "weight") -> None:
+    def __init__(self, part: str, path: str, module: nn.Module, name: str) -> None:
         self.part = part
         self.path = path
         self.module = module

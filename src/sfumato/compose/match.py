@@ -48,7 +48,7 @@ def parts_of(pipe: Any) -> dict[str, nn.Module]:
 
 def unwrapped_parts(pipe: Any) -> dict[str, nn.Module]:
     """As `parts_of`, whatever the parts carry."""
-    parts = {name: getattr(part, "_orig_mod", part) for name, part in _wrapped_parts(pipe).items()}
+    parts = {name: getattr(part, _COMPILED, part) for name, part in _wrapped_parts(pipe).items()}
     if "unet" not in parts:
         raise AdapterError(f"compose wants a diffusers pipeline with a U-Net, got {type(pipe).__name__}.")
     return parts
@@ -66,7 +66,7 @@ def compiled_parts(pipe: Any) -> set[str]:
     found = set()
     for name, part in _wrapped_parts(pipe).items():
         modules = (part, *part.modules())
-        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+        if any(hasattr(m, _COMPILED) or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
             found.add(name)
     return found
 

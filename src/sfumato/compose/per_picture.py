@@ -257,7 +257,7 @@ def _layers(
 class _Gathered:
     """The hook of one layer. down: (pictures, rank, in, ...), up: (pictures, out, rank), padded to the largest rank."""
 
-    def __init__(self, module: nn.Module, terms: TermsByPicture, index: Index, *, divides: bool = False) -> None:
+    def __init__(self, module: nn.Module, terms: TermsByPicture, index: Index, *, divides: bool) -> None:
         shape = tensors.shape(module)
         assert shape is not None
         rank = max(sum(low.rank for _, low in each) for each in terms)

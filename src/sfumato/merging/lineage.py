@@ -116,9 +116,9 @@ def baked_metadata(
     title: str,
     base: str,
     family: str,
-    predicts: str = "",
-    told: Mapping[str, str] | None = None,
-    config: Mapping[str, Any] | None = None,
+    predicts: str,
+    told: Mapping[str, str],
+    config: Mapping[str, Any],
 ) -> dict[str, str]:
     """The metadata that a checkpoint gets in place of or beside its own when `parents` are baked into it.
 
@@ -127,7 +127,6 @@ def baked_metadata(
     """
     labels = LABELS[family]
     v = predicts == "v_prediction"
-    told = told or {}
     architecture = (v and labels.v_architecture) or labels.architecture
     all_of_it = [Parent(base, "", told, family), *parents]
     found = {
@@ -140,7 +139,7 @@ def baked_metadata(
         "modelspec.license": _all(all_of_it, "modelspec.license"),
         "sfumato.version": __version__,
         "sfumato.parents": json.dumps([_parent(parent) for parent in parents], ensure_ascii=False),
-        "sfumato.config": json.dumps(config, ensure_ascii=False) if config else "",
+        "sfumato.config": json.dumps(config, ensure_ascii=False),
     }
     return {key: value for key, value in found.items() if value}
 

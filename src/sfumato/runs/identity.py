@@ -29,21 +29,8 @@ WITHOUT_EFFECT = frozenset(
 """Fields that change what is seen of a training, or where it runs, and nothing of what is learned."""
 OF_CHECKPOINT = frozenset(
     (
-        *(
-            "algo",
-            "conv",
-            "conv_rank",
-            "dora",
-            "factor",
-            "loraplus_ratio",
-            "method",
-            "optimizer",
-            "placeholder",
-            "rank",
-            "rank_of",
-            "rate_of",
-        ),
-        *("targets", "train_text_encoder", "train_words", "vectors", "word_vectors"),
+        *("algo", "conv", "conv_rank", "dora", "factor", "loraplus_ratio", "method", "optimizer", "placeholder"),
+        *("rank", "rank_of", "rate_of", "targets", "train_text_encoder", "train_words", "vectors", "word_vectors"),
     )
 )
 """Fields that decide which numbers a checkpoint holds: of another value none fits."""

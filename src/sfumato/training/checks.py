@@ -33,6 +33,10 @@ _AT_LEAST_ONE = (
     *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution", "drawn"),
     *("vectors", "word_vectors", "class_count", "cycles"),
 )
+_POSITIVE = (
+    *("learning_rate", "text_learning_rate", "word_learning_rate"),
+    *("alpha", "conv_alpha", "loraplus_ratio", "strength", "beta"),
+)
 _NOT_NEGATIVE = (
     *("warmup", "clip", "max_norm", "min_snr", "noise_offset", "input_perturbation", "huber", "weight_decay"),
     *("keep_tags", "prior_weight", "drift_limit", "sample_every", "measure_every", "save_every"),
@@ -41,20 +45,7 @@ _NOT_NEGATIVE = (
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
     (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
-    (
-        (
-            "learning_rate",
-            "text_learning_rate",
-            "word_learning_rate",
-            "alpha",
-            "conv_alpha",
-            "loraplus_ratio",
-            "strength",
-            "beta",
-        ),
-        lambda value: 0 < value < math.inf,
-        "be a positive number",
-    ),
+    (_POSITIVE, lambda value: 0 < value < math.inf, "be a positive number"),
     (("caption_dropout", "tag_dropout", "crossed_share", "pyramid_noise"), lambda value: 0 <= value <= 1, "be 0 to 1"),
     (("validation_split",), lambda value: 0 <= value <= 0.5, "be 0 to 0.5"),
     (("dropout", "rank_dropout", "module_dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),

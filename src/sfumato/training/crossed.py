@@ -57,7 +57,7 @@ class Crossing:
     """
 
     def __init__(
-        self, base: Base, data: Dataset, seed: int, share: float, course: Course | None = None, *, shown: bool = True
+        self, base: Base, data: Dataset, seed: int, share: float, course: Course | None = None, *, shown: bool
     ):
         self._base, self._seed, self._share = base, seed, share
         self._first = first_timestep(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -83,16 +84,10 @@ def per_sample_losses(
         batch = call.batch
         text = embedding.encode(base, batch.captions, grad=True) if encode else batch.text
         assert text is not None
-        given = (batch, call.seen_noise, call.timesteps, text)
-        found = denoising_errors(
-            base,
-            *given,
-            min_snr=settings.min_snr,
-            huber=settings.huber,
-            debiased=settings.debiased,
-            target=call.target,
+        counted = dataclasses.asdict(settings)
+        errors.append(
+            denoising_errors(base, batch, call.seen_noise, call.timesteps, text, target=call.target, **counted)
         )
-        errors.append(found)
     return torch.cat(errors)
 
 

@@ -140,7 +140,7 @@ class BasePrediction:
             self._text = embedding.encode(base, self._prompts)
         self._table: _TargetTable | None = None  # on the fly until precompute_targets() fills one
 
-    def precompute_targets(self, steps: range, batches: MicroBatches, *, shown: bool = True) -> str:
+    def precompute_targets(self, steps: range, batches: MicroBatches, *, shown: bool) -> str:
         """Compute the targets of these steps while the base is the base; a line for the person. shown: with progress.
 
         The targets are kept in the dtype they are computed in.

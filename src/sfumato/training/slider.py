@@ -145,7 +145,7 @@ class WordedWay:
         strength: float,
         *,
         pristine: Callable[[], AbstractContextManager[object]],
-        noising: NoiseSettings | None = None,
+        noising: NoiseSettings,
     ):
         self._base, self._data, self._strength = base, data, strength
         self._pristine, self._noising = pristine, noising
@@ -174,7 +174,7 @@ class ShownWay:
     """The ends are pairs of images: at weight 1 the noise of the one is to be predicted, at weight -1 that of the
     other, which has the same noise and caption (Gandikota et al. 2024, section 4.2)."""
 
-    def __init__(self, base: Base, more: Dataset, less: Dataset, *, noising: NoiseSettings | None = None):
+    def __init__(self, base: Base, more: Dataset, less: Dataset, *, noising: NoiseSettings):
         self._base, self._more, self._less, self._noising = base, more, less, noising
 
     def draw(self, seed: int, micro: MicroBatch) -> tuple[NoisedBatch, NoisedBatch]:
