@@ -27,7 +27,6 @@ from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import FullOptions, KindOptions
 from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
-from sfumato.weighting.span import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -291,8 +290,6 @@ def check(config: Config) -> None:
     checks.check_kind(config)
     check_words(config)
     check_saving(config)
-    if config.over_steps is not None:
-        parse_span(config.over_steps)
     if config.class_images is not None and not config.resume and not config.class_images.exists():
         raise ConfigError(f"--class-images {config.class_images}: there is no such folder; name one, or leave it out.")
 

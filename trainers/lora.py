@@ -24,7 +24,6 @@ from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
-from sfumato.weighting.span import parse_span
 from sfumato.words.placeholders import (
     DEFAULT_LEARNING_RATES,
     DEFAULT_VECTORS,
@@ -149,7 +148,7 @@ def train(config: Config) -> Path:
     from sfumato.training import optimizers
     from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
-    from sfumato.training.init_from import start_from
+    from sfumato.training.init_from import begin_with
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import prepare_datasets
@@ -187,14 +186,10 @@ def train(config: Config) -> Path:
     # The VAE has given its latents; it rests until something is drawn.
     base.lazy_weights.load_only("unet", *(("text",) if config.train_text_encoder or words else ()))
     lora = new_adapter(adapted, config)
-    facts: dict[str, Any] = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
-    # A run that goes on needs it for the words alone that its crossed samples began with.
-    if config.init_from and not (run.has_begun and not (words and crossed)):
-        checks.refuse_missing(config.init_from)
-    if config.init_from and config.init_from.exists():
-        facts["init"], left = start_from(config.init_from, base, lora, words, config.initial_words)
-        run.say(*left)
-    run.identify(**facts, base=base.fingerprint())
+    facts = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
+    # A run that goes on needs the file for the words alone that its crossed samples began with.
+    start = begin_with(config.init_from, run, base, lora, words, config.initial_words, always=bool(words and crossed))
+    run.identify(**facts, **start, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
     pictures, layers = pluralize(len(dataset), "image"), pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {beside}{layers}, {lora.count():,} trained numbers")
@@ -287,11 +282,7 @@ def check(config: Config) -> None:
     checks.check_kind(config)
     if not config.train_text_encoder:
         checks.only_with(config, "--train-text-encoder", "text_learning_rate")
-    if config.init_from and not config.resume:
-        checks.refuse_missing(config.init_from)
     checked_adapter_guidance(config.adapter_guidance)
-    if config.over_steps is not None:
-        parse_span(config.over_steps)
     check_words(config)
 
 

@@ -25,7 +25,6 @@ from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainingOptions
-from sfumato.weighting.span import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from PIL.Image import Image
@@ -130,7 +129,7 @@ def train(config: Config) -> Path:
     from sfumato.training import optimizers
     from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
-    from sfumato.training.init_from import start_from
+    from sfumato.training.init_from import begin_with
     from sfumato.training.noising import per_sample_losses
     from sfumato.training.prior import BasePrediction
     from sfumato.training.slider import WEIGHTS, SliderMetrics
@@ -168,13 +167,8 @@ def train(config: Config) -> Path:
         prior = BasePrediction(
             base, sets[0], config.prior_prompts, config.seed, order=config.seed, pristine=lora.disabled, noising=noising
         )
-    facts: dict[str, Any] = {"data": sets[0], "partners": sets[1] if sets[1:] else "none"}
-    if config.init_from and not run.has_begun:
-        checks.refuse_missing(config.init_from)
-    if config.init_from and config.init_from.exists():
-        facts["init"], left = start_from(config.init_from, base, lora, None, ())
-        run.say(*left)
-    run.identify(**facts, base=base.fingerprint())
+    facts = {"data": sets[0], "partners": sets[1] if sets[1:] else "none"}
+    run.identify(**facts, **begin_with(config.init_from, run, base, lora), base=base.fingerprint())
     pictures = pluralize(len(sets[0]), "image" if ends else "pair")
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {layers}, {lora.count():,} trained numbers")
@@ -253,10 +247,6 @@ def check(config: Config) -> list[Ends]:
     checks.check_kind(config)
     if config.dora:
         raise ConfigError("--dora: it learns lengths of weights, which have no opposite at weight -1; leave it out.")
-    if config.init_from and not config.resume:
-        checks.refuse_missing(config.init_from)
-    if config.over_steps is not None:
-        parse_span(config.over_steps)
     if not config.prior_prompts:
         checks.only_with(config, "--prior-prompts", "prior_weight")
     folders = {"--more-images": config.more_images, "--less-images": config.less_images}

@@ -22,6 +22,7 @@ from sfumato.prompts.tags import refuse_tags, split_flags
 from sfumato.runs.folder import WRITTEN
 from sfumato.runs.wandb_run import check_project
 from sfumato.training import optimizer_settings
+from sfumato.weighting.span import parse_span
 from sfumato.words.placeholders import holds
 
 if TYPE_CHECKING:
@@ -109,9 +110,12 @@ def refuse_dropped_words(config: TrainerOptions, examples: ExampleSet, words: Se
 
 
 def check_kind(config: TrainingOptions) -> None:
-    """Of an adapter: refuse what has no effect on one of its kind, and what is no rule by layer. LoRA+ is for a factor
-    that starts at zero beside one of unit scale, which LoHa's and LoKr's are not. OFT's rotations have no scale, and
-    keep the lengths that DoRA learns."""
+    """Of an adapter: refuse what has no effect on one of its kind, what is no rule by layer or no span of the steps,
+    and a file to start from that is not there.
+
+    LoRA+ is for a factor that starts at zero beside one of unit scale, which LoHa's and LoKr's are not. OFT's rotations
+    have no scale, and keep the lengths that DoRA learns.
+    """
     from sfumato.adapters.by_layer import ByLayer
 
     by_layer = ByLayer.of(config)
@@ -131,6 +135,10 @@ def check_kind(config: TrainingOptions) -> None:
         only_with(config, "--algo lora, loha or lokr", *(name for name in others if hasattr(config, name)))
         if rule := next((rule for rule in by_layer.ranks if rule.alpha is not None), None):
             raise ConfigError(f"{rule}: --algo oft has no scale; give the rank alone.")
+    if (init_from := getattr(config, "init_from", None)) is not None and not config.resume:
+        refuse_missing(init_from)
+    if (over_steps := getattr(config, "over_steps", None)) is not None:
+        parse_span(over_steps)
 
 
 def check_full(config: FullOptions) -> None:

@@ -13,11 +13,40 @@ from sfumato.files import read_adapter
 from sfumato.files.family import of_another_family
 from sfumato.files.fingerprint import fingerprint_on
 from sfumato.files.metadata import prediction_of
+from sfumato.training.checks import refuse_missing
 
 if TYPE_CHECKING:
     from sfumato.adapters import Attached
     from sfumato.bases import Base
+    from sfumato.runs.run import Run
     from sfumato.words.in_use import Words
+
+
+def begin_with(
+    path: Path | None,
+    run: Run,
+    base: Base,
+    adapter: Attached,
+    words: Words | None = None,
+    initial_words: Sequence[str] = (),
+    *,
+    always: bool = False,
+) -> dict[str, str]:
+    """Start from the file of --init-from as `start_from`, and say what it leaves behind. Returns the fact by which the
+    run knows it again; none without a file.
+
+    always: also of a run that goes on from a checkpoint, which has all else from that, the file must be there. Raises
+    ConfigError where it is not.
+    """
+    if path is None:
+        return {}
+    if always or not run.has_begun:
+        refuse_missing(path)
+    elif not path.exists():
+        return {}
+    fingerprint, left = start_from(path, base, adapter, words, initial_words)
+    run.say(*left)
+    return {"init": fingerprint}
 
 
 def start_from(
