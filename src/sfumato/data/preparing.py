@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from sfumato.data.cache import Cache
 from sfumato.data.crops import OPAQUE
 from sfumato.data.dataset import Dataset, crops_move, middles_of
@@ -93,11 +91,10 @@ def prepare(
     items = gathered.items
     refuse_bad(gathered.bad, len(examples), skip_bad)
     notes.extend(_notes(gathered, plan, base))
-    device = base.precision.device if hasattr(base, "precision") else torch.device("cpu")
     dataset = Dataset(
         items,
         gathered.repeats,
-        device,
+        base.precision.device,
         base.encode_pixels,
         fingerprint=gathered.digest.hexdigest(),
         contents=gathered.contents,
