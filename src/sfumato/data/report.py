@@ -161,16 +161,15 @@ def check(
         wildcards=wildcards,
     )
     listings = [source.list() for source in sources]
-    founds = [found for listing in listings for found in listing.pictures]
+    founds = [(found, source) for source, each in zip(sources, listings, strict=True) for found in each.pictures]
     ignored = tuple(entry for listing in listings for entry in listing.ignored)
-    examples: list[Example] = []
-    asked: list[tuple[int, ...]] = []  # at which resolutions, of which the largest is looked at
-    for source, listing in zip(sources, listings, strict=True):
-        at = source.resolutions or (side,)
-        examples += [_example(found, source, Options(crop=crop, resolution=max(at))) for found in listing.pictures]
-        asked += [at] * len(listing.pictures)
-    if not examples:
+    if not founds:
         raise no_pictures(path, ignored)
+    asked = [source.resolutions or (side,) for _, source in founds]  # of which the largest is looked at
+    examples = [
+        _example(found, source, Options(crop=crop, resolution=max(at)))
+        for (found, source), at in zip(founds, asked, strict=True)
+    ]
     sizes = {
         each: checked_sizes(each, side_step(needs.vae_factor, needs.levels, each), buckets=True)
         for each in sorted({side for at in asked for side in at})
@@ -191,11 +190,11 @@ def check(
         ignored,
         _count_buckets(examples, looks, asked, sizes),
         tuple(labels_of([example.path for example in examples])),
-        tuple(bool(found.caption.text) and found.caption.origin != "folder name" for found in founds),
+        tuple(bool(found.caption.text) and found.caption.origin != "folder name" for found, _ in founds),
     )
     lines = [
         *_bad(report),
-        *_captions(report, founds),
+        *_captions(report, [found for found, _ in founds]),
         *_unmatched(report, faults),
         *_masks(report, sources, listings),
         *_listings(report, sources, listings),

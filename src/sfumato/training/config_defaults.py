@@ -37,36 +37,24 @@ def resolve(
     family's. Fields that a trainer lacks are passed over.
     """
     known = dataclasses.asdict(base.defaults) | {name: value for name, value in defaults.items() if value is not None}
-    factor = {"lion": 1 / LION_RATE_DIVISOR, "muon": MUON_RATE_FACTOR}.get(config.optimizer, 1)
-    rate = known["learning_rate"] * _kind_rate(config) * factor
+    known["learning_rate"] = _learning_rate(config, known["learning_rate"])
     if config.debiased:
         known["min_snr"] = 0.0
-    known["learning_rate"] = 1.0 if config.optimizer == "prodigy" else float(f"{rate:.3g}")
     if config.epochs is not None:
         batch = (config.batch or known["batch"]) * config.accumulate * processes
         samples = examples.in_group("instance").samples
         config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
     config, filled = fill(config, known)
-    config.noising(base)
-    share_of = config.steps or 0 if config.warmup < 1 else 1
-    config = dataclasses.replace(config, warmup=int(config.warmup * share_of))
+    config.noising(base)  # which refuses timesteps that the base does not have
     assert config.steps is not None
+    config = dataclasses.replace(config, warmup=int(config.warmup * (config.steps if config.warmup < 1 else 1)))
     if config.warmup > config.steps:
         raise ConfigError(
             f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
         )
     check_cycles(config, config.steps)
-    quarter = max(1, -(-config.steps // 4))
-    # Not with a limit, which is looked at as often as is measured: holding out pictures would end it at another step.
-    is_free = getattr(config, "drift_limit", None) is None
-    often = -(-config.steps // 10) if examples.in_group("validation") and is_free else quarter
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
-    for name, unset in (
-        ("sample_every", quarter),
-        ("measure_every", often),
-        ("checkpoint_every", min(quarter, LARGEST_CHECKPOINT_INTERVAL)),
-    ):
-        values[name] = unset if getattr(config, name) is None else getattr(config, name)
+    values |= _intervals(config, config.steps, examples)
     if getattr(config, "train_text_encoder", False):
         assert config.learning_rate is not None
         # Whole weights take small steps as it is: sd-scripts' guides have a half to a fifth of the U-Net's for them.
@@ -76,6 +64,25 @@ def resolve(
     if getattr(config, "save_precision", "") is None:
         values["save_precision"] = "fp32" if base.family.name == "pocket" else "fp16"
     return dataclasses.replace(config, **values), filled
+
+
+def _learning_rate(config: TrainingOptions, usual: float) -> float:
+    """The peak of the U-Net's rate. usual: that of AdamW, and of a LoRA where an adapter is trained."""
+    if config.optimizer == "prodigy":
+        return 1.0
+    factor = {"lion": 1 / LION_RATE_DIVISOR, "muon": MUON_RATE_FACTOR}.get(config.optimizer, 1)
+    return float(f"{usual * _kind_rate(config) * factor:.3g}")
+
+
+def _intervals(config: TrainingOptions, steps: int, examples: ExampleSet) -> dict[str, int]:
+    """The steps between samples, measurements and checkpoints; those that are unset by the steps of the run."""
+    quarter = max(1, -(-steps // 4))
+    # Not with a limit, which is looked at as often as is measured: holding out pictures would end it at another step.
+    is_free = getattr(config, "drift_limit", None) is None
+    often = -(-steps // 10) if examples.in_group("validation") and is_free else quarter
+    checkpoints = min(quarter, LARGEST_CHECKPOINT_INTERVAL)
+    usual = {"sample_every": quarter, "measure_every": often, "checkpoint_every": checkpoints}
+    return {name: every if getattr(config, name) is None else getattr(config, name) for name, every in usual.items()}
 
 
 def check_cycles(config: TrainingOptions, steps: int) -> None:
