@@ -69,7 +69,7 @@ class Lokr(WithoutLowRank):
         first, rank = _factor(parts, "lokr_w1")
         second, own = _factor(parts, "lokr_w2", parts.get("lokr_t2") is not None)
         rank = rank or own
-        if len(first.shape) != 2 or prod(first.shape[2:]) != 1:
+        if len(first.shape) != 2:
             raise parts.shape_error("lokr_w1", "(rows, columns)")
         if parts.settings.folder:
             rank = parts.settings.rank(parts.target, rank or 1)

@@ -111,7 +111,7 @@ class InputOft(WithoutLowRank):
     @classmethod
     def from_tensors(cls, parts: ModuleTensors) -> InputOft:
         packed = parts["oft_r"]
-        size = (1 + isqrt(1 + 8 * packed.shape[1])) // 2 if packed.ndim == 2 else 0
+        size = _side(packed.shape[1]) if packed.ndim == 2 else 0
         if packed.ndim != 2 or size * (size - 1) // 2 != packed.shape[1]:
             raise parts.shape_error("oft_r", "(blocks, size * (size - 1) / 2)")
         if parts.by_onetrainer or parts.names["oft_r"].startswith("lora_"):  # no one else writes it in kohya's names
@@ -137,7 +137,7 @@ class InputOft(WithoutLowRank):
 
     @property
     def size(self) -> int:
-        return (1 + isqrt(1 + 8 * self.packed.shape[1])) // 2
+        return _side(self.packed.shape[1])
 
     def fits(self, shape: Sequence[int]) -> bool:
         columns = prod(shape[1:])
@@ -172,6 +172,11 @@ class InputOft(WithoutLowRank):
             total += coefficient * power
             power = power @ q
         return total
+
+
+def _side(triangle: int) -> int:
+    """The side of a skew matrix, by how many numbers its upper triangle has."""
+    return (1 + isqrt(1 + 8 * triangle)) // 2
 
 
 def _neumann_coefficients(terms: int) -> list[int]:
