@@ -17,12 +17,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.compose_vs_diffusers import CASES, build, resident_mib, write_adapters
 from bench.real import at_least
@@ -61,9 +63,9 @@ def times(cost: Cost, number: int) -> Cost:
     return cost[0] * number, cost[1] * number
 
 
-def less(cost: Cost, part: Cost, *, times: int = 1) -> Cost:
-    """Without a part that came so often; at least nothing, since clocks are noisy."""
-    return max(cost[0] - times * part[0], 0.0), max(cost[1] - times * part[1], 0.0)
+def without_twice(cost: Cost, part: Cost) -> Cost:
+    """Without a part that came twice; at least nothing, since clocks are noisy."""
+    return max(cost[0] - 2 * part[0], 0.0), max(cost[1] - 2 * part[1], 0.0)
 
 
 def _resident(pipe: Any, files: list[Path]) -> dict[str, Any]:
@@ -116,8 +118,88 @@ def _ratio(ours: list[Cost], theirs: list[Cost], *, of_cpu: bool = False) -> flo
     return round(median(a[of_cpu] / b[of_cpu] for a, b in zip(ours, theirs, strict=True)), 3)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A pipeline, and the inputs of a call of its U-Net for pictures with an adapter of its own each. files: these."""
+
+    pipe: Any
+    files: list[Path]
+    latents: Tensor
+    text: Tensor
+
+    def call(self, rows: slice = slice(None)) -> Any:
+        return self.pipe.unet(self.latents[rows], 500, self.text[rows], return_dict=False)[0]
+
+    def alone(self, place: int) -> Any:
+        return self.call(slice(place, place + 1))
+
+    def all_alone(self) -> None:
+        for place in range(len(self.files)):
+            self.alone(place)
+
+    def mixed_once(self) -> tuple[Cost, Cost]:
+        """(bringing the adapters in and out, a call with them)."""
+        whole, calls = Watch(), []
+        with per_picture(self.pipe, [[Adapter(file)] for file in self.files]):
+            self.call()  # gathers the factors, and is taken off again
+            calls.append(costs(self.call))
+        return without_twice(whole.cost(), calls[0]), calls[0]
+
+    def one_after_another(self) -> tuple[Cost, Cost]:
+        """The same of diffusers, for all pictures; of theirs, too, what only a first call takes is bringing in."""
+        whole, calls = Watch(), []
+        for place, file in enumerate(self.files):
+            self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="one")
+            self.alone(place)
+            calls.append(costs(partial(self.alone, place)))
+            self.pipe.unload_lora_weights()
+        called = (sum(clock for clock, _ in calls), sum(used for _, used in calls))
+        return without_twice(whole.cost(), called), called
+
+
+def _in_rounds(batch: Batch, rounds: int, steps: int, *, ours_only: bool) -> dict[str, Any]:
+    """The calls in turns, and with `steps` of them a drawing."""
+    batch.call()
+    batch.alone(0)
+    plain, plain_alone, mixed, theirs, ours_in_out, theirs_in_out = [], [], [], [], [], []
+    for _ in range(rounds):
+        plain.append(costs(batch.call))
+        plain_alone.append(costs(batch.all_alone))
+        in_out, called = batch.mixed_once()
+        ours_in_out.append(in_out)
+        mixed.append(called)
+        if not ours_only:
+            in_out, called = batch.one_after_another()
+            theirs_in_out.append(in_out)
+            theirs.append(called)
+    drawn, drawn_alone = ([times(cost, steps) for cost in each] for each in (plain, plain_alone))
+    drawn_ours = [plus(a, times(b, steps)) for a, b in zip(ours_in_out, mixed, strict=True)]
+    drawn_theirs = [plus(a, times(b, steps)) for a, b in zip(theirs_in_out, theirs, strict=True)]
+    found: dict[str, Any] = {
+        "call_without_adapters_s": _median(plain),
+        "plain_one_after_another_s": _median(plain_alone),
+        "plain_one_after_another_ratio_cpu": _ratio(plain_alone, plain, of_cpu=True),
+        "call_with_one_adapter_a_picture_s": _median(mixed),
+        "in_and_out_s": _median(ours_in_out),
+        "ratio": _ratio(mixed, plain),
+        "ratio_cpu": _ratio(mixed, plain, of_cpu=True),
+        "steps": steps,
+        "drawing_ratio_cpu": _ratio(drawn_ours, drawn, of_cpu=True),
+    }
+    if theirs:
+        found |= {
+            "diffusers_calls_one_after_another_s": _median(theirs),
+            "diffusers_in_and_out_s": _median(theirs_in_out),
+            "diffusers_drawing_ratio_cpu": _ratio(drawn_theirs, drawn, of_cpu=True),
+            "diffusers_drawing_over_plain_one_after_another_cpu": _ratio(drawn_theirs, drawn_alone, of_cpu=True),
+            "diffusers_over_ours_drawing_cpu": _ratio(drawn_theirs, drawn_ours, of_cpu=True),
+        }
+    return found
+
+
 @torch.no_grad()
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=at_least(2), default=8, help="an even number")
     parser.add_argument("--rounds", type=at_least(1), default=3)
@@ -131,95 +213,20 @@ def main() -> None:
         parser.error(f"--pictures {chosen.pictures}: wanted an even number, half of which is drawn under guidance")
 
     torch.set_num_threads(chosen.threads)
-    case = CASES["sd1-attention"]
-    pipe = build("sd1", torch.bfloat16)
-    unet, count = pipe.unet, chosen.pictures
+    pipe, count = build("sd1", torch.bfloat16), chosen.pictures
     with tempfile.TemporaryDirectory() as folder:
-        all_files = write_adapters(unet, case, Path(folder), max(count, chosen.resident))
-        files = all_files[:count]
+        files = write_adapters(pipe.unet, CASES["sd1-attention"], Path(folder), max(count, chosen.resident))
         latents = torch.randn(count, 4, chosen.size, chosen.size, dtype=torch.bfloat16)
-        text = torch.randn(count, 77, 768, dtype=torch.bfloat16)
-
-        def call(rows: slice = slice(None)) -> Any:
-            return unet(latents[rows], 500, text[rows], return_dict=False)[0]
-
-        def mixed_once() -> tuple[Cost, Cost]:
-            """(bringing the adapters in and out, a call with them)."""
-            whole, calls = Watch(), []
-            with per_picture(pipe, [[Adapter(file)] for file in files]):
-                call()  # gathers the factors, and is taken off again
-                calls.append(costs(call))
-            return less(whole.cost(), calls[0], times=2), calls[0]
-
-        def alone(place: int) -> Any:
-            return call(slice(place, place + 1))
-
-        def one_after_another() -> tuple[Cost, Cost]:
-            """The same of diffusers, for all pictures; of theirs, too, what only a first call takes is bringing in."""
-            whole, calls = Watch(), []
-            for place, file in enumerate(files):
-                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="one")
-                alone(place)
-                calls.append(costs(partial(alone, place)))
-                pipe.unload_lora_weights()
-            called = (sum(clock for clock, _ in calls), sum(used for _, used in calls))
-            return less(whole.cost(), called, times=2), called
-
-        call()
-        alone(0)
-        plain, plain_alone, mixed, theirs, ours_in_out, theirs_in_out = [], [], [], [], [], []
-        for _ in range(chosen.rounds):
-            plain.append(costs(call))
-            plain_alone.append(costs(lambda: [alone(place) for place in range(count)]))
-            in_out, called = mixed_once()
-            ours_in_out.append(in_out)
-            mixed.append(called)
-            if not chosen.ours_only:
-                in_out, called = one_after_another()
-                theirs_in_out.append(in_out)
-                theirs.append(called)
-
-        guided = _guided(pipe, files[0], chosen.rounds, call)
-        resident = _resident(pipe, all_files[: chosen.resident]) if chosen.resident else {}
-    drawn = {
-        "plain": [times(cost, chosen.steps) for cost in plain],
-        "plain alone": [times(cost, chosen.steps) for cost in plain_alone],
-        "ours": [plus(a, times(b, chosen.steps)) for a, b in zip(ours_in_out, mixed, strict=True)],
-        "theirs": [plus(a, times(b, chosen.steps)) for a, b in zip(theirs_in_out, theirs, strict=True)],
-    }
-    peer = {}
-    if theirs:
-        peer = {
-            "diffusers_calls_one_after_another_s": _median(theirs),
-            "diffusers_in_and_out_s": _median(theirs_in_out),
-            "diffusers_drawing_ratio_cpu": _ratio(drawn["theirs"], drawn["plain"], of_cpu=True),
-            "diffusers_drawing_over_plain_one_after_another_cpu": _ratio(
-                drawn["theirs"], drawn["plain alone"], of_cpu=True
-            ),
-            "diffusers_over_ours_drawing_cpu": _ratio(drawn["theirs"], drawn["ours"], of_cpu=True),
+        batch = Batch(pipe, files[:count], latents, torch.randn(count, 77, 768, dtype=torch.bfloat16))
+        report = {
+            "what": f"SD 1.5 U-Net, bf16, {count} pictures of {chosen.size * 8} px, rank 16 on all attention",
+            "rounds": chosen.rounds,
+            "threads": chosen.threads,
+            **_in_rounds(batch, chosen.rounds, chosen.steps, ours_only=chosen.ours_only),
+            **_guided(pipe, files[0], chosen.rounds, batch.call),
+            **(_resident(pipe, files[: chosen.resident]) if chosen.resident else {}),
         }
-    print(
-        json.dumps(
-            {
-                "what": f"SD 1.5 U-Net, bf16, {count} pictures of {chosen.size * 8} px, rank 16 on all attention",
-                "rounds": chosen.rounds,
-                "threads": chosen.threads,
-                "call_without_adapters_s": _median(plain),
-                "plain_one_after_another_s": _median(plain_alone),
-                "plain_one_after_another_ratio_cpu": _ratio(plain_alone, plain, of_cpu=True),
-                "call_with_one_adapter_a_picture_s": _median(mixed),
-                "in_and_out_s": _median(ours_in_out),
-                "ratio": _ratio(mixed, plain),
-                "ratio_cpu": _ratio(mixed, plain, of_cpu=True),
-                "steps": chosen.steps,
-                "drawing_ratio_cpu": _ratio(drawn["ours"], drawn["plain"], of_cpu=True),
-                **peer,
-                **guided,
-                **resident,
-            },
-            indent=1,
-        )
-    )
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
