@@ -168,8 +168,6 @@ def watch(script: str, *words: str) -> None:
 
 def _ours(trainer: str) -> Any:
     """A trainer of this package, everything that it imports loaded; it writes no result."""
-    import importlib
-
     for name in (
         "drawing.pictures",
         "bases",

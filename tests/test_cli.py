@@ -251,7 +251,6 @@ def test_ls_names_files_that_exist(capsys):
 
 
 def test_the_commands_that_quickstart_names_hold_folders_with_spaces():
-    import shlex
     from pathlib import Path
 
     from sfumato.pipelines.quickstart import Config, next_commands
@@ -267,7 +266,6 @@ def test_the_commands_that_quickstart_names_hold_folders_with_spaces():
 
 
 def test_the_commands_that_quickstart_names_run_where_no_environment_is_active(monkeypatch):
-    import shlex
     from pathlib import Path
 
     from sfumato.pipelines.quickstart import Config, next_commands
@@ -357,7 +355,6 @@ def test_toml_that_cannot_be_held_is_one_line(tmp_path, text):
 def test_a_session_that_goes_on_keeps_its_ctrl_c(interactive, monkeypatch):
     """IPython's %run of a trainer ends the program and not the process."""
     import gc
-    import signal
 
     monkeypatch.setattr(sys, "argv", ["lora.py"])
     monkeypatch.setattr(sys, "ps1", "In : ", raising=False)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,9 +130,6 @@ class Config(KindOptions, FullOptions):
 @training_entry_point
 def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
-    from contextlib import nullcontext
-    from functools import partial
-
     import torch
 
     from sfumato import randomness

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,6 @@ class Config(FullOptions):
 @training_entry_point
 def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
-    from functools import partial
-
     import torch
 
     from sfumato import randomness

@@ -31,6 +31,8 @@ from sfumato.words.placeholders import (
     check_stands_for,
     embedding_files,
     holds,
+    truncation_notes,
+    warnings_of,
 )
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
@@ -154,7 +156,6 @@ def train(config: Config) -> Path:
     from sfumato.training.prior import prepare_datasets
     from sfumato.training.unrelated import UNRELATED
     from sfumato.training.validation import prepare_validation
-    from sfumato.words.placeholders import truncation_notes, warnings_of
 
     check(config)
     processes = Processes.join(config.device)

@@ -26,7 +26,16 @@ from sfumato.runs.folder import snapshot_name
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import TrainerOptions
-from sfumato.words.placeholders import DEFAULT_LEARNING_RATES, DEFAULT_VECTORS, MOST_VECTORS, check_stands_for, holds
+from sfumato.words.placeholders import (
+    DEFAULT_LEARNING_RATES,
+    DEFAULT_VECTORS,
+    MOST_VECTORS,
+    check_stands_for,
+    embedding_files,
+    holds,
+    truncation_notes,
+    warnings_of,
+)
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.bases import Base
@@ -109,7 +118,6 @@ def train(config: Config) -> Path:
     from sfumato.training.templates import TEMPLATES, put_into
     from sfumato.training.validation import prepare_validation
     from sfumato.words import embedding
-    from sfumato.words.placeholders import embedding_files, truncation_notes, warnings_of
 
     check(config)
     processes = Processes.join(config.device)
@@ -285,8 +293,6 @@ def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[s
 
 def keep(words: Words, config: Config, about: Callable[..., Description], run: Run, average: Ema, step: int) -> None:
     """Write the words as they would be saved after this step, to choose from. about: what their files say."""
-    from sfumato.words.placeholders import embedding_files
-
     if not step or not run.is_main:
         return
     paths = embedding_files(

@@ -65,8 +65,6 @@ def test_a_pipeline_has_all_parts(base):
 def test_a_base_of_loose_modules_never_rests(tmp_path):
     import dataclasses
 
-    from sfumato.bases.lazy_weights import LazyWeights
-
     whole = load_base(tiny_pocket_folder(tmp_path / "pocket"), precision=CPU)
     loose = dataclasses.replace(whole, files=(), lazy_weights=LazyWeights({}, lambda *_: None))
     loose.lazy_weights.load_only()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.data.options import CropMode, MaskSource
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, PrecisionError
 from sfumato.runs.options import FolderOptions
 
 if TYPE_CHECKING:  # help loads no torch
@@ -204,7 +204,6 @@ class BaseOptions:
 
         adapting: the base model's weights stay frozen.
         """
-        from sfumato.errors import PrecisionError
         from sfumato.precision import DTYPES, decide
 
         precision = decide(
