@@ -64,7 +64,8 @@ def main() -> None:
 
     from sfumato.bases import load_base
     from sfumato.data import prepare, read_folder
-    from sfumato.data.buckets import bucket_sizes, side_step
+    from sfumato.data.buckets import bucket_sizes
+    from sfumato.data.planning import bucket_step
     from sfumato.data.survey import survey
     from sfumato.precision import decide
 
@@ -89,9 +90,7 @@ def main() -> None:
         write_photographs(folder, options.count)
         report["mebibytes_of_jpeg"] = round(sum(p.stat().st_size for p in folder.glob("*.jpg")) / 2**20, 1)
         examples = read_folder(folder)
-        sizes = bucket_sizes(
-            resolution, side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
-        )
+        sizes = bucket_sizes(resolution, bucket_step(base, resolution))
         sized = [replace(each, options=replace(each.options, resolution=resolution)) for each in examples]
         _, report["look_only"] = timed(lambda: list(survey(sized, {resolution: sizes}, base.vae_factor)))
         plain, report["prepare"] = timed(lambda: prepare(examples, base, resolution=resolution))

@@ -189,10 +189,9 @@ def _tensors(
 
 def _learned(done: _Done, crop: Crop) -> tuple[Any, ...]:
     """All of an example that what is learned depends on; first its files."""
-    example = done.example
-    learned = done.digest, example.caption, example.repeats, example.alpha_mask, example.options, crop
+    example, options = done.example, done.example.options
+    learned = done.digest, example.caption, example.repeats, example.alpha_mask, options, crop
     kept = [example.kept_tags.get(caption) for caption in example.captions]
-    options = example.options
     told = ("wildcards" if options.wildcards else None, options.secondary_separator)
     return *learned, *filter(None, (example.further, kept if any(kept) else None, *told))
 

@@ -46,15 +46,14 @@ def resolve(
         config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
     config, filled = fill(config, known)
     config.noising(base)  # which refuses timesteps that the base does not have
-    assert config.steps is not None
-    config = dataclasses.replace(config, warmup=int(config.warmup * (config.steps if config.warmup < 1 else 1)))
-    if config.warmup > config.steps:
-        raise ConfigError(
-            f"--warmup {config.warmup} is longer than the {config.steps} steps of the run; make it shorter."
-        )
-    check_cycles(config, config.steps)
+    steps = config.steps
+    assert steps is not None
+    config = dataclasses.replace(config, warmup=int(config.warmup * (steps if config.warmup < 1 else 1)))
+    if config.warmup > steps:
+        raise ConfigError(f"--warmup {config.warmup} is longer than the {steps} steps of the run; make it shorter.")
+    check_cycles(config, steps)
     values: dict[str, Any] = {"name": config.name or config.output.resolve().name}
-    values |= _intervals(config, config.steps, examples)
+    values |= _intervals(config, steps, examples)
     if getattr(config, "train_text_encoder", False):
         assert config.learning_rate is not None
         # Whole weights take small steps as it is: sd-scripts' guides have a half to a fifth of the U-Net's for them.
