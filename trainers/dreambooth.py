@@ -582,7 +582,7 @@ def save(
         description, _ = learned.write(path, run.step)
     else:
         write_model(path, base, config, run, description)
-    finish(run, path, description, samples, kind=config.save)
+    finish(run, config, path, description, samples, kind=config.save)
     upload(run, [path], config.push_to_hub)
 
 

@@ -233,7 +233,7 @@ def save(path: Path, config: Config, base: Base, about: Description, samples: Sa
     from sfumato.training.full import write_model
 
     write_model(path, base, config, run, about)
-    finish(run, path, about, samples, kind=config.save)
+    finish(run, config, path, about, samples, kind=config.save)
     upload(run, [path], config.push_to_hub)
 
 

@@ -335,7 +335,7 @@ def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, 
     from sfumato.training.finish import finish, upload
 
     description, _ = learned.write(path, config.steps)
-    finish(run, path, description, samples, kind="lora")
+    finish(run, config, path, description, samples, kind="lora")
     upload(run, [path], config.push_to_hub)
 
 

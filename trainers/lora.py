@@ -520,7 +520,7 @@ def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, 
     from sfumato.training.finish import finish, upload
 
     description, beside = learned.write(path, config.steps)
-    finish(run, path, description, samples, kind="lora")
+    finish(run, config, path, description, samples, kind="lora")
     learned.report_words(path, beside, description, run)
     upload(run, [path, *beside.values()], config.push_to_hub)
 

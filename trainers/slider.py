@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from sfumato import shell
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
@@ -413,12 +414,14 @@ def trained_adapter_of(
 def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
     """Write the adapter, its model card and the plot; upload them if asked."""
     from sfumato.cards.slider import write_slider_card
-    from sfumato.training.finish import plot_and_tell, upload
+    from sfumato.training.finish import drawing_command, plot_and_tell, upload
 
     description, _ = learned.write(path, config.steps)
     prompts, rows = samples_by_weight(samples)
     card = write_slider_card(run.folder, path, description, prompts, rows)
-    plot_and_tell(run, f"slider   {path}", card, has_samples=bool(rows))
+    command = drawing_command(config, description, prompts[0] if prompts else "a dog", lora=path)
+    several = shell.quote(f"{path.stem}=-1,0,1")
+    plot_and_tell(run, f"slider   {path}", card, f"{command} --sweep {several}", has_samples=bool(rows))
     upload(run, [path], config.push_to_hub)
 
 

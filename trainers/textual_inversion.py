@@ -306,14 +306,18 @@ def save(
     paths: dict[str, Path], words: Words, config: Config, description: Description, run: Run, samples: Samples
 ) -> None:
     """Write each word's file, the model card and the plot; upload them if asked."""
+    from sfumato.cards.adapter import example_of
     from sfumato.cards.words import write_embedding_card
-    from sfumato.training.finish import plot_and_tell, upload
+    from sfumato.training.finish import drawing_command, plot_and_tell, upload
 
     rows = samples.ends
     report = write_words(paths, words, config, description)
-    card = write_embedding_card(run.folder, paths, description, report, samples.prompts if rows else [], rows)
+    prompts = samples.prompts if rows else []
+    card = write_embedding_card(run.folder, paths, description, report, prompts, rows)
+    prompt = example_of(description, next(iter(paths)), prompts)
+    command = drawing_command(config, description, prompt, words=list(paths.values()))
     made = ["nearest of the base's words, by cosine:", *report, *(f"word     {t}  {path}" for t, path in paths.items())]
-    plot_and_tell(run, "\n".join(made), card, has_samples=bool(rows))
+    plot_and_tell(run, "\n".join(made), card, command, has_samples=bool(rows))
     upload(run, list(paths.values()), config.push_to_hub)
 
 

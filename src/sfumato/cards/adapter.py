@@ -44,7 +44,7 @@ def write_card(
         guided += ". Diffusers and other programs do not read that from the file: they draw without it"
     shown_with = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
     example = shown_with or next(iter(about.captions), "")
-    words = _word_files(about, adapter)
+    words = word_files(about, adapter)
     line = generate_line(example, about.base, about, lora=adapter.name, words=words)
     config = about.config or {}
     of_preferences = "beta" in config
@@ -154,7 +154,7 @@ def _is_bundled(about: Description) -> bool:
     return bool(config.get("bundle") and config.get("train_words"))
 
 
-def _word_files(about: Description, adapter: Path) -> list[str]:
+def word_files(about: Description, adapter: Path) -> list[str]:
     """The files of the new words that were learned beside the adapter; none where they are within it."""
     from sfumato.words.placeholders import embedding_files
 

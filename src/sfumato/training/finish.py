@@ -61,9 +61,9 @@ def describe_run(config: TrainingOptions, base: Base, dataset: Dataset, samples:
     return dataclasses.replace(description, **more)
 
 
-def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: Kind) -> None:
-    """The plot and the card beside what was learned, and a line for each."""
-    from sfumato.cards.adapter import write_card
+def finish(run: Run, config: TrainingOptions, path: Path, about: Description, samples: Samples, *, kind: Kind) -> None:
+    """The plot and the card beside what was learned, a line for each, and the command that draws with it."""
+    from sfumato.cards.adapter import example_of, most_telling_prompt, word_files, write_card
 
     rows = samples.ends
     prompts: Sequence[str] = samples.prompts if rows else []
@@ -77,14 +77,43 @@ def finish(run: Run, path: Path, about: Description, samples: Samples, *, kind: 
         from sfumato.cards.model import write_model_card
 
         card = write_model_card(run.folder, path, about, prompts, rows)
-    plot_and_tell(run, f"{_WHAT[kind]:<9}{path}", card, has_samples=bool(rows))
+    shown = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
+    prompt = shown or next(iter(about.captions), "a dog")
+    if kind == "folder":
+        command = drawing_command(config, about, prompt, base=path)
+    else:
+        words = [path.with_name(name) for name in word_files(about, path)]
+        command = drawing_command(config, about, prompt, lora=path, words=words)
+    plot_and_tell(run, f"{_WHAT[kind]:<9}{path}", card, command, has_samples=bool(rows))
 
 
 _WHAT = {"lora": "adapter", "difference": "change", "folder": "model"}
 
 
-def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None:
-    """Draw the log, and say what there is now. made: lines on what was learned."""
+def drawing_command(
+    config: TrainingOptions,
+    about: Description,
+    prompt: str,
+    *,
+    base: Path | None = None,
+    lora: Path | None = None,
+    words: Sequence[Path] = (),
+) -> str:
+    """The command that draws with what was learned, from the folder where the training was started: the card's own
+    has the names of files alone, because it travels with them.
+
+    base: the whole model that was learned, if one was. lora: an adapter, or a difference. words: files of new words.
+    """
+    from sfumato.cards.adapter import generate_line
+
+    here = dataclasses.replace(about, config=to_dict(config))
+    options = ("clip_skip", "max_tokens") if base else ()
+    files = [str(each) for each in words]
+    return generate_line(prompt, str(base or config.base), here, *options, lora=str(lora or ""), words=files)
+
+
+def plot_and_tell(run: Run, made: str, card: Path, command: str, *, has_samples: bool) -> None:
+    """Draw the log, and say what there is now. made: lines on what was learned. command: what draws with it."""
     import torch
 
     from sfumato.runs.plot import plot_log
@@ -94,6 +123,7 @@ def plot_and_tell(run: Run, made: str, card: Path, *, has_samples: bool) -> None
     run.say(f"\n{made}\ncard     {card}\nplot     {run.folder / 'plot.png'}")
     if has_samples:
         run.say(f"samples  {run.folder / 'samples.png'}")
+    run.say(f"try      {command}")
     cuda: Any = torch.cuda  # whose functions have no types
     if cuda.is_initialized() and (peak := cuda.max_memory_reserved()):
         run.say(f"memory   {peak / 2**30:.1f} GiB of the GPU at the peak")
