@@ -80,6 +80,20 @@ def test_an_option_that_comes_first_is_no_config_file(tmp_path):
     assert read(f"--config={file}", "--images", "d").rank == 3
 
 
+@pytest.mark.parametrize("named", ["slider-flat.toml", "trainers/configs/slider-flat.toml"])
+def test_a_shipped_config_is_found_from_any_folder_and_said(named, tmp_path, monkeypatch, capsys):
+    slider = import_module("sfumato.trainers.slider")
+    monkeypatch.chdir(tmp_path)
+    config = parse(slider.Config, [named, "--output", "o"], program="train slider")
+    assert config.concept
+    assert capsys.readouterr().err.endswith("trainers/configs/slider-flat.toml\n")
+    own = tmp_path / named
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text('concept = "mine"')
+    assert parse(slider.Config, [named, "--output", "o"], program="train slider").concept == ("mine",)
+    assert capsys.readouterr().err == ""
+
+
 def test_toml_and_back_is_identity(tmp_path):
     config = Config(images=Path("a b"), rank=3, prompts=('say "x"', "ünï"))
     file = tmp_path / "c.toml"

@@ -37,6 +37,11 @@ def test_corners_come_first_and_every_cell_once():
     assert [len(some) for some in rounds] == [4, 5, 6]
 
 
+def test_a_prompt_without_its_option_is_told_where_it_belongs():
+    with pytest.raises(ConfigError, match=r"^'a crab': belongs to no option. A prompt is given by --prompt. "):
+        parse(Config, ["a crab", "--x", "steps=2,3", "--y", "seed=1"], program="grid")
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 2), (7, 1)])
 def test_every_shape_is_covered_once(shape):
     cells = [cell for some in coarse_to_fine(*shape) for cell in some]

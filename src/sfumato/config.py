@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -46,6 +47,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
     import cyclopts
 
     file, rest = split_off_file(list(argv), first_may_be_config=first_may_be_config)
+    file = _shipped_instead(file)
     called = f"python -m {program}" if "." in program else f"sfumato {program}"
     _refuse_config_of_others(config_type, str(file) if file else rest[0] if rest else "")
     in_file = {} if file is None else _read(config_type, file)
@@ -169,7 +171,8 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
         left = " ".join(map(repr, error.unused_tokens or ()))
         if any(Path(word).exists() for word in error.unused_tokens or ()):
             return f"{left}: more files than are taken at once. Name fewer, and run it again for the others."
-        return f"{left}: belongs to no option. Put a name with spaces into quotes."
+        prompt = "A prompt is given by --prompt. " if "prompt" in known else ""
+        return f"{left}: belongs to no option. {prompt}Put a name with spaces into quotes."
     if isinstance(error, cyclopts.MissingArgumentError):
         return _missing(error, known)
     return " ".join(str(error).split()).replace(" from dict:", f" from {file}:")
@@ -378,6 +381,17 @@ def _wanted(hint: Any, value: Any) -> str | None:
     kinds, name = _KINDS.get(hint, ((object,), ""))
     fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     return None if fits else f"{name}, without quotes" if isinstance(value, str) else name
+
+
+def _shipped_instead(file: Path | None) -> Path | None:
+    """The file, or sfumato's own config where the README's path to it, or its bare name, leads nowhere; that is said,
+    because what counts is then in another folder."""
+    if file is None or file.exists() or str(file.parent.as_posix()) not in (".", "trainers/configs"):
+        return file
+    if not (shipped := _shipped(file.name)):
+        return file
+    print(f"config  {shipped}", file=sys.stderr)
+    return shipped
 
 
 def _shipped(name: str) -> Path | None:
