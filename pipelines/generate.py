@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
@@ -185,6 +186,10 @@ def _prompts(config: Config) -> list[str]:
         raise ConfigError(
             f"{mistaken[0]}: an image, and no prompt. sfumato inspect {mistaken[0]} tells the command that draws it "
             "again; --image begins from it."
+        )
+    if config.lora and (mistaken := [text for text in config.prompts if re.fullmatch(r"-?\d*[.,]\d+", text)]):
+        raise ConfigError(
+            f"{mistaken[0]}: a number, and no prompt. A weight follows its file: --lora FILE:{mistaken[0]}"
         )
     if mistaken := [text for text in prompts if text.lower().endswith(".txt") and isfile(text)]:
         raise ConfigError(f"{mistaken[0]}: a file, and no prompt. --prompts-file {mistaken[0]} draws its lines.")

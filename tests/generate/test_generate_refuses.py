@@ -182,6 +182,7 @@ WRONG = {
         "one setting",
     ),
     "an option in a negative prompt": (["a cat", "--negative", "red --w 64"], "--negative: options such as '--w 64'"),
+    "a weight apart from its file": (["a", "--lora", "line.safetensors", "0.8"], "follows its file: --lora FILE:0.8"),
     "an unknown option": (["a", "--sede", "3"], "--seed"),
     "a seed too long in the second prompt": (["red --d 1 --s 1", f"red --d {2**64}"], "64 bits"),
     "a seed that is counted too far": (["a", "--seed", str(2**64 - 1), "--count", "2"], "64 bits"),
