@@ -44,6 +44,19 @@ def test_a_full_disk_is_told_with_the_name_that_was_asked_for(named, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_cannot_be_written_is_told_with_the_name_that_was_asked_for(tmp_path, monkeypatch):
+    """Such a disk refuses to remove a file that is not there, too."""
+
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    place = tmp_path / "a.png"
+    with pytest.raises(OSError, match="Read-only") as caught, atomic_path(place) as temporary:
+        raise OSError(errno.EROFS, "Read-only file system", str(temporary))
+    assert caught.value.filename == str(place)
+
+
 def test_two_that_write_one_file_at_once_are_not_in_each_others_way(tmp_path):
     """Two threads of one process, or two containers whose processes have one number."""
     place = tmp_path / "a.tar.gz"

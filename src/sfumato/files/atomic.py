@@ -37,7 +37,8 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that cannot be written refuses it even where there is no such file
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
