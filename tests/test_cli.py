@@ -337,6 +337,21 @@ def test_a_run_whose_file_is_nested_without_end_is_none(tmp_path, capsys):
     assert "holds no run to resume" in capsys.readouterr().err
 
 
+def test_who_resumes_what_is_no_run_is_told_the_runs_near_it(tmp_path, capsys):
+    for name in ("b", "a"):
+        (tmp_path / "my runs" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "my runs" / name / "run.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for named, said in {
+        "my runs": "there are a, b in it; name one.",
+        "my runs/a/checkpoints": f'{tmp_path}/my runs/a does: sfumato resume "{tmp_path}/my runs/a"',
+        "empty": "holds no run to resume; name the folder that --output named.",
+        "gone": "there is no such folder; name the one that --output named.",
+    }.items():
+        assert cli.main(["resume", str(tmp_path / named)]) == 2
+        assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
 @pytest.mark.parametrize("copy", ["3", "[1]", "true"])
 def test_a_run_whose_copy_is_no_text_is_one_line(copy, tmp_path, capsys):
     (tmp_path / "run.json").write_text(f'{{"program": "lora", "copy": {copy}}}')

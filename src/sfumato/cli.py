@@ -295,7 +295,7 @@ def _resume(words: list[str]) -> object:
     config = folder / "config.toml"
     facts = object_in(folder / "run.json")
     if "program" not in facts:
-        raise ConfigError(f"{folder} holds no run to resume; name the folder that --output named.")
+        raise ConfigError(f"{folder} holds no run to resume; {_runs_near(folder)}")
     copy = facts.get("copy")
     if isinstance(copy, str) and copy:
         raise ConfigError(
@@ -303,6 +303,17 @@ def _resume(words: list[str]) -> object:
             f"{shell.quote(copy)} {shell.quote(str(config))} --output {shell.quote(str(folder))} --resume"
         )
     return _load(find(str(facts["program"]), TRAINERS))([str(config), "--output", str(folder), "--resume", *words[1:]])
+
+
+def _runs_near(folder: Path) -> str:
+    """What to name instead of a folder that is no run: those in it, or the one that it or the file lies in."""
+    if not folder.exists():
+        return "there is no such folder; name the one that --output named."
+    if (folder.parent / "run.json").is_file():
+        return f"{folder.parent} does: sfumato resume {shell.quote(str(folder.parent))}"
+    if found := sorted(each.parent.name for each in folder.glob("*/run.json")):
+        return f"there are {', '.join(found[:4])}{' and more' if found[4:] else ''} in it; name one."
+    return "name the folder that --output named."
 
 
 def find(name: str, among: dict[str, str]) -> str:
