@@ -44,6 +44,8 @@ def test_every_name_leads_to_an_option_of_some_program_that_does_not_have_that_n
     ("program", "words", "said"),
     [
         ("train lora", [*NEEDED, "--network_dim", "16"], "--network_dim. Here it is --rank. "),
+        ("generate", ["a crab", "-n", "4"], "-n. Here it is --count. "),
+        ("convert", ["a.safetensors", "-o", "b", "--to", "ComfyUI"], "--to ComfyUI: it reads --to kohya, in which "),
         ("train lora", [*NEEDED, "--lr=1e-4"], "--lr. Here it is --learning-rate. See"),
         ("train lora", [*NEEDED, "--enable-bucket"], "It needs none: images keep their sh"),
         ("train lora", ["--train_data_dir", "d"], "--train_data_dir is no option. Here it is --images. See"),

@@ -24,7 +24,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--steps": "max_train_steps num_inference_steps sampling_steps",
         "--epochs": "max_train_epochs num_train_epochs",
         "--batch": "train_batch_size batch_size",
-        "--count": "n_iter images_per_prompt num_images_per_prompt batch_count",
+        "--count": "n n_iter images_per_prompt num_images num_images_per_prompt batch_count",
         "--accumulate": "gradient_accumulation_steps",
         "--learning-rate": "unet_lr lr",
         "--text-learning-rate": (
@@ -205,6 +205,9 @@ VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("schedule", "constant_with_warmup"): "here it is --schedule constant with --warmup STEPS.",
         ("schedule", r"(?i)cosine_with_(hard_)?restarts"): "here it is --schedule cosine with --cycles N.",
+        ("to", r"(?i)comfy(ui)?|a1111|automatic1111|forge|(stable-diffusion-)?webui|invoke(ai)?|sd-?scripts"): (
+            "it reads --to kohya, in which what sfumato trains is written already."
+        ),
         ("resolution", r"\d+[,x ]+\d+"): "it is one number: images keep their shapes and get its square's pixels.",
     }
 )
