@@ -129,7 +129,7 @@ def test_the_trigger_that_the_captions_were_made_with_is_told(train, source):
     assert metadata["modelspec.trigger_phrase"] == "abc, zwx"
     card = (path.parent / "README.md").read_text()
     assert re.search(r"\n- `abc`, as in `[a-z ]+ by abc`\n- `zwx`, as in `[a-z ]+ by zwx`\n", card)
-    assert "a ball by abc" in card
+    assert "a dog by abc" in card
 
 
 def test_a_trigger_that_no_source_uses_is_not_told(train, source):
@@ -258,7 +258,7 @@ def test_a_trigger_whose_place_a_new_word_takes_is_not_told(train, pictures):
     path = train("run", toml, *words, quiet=("--measure-every", "0", "--checkpoint-every", "0"))
     assert json.loads(read_header(path).metadata["sfumato.trigger"]) == ["<w>"]
     card = (path.parent / "README.md").read_text()
-    assert "a ball, <w>" in card
+    assert "a dog, <w>" in card
     assert "sks" not in card
 
 

@@ -143,7 +143,7 @@ def train(config: Config) -> Path:
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
     from sfumato.training.prior import BasePrediction, prepare_datasets
-    from sfumato.training.unrelated import unrelated_to
+    from sfumato.training.unrelated import clear_first, unrelated_to
     from sfumato.training.validation import prepare_validation
     from sfumato.words import identifier
 
@@ -202,7 +202,7 @@ def train(config: Config) -> Path:
     metrics = Metrics(base, dataset, drift_prompts, **contexts, modules=[trained], held_out=held_out)
     noising = config.noising(base)
     trigger = triggers(config, subjects, instance)
-    prompts = subject.sample_prompts(dataset.captions, unrelated[0])
+    prompts = subject.sample_prompts(dataset.captions, clear_first(unrelated)[0])
     samples = samples_of(config, base, trained, prompts, trigger, run, average)
     about = partial(description_of, config, base, dataset, samples, trigger)
     learned = trained_adapter_of(config, base, lora, about, average) if lora else None

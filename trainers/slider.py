@@ -363,12 +363,14 @@ def samples_of(
     from sfumato.runs.samples import Samples
     from sfumato.training.sampling import drawing_of
     from sfumato.training.slider import drawing_at_weights
-    from sfumato.training.unrelated import default_prompts, unrelated_to
+    from sfumato.training.unrelated import clear_first, default_prompts, unrelated_to
 
     asked, own = config.asked_samples()
     concepts = [one.concept for one in ends if one.concept]
     prompts = asked or (
-        [*concepts[:2], unrelated_to(concepts)[0]] if concepts else default_prompts(data.captions, None, None)
+        [*concepts[:2], clear_first(unrelated_to(concepts))[0]]
+        if concepts
+        else default_prompts(data.captions, None, None)
     )
     draw = drawing_of(base, lora, span=config_defaults.span_of(config, base), resolution=config.resolution, own=own)
     return Samples(

@@ -309,7 +309,7 @@ def test_the_template_takes_them_too(folder):
     }
     assert set(forms(found[1].caption, ON)) == {f"{way} of red house, zwx" for way in ways}
     prompts = default_prompts(["a"], found[0].template, found[0].trigger)
-    assert prompts == ["a", "photo of a ball, zwx", "photo of a dog, zwx"]
+    assert prompts == ["a", "photo of a dog, zwx", "photo of a car, zwx"]
 
 
 @pytest.mark.parametrize(

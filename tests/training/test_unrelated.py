@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.training.unrelated import UNRELATED, default_prompts
+from sfumato.training.unrelated import UNRELATED, clear_first, default_prompts, unrelated_to
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,15 @@ from sfumato.training.unrelated import UNRELATED, default_prompts
     ],
 )
 def test_samples_show_what_was_learned_and_what_was_not(template, trigger, prompts):
-    expected = [*prompts[:2], *(form.format(thing) for form, thing in zip(prompts[2:], UNRELATED, strict=False))]
+    expected = [
+        *prompts[:2],
+        *(form.format(thing) for form, thing in zip(prompts[2:], ("a dog", "a car"), strict=True)),
+    ]
     assert default_prompts(["one", "two", "three"], template, trigger) == expected
     assert default_prompts(["one", "one", "three"], template, trigger) == [expected[0], *expected[2:]]
+
+
+def test_samples_show_first_what_any_base_draws_and_never_what_is_learned():
+    assert clear_first(unrelated_to(["a sks dog"]))[:2] == ["a car", "a tree"]
+    assert clear_first(["a ball", "a cup"]) == ["a ball", "a cup"]
+    assert sorted(clear_first(UNRELATED)) == sorted(UNRELATED)
