@@ -3,7 +3,10 @@
 import copy
 import dataclasses
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import diffusers
@@ -397,3 +400,11 @@ def test_latents_with_a_mean_for_each_channel_are_scaled_as_sdxls_pipeline_scale
     with torch.no_grad():
         wanted = base.vae.decode(latents * deviations / base.vae.config.scaling_factor + means).sample
     torch.testing.assert_close(base.decode(latents), wanted.clamp(-1, 1))
+
+
+def test_a_pipeline_in_python_brings_no_warnings_of_parts_that_are_not_used(pocket_folder):
+    code = f"import sfumato\nprint(type(sfumato.load_base({str(pocket_folder)!r}).pipeline()).__name__)"
+    quiet = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=quiet)
+    assert done.stdout.strip() == "StableDiffusionPipeline", done.stderr
+    assert "torchvision" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -295,10 +296,10 @@ class Base:
             parts |= {encoder.folder: text_encoder, encoder.tokenizer: tokenizer}
         if self.family.name == "sdxl":
             zeros = self.zeros_for_empty_prompt
-            return diffusers.StableDiffusionXLPipeline(
-                **parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-            )
-        return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+            kind = _pipeline_class("StableDiffusionXLPipeline")
+            return kind(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+        kind = _pipeline_class("StableDiffusionPipeline")
+        return kind(**parts, safety_checker=None, requires_safety_checker=False)
 
     # By what it is known again
 
@@ -361,3 +362,18 @@ class Base:
         if not stated or not self.name == metadata.get("ss_sd_model_name") == "pocket":
             return False
         return bool(self.adapted_fingerprint()) and stated not in self._adapted_fingerprints
+
+
+def _pipeline_class(name: str) -> Any:
+    """diffusers' pipeline of this name, loaded without transformers' warnings of image processors that want
+    torchvision: they are of parts that are not used here, and of nothing that one could do."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.addFilter(_tells_of_more_than_torchvision)
+    try:
+        return getattr(diffusers, name)
+    finally:
+        logger.removeFilter(_tells_of_more_than_torchvision)
+
+
+def _tells_of_more_than_torchvision(record: logging.LogRecord) -> bool:
+    return "requires torchvision" not in record.getMessage()
