@@ -36,6 +36,8 @@ class Config(DrawingBaseOptions):
 
     Example: sfumato grid --lora line.safetensors --x line=0,0.5,1 --y "prompt=a crab|an owl" -o grid
 
+    One row: sfumato grid --lora line.safetensors --x line=0,0.5,1 --prompt "a crab"
+
     Methods: sfumato grid --lora line.safetensors --lora otter.safetensors --x otter=0.5,0.75,1 --y method=linear,ties
     --prompt "an otter"
     """
@@ -45,8 +47,8 @@ class Config(DrawingBaseOptions):
     adapter=a.safetensors,runs/*.safetensors for one adapter after another; method=linear,ties,np-lora to merge the
     adapters by each method, as sfumato merge does. Also density (of a method), negative, steps, guidance,
     adapter_guidance, sampler."""
-    y: str
-    """What varies from top to bottom, in the same form."""
+    y: str | None = None
+    """What varies from top to bottom, in the same form. Unset: nothing does, and the sheet has one row."""
     lora: tuple[str, ...] = ()
     """Adapter and its weight, FILE:0.8, as for sfumato generate. Repeat the option to mix several."""
     method: str | None = None
@@ -88,8 +90,21 @@ class Config(DrawingBaseOptions):
     """Size in pixels: WIDTHxHEIGHT, or one number for a square. Unset: the size that the base model was trained on."""
 
 
+def with_rows(config: Config) -> Config:
+    """The config with a --y. One that has none gets that of its seed, or of its prompt where --x varies seeds."""
+    if config.y is not None:
+        return config
+    if not config.x.startswith("seed="):
+        return replace(config, y=f"seed={config.seed or 0}", seed=None)
+    if "|" in (config.prompt or "|"):
+        raise ConfigError('there is no --y; give what varies from top to bottom, such as --y "prompt=a crab|an owl".')
+    return replace(config, y=f"prompt={config.prompt}", prompt=None)
+
+
 def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     """The axes, all adapters, and the cells row by row. Raises ConfigError before anything heavy is loaded."""
+    config = with_rows(config)
+    assert config.y is not None
     for name, check in CHECKS.items():
         if (value := getattr(config, name)) is not None:
             check(value)
@@ -203,6 +218,7 @@ def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
 
 def draw_grid(config: Config) -> Path:
     """Generate the cells that are missing. Returns the path of the sheet."""
+    config = with_rows(config)
     x, y, adapters, rows = plan(config)
     _refuse_others(config.output)
     embeddings = [parse_embedding(spec) for spec in config.embedding]

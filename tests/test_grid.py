@@ -116,6 +116,21 @@ def test_brackets_of_a1111_keep_their_own_bars_together(text, prompts):
     assert parse_axis(f"negative={text}", []).values == tuple(text.split("|"))
 
 
+def test_without_a_second_axis_there_is_one_row():
+    for options, values, labels in (
+        ({"x": "steps=2,3", "seed": 7}, [(2, 7), (3, 7)], ["seed 7"]),
+        ({"x": "seed=4,5", "steps": 2}, [(2, 4), (2, 5)], ["red"]),
+    ):
+        _, y, _, rows = plan(Config(prompt="red", **options))
+        assert [[(cell.settings["steps"], cell.settings["seed"]) for cell in row] for row in rows] == [values]
+        assert {cell.settings["prompt"] for cell in rows[0]} == {"red"}
+        assert y.labels == labels
+    with pytest.raises(ConfigError, match="there is no --y"):
+        plan(Config(x="seed=4,5", prompt="a [red|blue] crab", prompt_syntax="a1111"))
+    with pytest.raises(ConfigError, match="there is no prompt"):
+        plan(Config(x="steps=2,3"))
+
+
 @pytest.fixture
 def grid(pocket_folder, tmp_path, monkeypatch):
     """grid(*words): the exit code, in a folder with line.safetensors and otter.safetensors."""
