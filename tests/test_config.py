@@ -357,3 +357,19 @@ class Drawing:
 def test_an_output_of_no_letters_is_refused_under_its_short_name():
     with pytest.raises(ConfigError, match=r"^-o is empty; wanted a path"):
         parse(Drawing, ["-o", ""], program="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_theirs"),
+    [
+        ('[model]\npretrained_model_name_or_path = "d"\n', True),
+        ('pretrained_model_name_or_path = "d"\noutput_dir = "o"\n', True),
+        ('pretrained_model_name_or_path = "d"\n', False),
+    ],
+)
+def test_a_training_of_sd_scripts_is_told_what_converts_it(text, is_theirs, tmp_path):
+    file = tmp_path / "theirs.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse(import_module("sfumato.trainers.lora").Config, [str(file)], program="train lora")
+    assert ("sfumato recipe" in str(error.value)) == is_theirs

@@ -319,8 +319,9 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(config_type)]
     if "source" in values and "source" not in known and "images" in known:
         raise ConfigError(f"{path}: this is a dataset.toml; pass it with --images.")
-    in_sections = {key for value in values.values() if isinstance(value, dict) for key in value} | values.keys()
-    if "learning_rate" in known and in_sections >= {"pretrained_model_name_or_path", "output_dir"}:
+    in_sections = {key for value in values.values() if isinstance(value, dict) for key in value}
+    base = "pretrained_model_name_or_path"
+    if "learning_rate" in known and (base in in_sections or {base, "output_dir"} <= in_sections | values.keys()):
         raise ConfigError(
             f"{path}: a training of sd-scripts; sfumato recipe {shell.quote(str(path))} -o mine.toml converts it."
         )

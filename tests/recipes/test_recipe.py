@@ -104,7 +104,11 @@ def test_of_several_trainings_the_first_is_converted_and_a_note_says_so(home):
         ),
         ("a.sh", f"train_network.py {BASE}=a --network_dim=many", "a.sh: network_dim is 'many'; wanted a number."),
         ("a.sh", f"train_network.py {BASE}=a --network_dim", "a.sh: network_dim is True; wanted a number."),
-        ("a.sh", f"train_network.py {BASE}=a b", "a.sh: pretrained_model_name_or_path is ['a', 'b']; wanted a text."),
+        (
+            "a.sh",
+            f"train_network.py {BASE}=a b",
+            "a.sh: pretrained_model_name_or_path is ['a', 'b']; wanted a text. Put a name with",
+        ),
         ("a.json", '{"training_method": [1]}', "a.json: training_method is [1]; wanted a text."),
         (
             "a.json",

@@ -56,7 +56,8 @@ class Asked:
         """A setting that is a text, also where it looks like a number. Raises ConfigError for what is none."""
         value = self.get(key, otherwise)
         if value is True or isinstance(value, (list, dict)):
-            raise ConfigError(f"{self.name}: {key} is {value!r:.40}; wanted a text.")
+            quoted = " Put a name with spaces into quotes." if isinstance(value, list) and len(value) > 1 else ""
+            raise ConfigError(f"{self.name}: {key} is {value!r:.40}; wanted a text.{quoted}")
         return None if value in (None, "", False) else str(value)
 
     def path(self, key: str) -> str | None:
