@@ -120,7 +120,7 @@ def test_the_table_names_file_weight_kind_rank_modules_and_way(sd1, write):
     _, line, other, reason = text.splitlines()
     assert line.split() == ["line", "0.8:0.2", "a.safetensors", "LoRA", "3", "4", "2", "baked"]
     assert other.split()[:3] == ["other", "0.3", "(muted)"]
-    assert reason == "6 weights baked in place (none is quantised, so this is exact and costs no call a thing)"
+    assert reason == "6 weights baked in place (none is quantised, so this is exact, and drawing takes no longer)"
 
 
 def test_the_reason_for_the_way_is_printed(sd1, write, capsys):

@@ -20,7 +20,7 @@ def reason(ways: Sequence[str], asked: Way) -> str:
     live = len(ways) - baked
     if not live:
         whys = {
-            "auto": "none is quantised, so this is exact and costs no call a thing",
+            "auto": "none is quantised, so this is exact, and drawing takes no longer",
             "baked": "as asked",
             "live": "there is no layer that a path could stand beside",
         }
