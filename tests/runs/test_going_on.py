@@ -464,3 +464,16 @@ def test_what_is_drawn_again_after_going_further_back_counts_as_not_drawn(tmp_pa
         train(replace(config, resume=True, checkpoint_every=1))  # from step 3, killed while it looks at step 4
     train(replace(config, resume=True))
     assert seen(tmp_path / "run") == [0, 4, 8]
+
+
+def test_fewer_steps_than_were_made_are_refused_and_leave_the_run_as_it_is(tmp_path):
+    config = Config(output=tmp_path / "run", steps=3, checkpoint_every=1)
+    made = train(config).read_bytes()
+    toml = (tmp_path / "run/config.toml").read_bytes()
+    going_on = replace(config, resume=True, force=True)
+    assert problem(lambda: train(replace(going_on, steps=2))) == (
+        f"{tmp_path / 'run'} has made 3 steps, and --steps is 2; give at least 3, or train anew with --overwrite."
+    )
+    assert (tmp_path / "run/config.toml").read_bytes() == toml
+    assert train(replace(going_on, steps=3)).read_bytes() == made
+    assert train(replace(going_on, steps=4)).read_bytes() != made

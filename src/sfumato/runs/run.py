@@ -105,6 +105,7 @@ class Run:
             if self._claim.take(program, writes):
                 self._resumed_from = self._recovery.find()
                 self.step = self._resumed_from or 0
+                self._refuse_fewer_steps()
             self._processes.wait()  # before the main process changes what the others have looked at
             self._claim.name_program(program, writes)
             if self.is_main and not self._claim.replaces:
@@ -113,6 +114,15 @@ class Run:
             self.withdraw()
             raise
         unfinished.note_opened(self)
+
+    def _refuse_fewer_steps(self) -> None:
+        """Raise RunError where more steps are made than are asked for: the file would say that it was trained less."""
+        wanted = getattr(self._config, "steps", None)
+        if wanted is not None and self.step > wanted:
+            raise RunError(
+                f"{self.folder} has made {self.step} steps, and --steps is {wanted}; give at least {self.step}, or "
+                "train anew with --overwrite."
+            )
 
     def begin(self) -> None:
         """Remove what a run that is replaced has left in the folder. `steps` does so where the program did not."""
