@@ -21,13 +21,15 @@ KARRAS = MappingProxyType({"use_karras_sigmas": True})
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler. label, schedule: A1111's "Sampler" and "Schedule type". settings: beside the base's own schedule."""
+    """A sampler. label, schedule: A1111's "Sampler" and "Schedule type". settings: beside the base's own schedule.
+    options: of a pipeline's call."""
 
     label: str
     class_name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     schedule: str | None = None
     needs: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _dpm(label: str, algorithm: str = "dpmsolver++", order: int = 2) -> Sampler:
@@ -61,7 +63,8 @@ _PLAIN = {
     "deis": Sampler("DEIS", "DEISMultistepScheduler"),
     # For models and adapters that are distilled for few steps (latent and trajectory consistency), with guidance 1.
     "lcm": Sampler("LCM", "LCMScheduler"),
-    "tcd": Sampler("TCD", "TCDScheduler"),
+    # Its eta is the paper's gamma, 0.3 there; with a pipeline's own 0 it would be DDIM, which makes no noise.
+    "tcd": Sampler("TCD", "TCDScheduler", options={"eta": 0.3}),
 }
 _WITH_KARRAS = ("euler", "heun", "lms", "dpm2", "dpm2 a", "dpm++ 2m", "dpm++ 2m sde", "unipc", "deis")
 

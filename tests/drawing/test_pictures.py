@@ -162,14 +162,14 @@ def test_another_sampler_is_not_suggested_for_one_that_there_is_not(name):
         schedulers.find(name)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lcm", LCMScheduler), ("tcd", TCDScheduler)])
-def test_samplers_of_few_steps_draw_what_diffusers_draws_with_them(name, kind, pocket):
+@pytest.mark.parametrize(("name", "kind", "options"), [("lcm", LCMScheduler, {}), ("tcd", TCDScheduler, {"eta": 0.3})])
+def test_samplers_of_few_steps_draw_what_diffusers_draws_with_them(name, kind, options, pocket):
     """Each image with its own noise between the steps, whatever is drawn beside it."""
     together = draw(pocket, "a cat", [1, 2, 3], steps=4, sampler=name, guidance=1.0)
     pipe = pocket.pipeline()
     pipe.scheduler = kind.from_config(pocket.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 64, "height": 64}
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "width": 64, "height": 64, **options}
     wanted = pipe("a cat", generator=torch.Generator().manual_seed(3), **settings).images[0]
     assert difference(together[2], wanted) <= 1
     assert difference(together[2], together[1]) > 10

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax
+from sfumato.schedulers import find
 from sfumato.weighting.adapter import Adapter, Weight, is_idle
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Cell:
             told.append([2, *used])
         if words:
             told.append({"embeddings": list(words)})
+        if options := self.settings.get("sampler") and find(self.settings["sampler"]).options:
+            told.append({"sampler": dict(options)})
         text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -109,6 +109,7 @@ def draw_each(
     if guidance is not None:
         checked_guidance(guidance)
     other = None if sampler is None else schedulers.scheduler(sampler, pipe.scheduler.config)
+    given |= {} if sampler is None else schedulers.find(sampler).options
     check_steps(steps, other or pipe.scheduler)
     call = Call(pipe, source if is_base else None, negative, syntax, given, start)
     for first in range(0, len(prompts), batch):
