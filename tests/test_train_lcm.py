@@ -205,6 +205,18 @@ def test_on_what_the_base_draws_the_prompts_are_captions(train, pocket_folder, t
     assert (path.parent / "samples.png").exists()
 
 
+@pytest.mark.slow
+def test_settings_of_prompts_are_no_words_of_the_images(train, tmp_path, capsys):
+    (tmp_path / "some.json").write_text(
+        json.dumps([{"prompt": "a red square", "width": 96, "negative_prompt": "dull"}])
+    )
+    own = ("--images", "", "--caption", "", "--prompts", str(tmp_path / "some.json"), "--drawn", "1", "--steps", "1")
+    path = train("run", *own)
+    [about] = (path.parent / "drawn").rglob("about.json")
+    assert json.loads(about.read_text())["prompt"] == "a red square"
+    assert "settings in prompts are left out; all images are generated alike" in capsys.readouterr().err
+
+
 def test_a_sample_prompt_with_more_steps_than_the_sampler_takes_is_refused_before_the_training(train, tmp_path, capsys):
     train("run", "--sample-prompts", "a dot --s 60", "--sample-every", "1", code=2)
     assert "--s 60 in a prompt: 60 steps; this sampler takes at most 50" in capsys.readouterr().err
@@ -229,6 +241,8 @@ def test_prompts_are_drawn_in_turn():
         (["--guidance", "-1"], "guidance -1: wanted 0 to 100; 3 to 9 is usual."),
         (["--solver-steps", "0"], "--solver-steps is 0; it must be 1 to 1000."),
         (["--caption", "a {caption}"], "--caption has no effect without --images"),
+        (["--prompts", "<lora:ink:1> a dog"], "--prompts: <lora:ink:...> is not read here; leave it out."),
+        (["--prompts", " "], "--prompts ' ': no words in it; write what is to be drawn."),
         (["--base", "x/y"], "--prompts is missing; give prompts of what you will draw, a file of them, or --images"),
         (
             ["--images", "here", "--drawn", "3"],

@@ -24,6 +24,7 @@ from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.limits import checked_guidance
 from sfumato.numerals import pluralize
+from sfumato.prompts.tags import refuse_tags, split_flags
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainingOptions
@@ -48,8 +49,8 @@ class Config(KindOptions, TrainingOptions):
 
     prompts: tuple[str, ...] = ()
     """Prompts of images that the base model generates once, to learn on, or a file of them: a .txt with one on each
-    line, or a .toml or .json as sd-scripts has them. Repeat the option for several. Name what you will draw: hundreds
-    of different prompts are best. Unset: on pocket all that it knows."""
+    line, or a .toml or .json as sd-scripts has them, whose settings are left out. Repeat the option for several. Name
+    what you will draw: hundreds of different prompts are best. Unset: on pocket all that it knows."""
     drawn: int | None = None
     """Number of images that the base model generates, of all prompts in turn. Unset: the base family's default."""
     images: Path | None = None
@@ -233,6 +234,11 @@ def check(config: Config) -> None:
             raise ConfigError(
                 "--prompts is missing; give prompts of what you will draw, a file of them, or --images with captions."
             )
+        for prompt in config.prompts:
+            text, _ = split_flags(prompt)
+            refuse_tags(text, "--prompts", "leave it out")
+            if not text.strip():
+                raise ConfigError(f"--prompts {prompt!r:.60}: no words in it; write what is to be drawn.")
     else:
         checks.refuse_given(
             config, "is for images that are generated, and --images are given; leave one out", *OF_DRAWN
@@ -279,7 +285,10 @@ def draw_prompts(config: Config, base: Base, run: Run, processes: Processes) -> 
     from sfumato.training.class_pictures import pictures_of_class
     from sfumato.training.lcm import prompts_to_draw
 
-    prompts = prompts_to_draw(config.prompts or known_prompts(), config.drawn, config.seed)
+    told = [split_flags(prompt) for prompt in config.prompts]
+    if any(settings for _, settings in told):
+        run.say("--prompts: settings in prompts are left out; all images are generated alike")
+    prompts = prompts_to_draw([text for text, _ in told] or known_prompts(), config.drawn, config.seed)
     drawn, now = pictures_of_class(
         base,
         Counter(prompts),
