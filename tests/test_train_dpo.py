@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sfumato.trainers.dpo import Config, resolve
 from torch.testing import assert_close
 
@@ -16,8 +17,10 @@ from sfumato import cli, data, diffusion, randomness
 from sfumato.adapters import attach, target_layers
 from sfumato.bases import load_base
 from sfumato.data import ExampleSet
-from sfumato.files import read_header, read_lora, read_tensors
+from sfumato.files import Description, describe, read_header, read_lora, read_tensors
+from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of, trigger_words
 from sfumato.precision import decide
+from sfumato.training import sampling
 from tests.test_train_slider import assert_equal, assert_near
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -135,6 +138,28 @@ def test_one_that_goes_on_is_measured_against_its_start(train, pocket_folder, tm
     made = read_lora(path).modules
     for key, change in changes.items():
         assert_close(made[key].up @ made[key].down, change, rtol=1e-3, atol=1e-4)
+
+
+def test_one_that_goes_on_from_a_style_is_drawn_as_the_style_is(train, tmp_path, monkeypatch):
+    asked = {"adapter_guidance": 2.0, "over_steps": (0.25, 1.0), "negatives": ("ink",), "trigger": ["ink style"]}
+    style = read_tensors(train("first", "--seed", "9"))
+    save_file(style, tmp_path / "style.safetensors", describe(Description("style", "pocket", **asked)))
+    drawn = []
+    monkeypatch.setattr(sampling, "drawing_of", lambda *given, **more: drawn.append((*given[2:], more)) or give_white)
+    path = train("run", "--init-from", str(tmp_path / "style.safetensors"), "--sample-every", "4")
+    told = read_header(path).metadata
+    assert adapter_guidance_of(told) == 2.0
+    assert over_steps_of(told) == (0.25, 1.0)
+    assert negatives_of(told) == ("ink",)
+    assert trigger_words(told) == ["ink style"]
+    [(strength, span, more)] = drawn
+    assert (strength, span, more["negatives"]) == (2.0, (0.25, 1.0), ("ink",))
+    own = train("own", "--init-from", str(tmp_path / "style.safetensors"), "--over-steps", "0-0.5")
+    assert over_steps_of(read_header(own).metadata) == (0.0, 0.5)
+
+
+def give_white(prompts, seeds):
+    return [Image.new("RGB", (64, 64), "white") for _ in seeds]
 
 
 @pytest.mark.slow

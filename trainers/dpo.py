@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.ema import Ema
+    from sfumato.training.init_from import Asked
     from sfumato.training.trained_adapter import TrainedAdapter
 
 
@@ -79,11 +80,12 @@ class Config(KindOptions, TrainingOptions):
     """Weight of the prior-preservation samples in the loss; the pairs have weight 1. Unset: 1."""
     init_from: Path | None = None
     """Go on from this adapter, such as a style that you trained, instead of from the base model: its images are those
-    that the preferences are about. It must have the same targets and ranks, and be there when the run is resumed."""
+    that the preferences are about. What its file asks for when generating, such as adapter guidance, is kept. It must
+    have the same targets and ranks, and be there when the run is resumed."""
     over_steps: str | None = None
     """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
     Sample images use it, and the file asks for it (see sfumato generate --over-steps). Unset: the steps that were
-    trained, see --min-timestep."""
+    trained, see --min-timestep, or those that the file of --init-from asks for."""
     save_every: int = 0
     """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps
     only the last."""
@@ -114,7 +116,7 @@ def train(config: Config) -> Path:
     from sfumato.training import optimizers
     from sfumato.training.adapting import new_adapter
     from sfumato.training.ema import Ema
-    from sfumato.training.init_from import start_from
+    from sfumato.training.init_from import Asked, start_from
     from sfumato.training.preferences import PreferenceMetrics, Preferences, Start, figures_of
     from sfumato.training.prior import BasePrediction
 
@@ -147,6 +149,7 @@ def train(config: Config) -> Path:
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)
     facts: dict[str, Any] = {"data": preferred, "partners": rejected}
+    asked = Asked.by(config.init_from) if config.init_from else Asked()  # a style stays drawn as it was
     if config.init_from:
         facts["init"], left = start_from(config.init_from, base, lora, None, ())
         run.say(*left)
@@ -193,8 +196,8 @@ def train(config: Config) -> Path:
         within=average.applied,
         watches=bool(config.measure_every),
     )
-    samples = samples_of(config, base, lora, preferred, run, average)
-    learned = trained_adapter_of(config, base, lora, preferred, samples, average)
+    samples = samples_of(config, base, lora, preferred, run, average, asked)
+    learned = trained_adapter_of(config, base, lora, preferred, samples, average, asked)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
@@ -282,28 +285,46 @@ def resolve(config: Config, base: Base, pairs: ExampleSet, processes: int) -> tu
     return dataclasses.replace(config, **values), filled
 
 
-def samples_of(config: Config, base: Base, lora: Attached, data: Dataset, run: Run, average: Ema) -> Samples:
-    """The run's sample images."""
+def samples_of(
+    config: Config, base: Base, lora: Attached, data: Dataset, run: Run, average: Ema, asked: Asked
+) -> Samples:
+    """The run's sample images. asked: by the adapter that it goes on from."""
     from sfumato.runs.samples import Samples
     from sfumato.training.sampling import drawing_of
     from sfumato.training.unrelated import default_prompts
 
-    asked, own = config.asked_samples()
-    prompts = asked or default_prompts(list(dict.fromkeys(data.captions)), None, None)
-    draw = drawing_of(base, lora, span=config_defaults.span_of(config, base), resolution=config.resolution, own=own)
+    given, own = config.asked_samples()
+    prompts = given or default_prompts(list(dict.fromkeys(data.captions)), None, None)
+    draw = drawing_of(
+        base,
+        lora,
+        asked.adapter_guidance,
+        config_defaults.span_of(config, base) or asked.over_steps,
+        negatives=asked.negatives,
+        resolution=config.resolution,
+        own=own,
+    )
     return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
 
 
 def trained_adapter_of(
-    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema, asked: Asked
 ) -> TrainedAdapter:
-    """The result of the training, and what its file says about itself."""
+    """The result of the training, and what its file says about itself. asked: by the adapter that it goes on from."""
     from sfumato.precision import DTYPES
     from sfumato.training.finish import describe_run
     from sfumato.training.trained_adapter import TrainedAdapter
 
     about = partial(
-        describe_run, config, base, data, samples, trigger=(), over_steps=config_defaults.span_of(config, base)
+        describe_run,
+        config,
+        base,
+        data,
+        samples,
+        trigger=asked.trigger,
+        adapter_guidance=asked.adapter_guidance,
+        negatives=asked.negatives,
+        over_steps=config_defaults.span_of(config, base) or asked.over_steps,
     )
     return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
 

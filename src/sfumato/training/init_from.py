@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,13 @@ from sfumato.errors import AdapterError, ConfigError
 from sfumato.files import read_adapter
 from sfumato.files.family import of_another_family
 from sfumato.files.fingerprint import fingerprint_on
-from sfumato.files.metadata import prediction_of
+from sfumato.files.metadata import (
+    adapter_guidance_of,
+    negatives_of,
+    over_steps_of,
+    prediction_of,
+    trigger_words,
+)
 from sfumato.training.checks import refuse_missing
 
 if TYPE_CHECKING:
@@ -20,6 +27,22 @@ if TYPE_CHECKING:
     from sfumato.bases import Base
     from sfumato.runs.run import Run
     from sfumato.words.in_use import Words
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a file asks of those who draw with it, as `files.Description` has it."""
+
+    trigger: tuple[str, ...] = ()
+    adapter_guidance: float = 0.0
+    negatives: tuple[str, ...] = ()
+    over_steps: tuple[float, float] | None = None
+
+    @classmethod
+    def by(cls, path: Path) -> Asked:
+        """What this adapter asks for. Raises AdapterError for a file that is none."""
+        told = read_adapter(path).metadata
+        return cls(tuple(trigger_words(told)), adapter_guidance_of(told), negatives_of(told), over_steps_of(told))
 
 
 def begin_with(
