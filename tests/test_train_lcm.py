@@ -141,6 +141,10 @@ def test_an_adapter_of_some_images_alone_is_not_followed_and_a_mix_asks_for_what
     assert "asks for" not in capsys.readouterr().err
     assert cli.main(["generate", "a dot <lora:run:1>", *words, str(tmp_path / "tagged")]) == 0
     assert "run: asks for 4 steps of lcm" in capsys.readouterr().err
+    assert cli.main(["convert", str(path), "--to", "peft", "-o", str(tmp_path / "folder")]) == 0
+    peft = ["generate", "a dot", "--lora", str(tmp_path / "folder"), *words, str(tmp_path / "peft")]
+    assert cli.main(peft) == 0
+    assert "folder: asks for 4 steps of lcm" in capsys.readouterr().err
     half, both = tmp_path / "half.safetensors", tmp_path / "both.safetensors"
     assert cli.main(["merge", f"{path}:0.5", f"{path}:0.5", "-o", str(half)]) == 0
     assert sampling_of(read_header(half).metadata) == Sampling("lcm", 4, 1.0)

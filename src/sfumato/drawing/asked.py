@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sfumato.files.header import read_header
 from sfumato.files.metadata import Sampling, sampling_of
+from sfumato.files.peft_folder import adapter_sources, is_adapter_folder
 from sfumato.weighting.adapter import Adapter
 
 
@@ -18,7 +18,9 @@ def samplings_asked(adapters: Iterable[Adapter]) -> dict[str, Sampling]:
     found = {}
     for adapter in adapters:
         path = Path(adapter.path)
-        if path.suffix == ".safetensors" and path.is_file() and (asked := sampling_of(read_header(path).metadata)):
+        is_file = path.suffix == ".safetensors" and path.is_file()
+        sources = adapter_sources(path) if is_file or is_adapter_folder(path) else []
+        for asked in filter(None, (sampling_of(source.header.metadata) for source in sources)):
             found[adapter.label] = asked
     return found
 
