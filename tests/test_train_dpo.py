@@ -325,6 +325,17 @@ def test_one_folder_is_no_pair_of_folders(train, pairs, capsys):
     assert "sort the images into two folders" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("left", [20, 300])
+def test_of_a_bad_image_no_option_is_advised_that_there_is_not(left, train, tmp_path, capsys):
+    file = tmp_path / "bad" / "square-1.png"
+    Image.effect_noise((64, 64), 50).save(file)
+    file.write_bytes(file.read_bytes()[:left])  # without its header, and without its end
+    train("run", code=2)
+    error = capsys.readouterr().err.strip()
+    assert "1 of 4 images" in error
+    assert error.endswith("Mend or remove them.")
+
+
 def test_a_run_is_not_written_among_the_pairs(train, capsys):
     train("good", code=2)
     assert "is a folder of the images" in capsys.readouterr().err

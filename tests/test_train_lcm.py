@@ -1,12 +1,14 @@
 """LCM-LoRA: equal to a plain loop on diffusers' schedulers, exact to resume, and drawn as its file asks."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 from PIL import Image
+from sfumato.trainers.lcm import Config, resolve
 from torch.testing import assert_close
 
 from sfumato import cli, data, diffusion, randomness
@@ -227,6 +229,15 @@ def test_a_sample_prompt_with_more_steps_than_the_sampler_takes_is_refused_befor
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
+def test_no_more_steps_are_drawn_than_the_solver_has():
+    from tests.test_train_textual_inversion import base_of
+
+    asked = {"output": Path("runs/a"), "prompts": ("a dot",)}
+    for given, drawn in (({}, 4), ({"solver_steps": 2}, 2), ({"solver_steps": 20}, 4)):
+        found, _ = resolve(Config(**asked, **given), base_of("sd1"), None, 1)
+        assert found.drawn_steps == drawn
+
+
 def test_prompts_are_drawn_in_turn():
     found = prompts_to_draw(["a", "b", "c"], 7, seed=0)
     assert sorted(found.count(each) for each in "abc") == [2, 2, 3]
@@ -240,6 +251,7 @@ def test_prompts_are_drawn_in_turn():
         (["--min-snr", "5"], "--min-snr has no effect here, where the loss is no error of noise; leave it out."),
         (["--noise-offset", "0.1"], "--noise-offset has no effect here"),
         (["--drawn-steps", "51"], "--drawn-steps is 51; it must be 1 to 50."),
+        (["--drawn-steps", "3", "--solver-steps", "2"], "--drawn-steps is 3; it must be 1 to 2."),
         (["--drawn-steps", "11"], "--drawn-steps is 11; it must be 1 to 10."),
         (["--epochs", "2"], "--epochs: prompts are learned from, and no images of yours; give --steps."),
         (["--guidance", "-1"], "guidance -1: wanted 0 to 100; 3 to 9 is usual."),

@@ -64,7 +64,8 @@ class Config(KindOptions, TrainingOptions):
     """Steps of DDIM from noise to image that are learned to be jumped over. At most so many steps can be drawn. The
     fewer they are, the sooner the ends are learned that lie many of them away. Unset: 50, on pocket 10."""
     drawn_steps: int | None = None
-    """Sampling steps of the sample images, and those that the file asks for; 4 to 8 are usual. Unset: 4."""
+    """Sampling steps of the sample images, and those that the file asks for; 4 to 8 are usual. Unset: 4, or
+    --solver-steps where that is fewer."""
     rank: int | None = None
     """LoRA rank: the inner dimension of each update B A. Unset: the base family's default, on SD and SDXL 64."""
     alpha: float | None = None
@@ -258,7 +259,7 @@ def read_images(config: Config) -> ExampleSet | None:
 
     if config.images is None:
         return None
-    examples = data.read_folder(config.images, caption_template=config.caption).in_group("instance")
+    examples = data.read_folder(config.images, caption_template=config.caption, skip_bad=None).in_group("instance")
     if not config.resume:
         checks.refuse_output_among(config.output, [config.images])
     return examples
@@ -270,6 +271,8 @@ def resolve(config: Config, base: Base, given: ExampleSet | None, processes: int
     from sfumato.data import ExampleSet
 
     defaults = {"guidance": base.defaults.guidance, **DEFAULTS[base.family.name], "min_snr": 0.0}
+    if config.solver_steps is not None:
+        defaults["drawn_steps"] = min(config.solver_steps, defaults["drawn_steps"])
     if given is not None:
         del defaults["drawn"]
     config, filled = config_defaults.resolve(config, base, given or ExampleSet(()), processes, **defaults)

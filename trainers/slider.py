@@ -295,12 +295,15 @@ def read_images(config: Config) -> list[ExampleSet]:
     if config.images is not None:
         folders = [config.images]
         # Captions are not used, and need not be there.
-        examples = data.read_folder(config.images, caption_template="{caption}").in_group("instance")
+        examples = data.read_folder(config.images, caption_template="{caption}", skip_bad=None).in_group("instance")
         found = [of_concept(examples, config.concept[0])]
     elif config.more_images is not None and config.less_images is not None:
         folders = [config.more_images, config.less_images]
         templates = (config.caption, "{caption}")  # nor those of the partners
-        read = (data.read_folder(path, caption_template=form) for path, form in zip(folders, templates, strict=True))
+        read = (
+            data.read_folder(path, caption_template=form, skip_bad=None)
+            for path, form in zip(folders, templates, strict=True)
+        )
         found = [*paired(*read)]
     else:
         return []

@@ -87,12 +87,13 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet(Sequence[Example]):
-    """The examples of a folder, sorted by name. notes: lines for the person. skip_bad: go on without bad files."""
+    """The examples of a folder, sorted by name. notes: lines for the person. skip_bad: go on without bad files; None
+    where nobody is asked whether to."""
 
     examples: tuple[Example, ...]
     ignored: tuple[Ignored, ...] = ()
     notes: tuple[str, ...] = ()
-    skip_bad: bool = False
+    skip_bad: bool | None = False
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -133,7 +134,7 @@ def examples_of(
     template: str | None,
     trigger: str | None,
     mask: MaskSource,
-    skip_bad: bool,
+    skip_bad: bool | None,
     by_line: bool | None = None,
     words: str | None = "",
     options: Options | None = None,
@@ -326,13 +327,15 @@ def without_trigger(captions: Iterable[tuple[str, str]]) -> str:
     return ""
 
 
-def refuse_bad(reasons: Sequence[str], total: int, skip: bool, where: str = "") -> None:
-    """End with the bad pictures' names and reasons, unless they may be skipped and some are left."""
+def refuse_bad(reasons: Sequence[str], total: int, skip: bool | None, where: str = "") -> None:
+    """End with the bad pictures' names and reasons, unless they may be skipped and some are left. skip: None where
+    there is no option for that."""
     if not reasons or (skip and len(reasons) < total):
         return
     shown = "; ".join(reason.rstrip(".") for reason in reasons[:3])
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-    advice = "None is left to learn from." if skip else "Mend or remove them, or pass --skip-bad to go on without them."
+    otherwise = "." if skip is None else ", or pass --skip-bad to go on without them."
+    advice = "None is left to learn from." if skip else f"Mend or remove them{otherwise}"
     raise DataError(f"{len(reasons)} of {total} images{where} cannot be learned from: {shown}{more}. {advice}")
 
 

@@ -61,7 +61,7 @@ def gather(
     plan: Plan,
     store: Cache | None,
     base: Base,
-    skip_bad: bool,
+    skip_bad: bool | None,
     tell: Callable[[str, int, int], None],
 ) -> Gathered:
     """The examples in their order, those whose places are asked for decoded and encoded a few dozen at a time."""

@@ -103,7 +103,7 @@ def read_folder(
     *,
     caption_template: str | None = None,
     trigger: str | None = None,
-    skip_bad: bool = False,
+    skip_bad: bool | None = False,
     mask: MaskSource = "none",
     caption_lines: bool = False,
     wildcards: bool = False,
@@ -117,7 +117,8 @@ def read_folder(
     or, if there is a template, from the file's name; the template is then filled with it. mask: "alpha" learns the
     opaque part, "files" what is white in NAME.mask.png or masks/NAME.png. caption_lines: each line of a caption is one
     of its own, and a sample takes any of them. wildcards: {a|b} in a caption is one of its alternatives. skip_bad:
-    leave out the pictures whose header cannot be read, and (in `prepare`) those that cannot be decoded. words: that
+    leave out the pictures whose header cannot be read, and (in `prepare`) those that cannot be decoded; None
+    where nobody is asked whether to. words: that
     captions have to hold, to advise them where there are none. otherwise: the caption of those of the subject that have
     none. of_class: whether sources of a class are read.
 
@@ -147,7 +148,7 @@ def read_folder(
     )
 
 
-def _read(source: Source, skip_bad: bool, words: str) -> ExampleSet:
+def _read(source: Source, skip_bad: bool | None, words: str) -> ExampleSet:
     part = examples_of(
         source.list(),
         template=source.template,

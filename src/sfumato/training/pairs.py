@@ -91,7 +91,7 @@ def read_told(folder: Path, template: str | None) -> Told:
         for found in listing.pictures
     )
     listing = dataclasses.replace(listing, pictures=known)
-    examples = examples_of(listing, template=template, trigger=None, mask="none", skip_bad=False)
+    examples = examples_of(listing, template=template, trigger=None, mask="none", skip_bad=None)
     return Told(examples, {found.path: _one_line(found.caption.text) for found in known}, prompts)
 
 
