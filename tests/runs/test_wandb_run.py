@@ -275,6 +275,17 @@ def test_the_package_and_the_key_are_asked_for_at_the_start(service, tmp_path, m
     assert not (tmp_path / "second/run").exists()
 
 
+def test_a_setting_that_is_none_is_said_in_a_line(service, tmp_path, monkeypatch):
+    def refuse():
+        raise ValueError("1 validation error for Settings\nmode\n  Input should be 'online' or 'offline'")
+
+    monkeypatch.setattr(sys.modules["wandb"], "setup", refuse)
+    assert problem(lambda: train(tmp_path)) == (
+        "--wandb: 1 validation error for Settings mode Input should be 'online' or 'offline'. Mend the variables "
+        "WANDB_..., or W&B's settings file."
+    )
+
+
 def test_a_key_that_is_none_is_said_in_a_line(service, tmp_path, monkeypatch):
     def refuse(**_):
         raise ValueError("WANDB_API_KEY invalid: it has 12 characters")

@@ -183,6 +183,8 @@ def _package() -> Any:
         mode = wandb.setup().settings.mode
     except ImportError:
         raise RunError('--wandb: the package is not installed; pip install "sfumato[wandb]".') from None
+    except Exception as error:  # pydantic's, of a variable or a settings file
+        raise RunError(f"--wandb: {_reason(error)}. Mend the variables WANDB_..., or W&B's settings file.") from None
     if mode in ("online", "run") and not _has_key(wandb):
         raise RunError(
             "--wandb: no API key of W&B; log in once with `wandb login`, or set WANDB_MODE=offline and upload later."
