@@ -26,7 +26,7 @@ GIB = 2**30
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Show the peak memory of each way to train, and which ones would fit, from the shapes of a base model alone.
-    `slider` takes what `lora` takes with the same targets.
+    `slider` and `lcm` take what `lora` takes with the same targets, and `dpo` what it takes with twice the batch.
 
     Example: sfumato memory --base sdxl --within 12
     """
