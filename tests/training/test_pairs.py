@@ -67,6 +67,7 @@ def test_a_caption_comes_before_the_settings(tmp_path):
     [
         ("a (red:1.3) crab <lora:line:0.8>", "a red crab"),
         (r"a crab \(animal\)", "a crab (animal)"),
+        ("a (red:1.3) [crab:key:0.4]", "a red key"),
         ("a (broken crab", "a (broken crab"),
     ],
 )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sfumato.data import Example, ExampleSet
 
 Pair = tuple["Example", "Example"]
+_STEPS = 100
+"""Of which the last is asked what a prompt says there, whose words change between the steps."""
 
 
 def paired(more: ExampleSet, less: ExampleSet) -> tuple[ExampleSet, ExampleSet]:
@@ -97,9 +99,10 @@ def read_told(folder: Path, template: str | None) -> Told:
 
 def prompt_of(path: Path) -> str:
     """The prompt in an image's settings, of sfumato, A1111, Forge, ComfyUI or InvokeAI, as a caption: without weights,
-    brackets and tags of adapters. Empty for an image without any."""
+    brackets and tags of adapters, and of words that change between the steps the last. Empty for an image without any."""
     from sfumato.drawing.pnginfo import read_picture_info
     from sfumato.drawing.redraw import redraw
+    from sfumato.prompts.prompt_editing import stages
     from sfumato.prompts.syntax import emphasised
     from sfumato.prompts.tags import split_tags
 
@@ -111,7 +114,7 @@ def prompt_of(path: Path) -> str:
     except DataError:
         return ""
     with suppress(ConfigError):
-        said = split_tags(said).prompt
+        _, said = stages(split_tags(said).prompt, _STEPS)[-1]
         said = "".join(text for text, _ in emphasised(said))
     return _one_line(said)
 
