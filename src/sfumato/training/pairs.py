@@ -99,7 +99,8 @@ def read_told(folder: Path, template: str | None) -> Told:
 
 def prompt_of(path: Path) -> str:
     """The prompt in an image's settings, of sfumato, A1111, Forge, ComfyUI or InvokeAI, as a caption: without weights,
-    brackets and tags of adapters, and of words that change between the steps the last. Empty for an image without any."""
+    brackets and tags of adapters, and of words that change between the steps the last. Empty for an image without any.
+    """
     from sfumato.drawing.pnginfo import read_picture_info
     from sfumato.drawing.redraw import redraw
     from sfumato.prompts.prompt_editing import stages
