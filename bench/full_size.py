@@ -185,8 +185,10 @@ def _ours(trainer: str) -> Any:
         for name in used:
             getattr(importlib.import_module(library), name)
     module: Any = importlib.import_module(f"sfumato.trainers.{trainer}")
-    assert callable(getattr(module, "save", None)), f"trainers/{trainer}.py has no save"
-    module.save = lambda *_, **__: None
+    finish: Any = importlib.import_module("sfumato.training.finish")
+    writer, name = (finish, "finish_adapter") if trainer == "lora" else (module, "save")
+    assert callable(getattr(writer, name, None)), f"trainers/{trainer}.py has no {name}"
+    setattr(writer, name, lambda *_, **__: None)
     return module.main
 
 

@@ -111,7 +111,7 @@ def beside(base: Any, pipe: Any, config: Config, seeds: Sequence[int]) -> dict[s
     """The seconds of a picture on both sides, their ratio, and how far the pictures are apart."""
     guidance = base.defaults.guidance
     sides: dict[str, Callable[[], list[Image]]] = {
-        "sfumato": lambda: draw(base, config.prompt, list(seeds), steps=config.steps, batch=len(seeds)),
+        "sfumato": lambda: draw(base, config.prompt, list(seeds), steps=config.steps, sampler="ddim", batch=len(seeds)),
         "diffusers": lambda: by_diffusers(pipe, config, seeds, guidance),
     }
     seconds, drawn = in_turns(sides, config.rounds)

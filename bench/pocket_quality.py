@@ -70,9 +70,9 @@ class Config:
     """Folder that keeps the drawn pictures: an interrupted run goes on, and another judge judges the same ones."""
     prompt: str = "{concept}, {style} style"
     """What is asked for, with {concept} and {style} in it."""
-    sampler: str | None = None
-    """Sampler, by the names of sfumato generate. Unset: the base's own."""
-    sampler_steps: int = 25
+    sampler: str = FAMILIES["pocket"].defaults.sampler
+    """Sampler, by the names of sfumato generate."""
+    sampler_steps: int = FAMILIES["pocket"].defaults.sampling_steps
     """Sampler steps."""
     guidance: float = FAMILIES["pocket"].defaults.guidance
     """Scale of classifier-free guidance."""
@@ -252,8 +252,7 @@ def measure(config: Config) -> dict[str, Any]:
     judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=config.seed, others=others)
     pipeline = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    if config.sampler is not None:
-        pipeline.scheduler = schedulers.scheduler(config.sampler, pipeline.scheduler.config)
+    pipeline.scheduler = schedulers.scheduler(config.sampler, pipeline.scheduler.config)
     one = [(seen.concepts[0], seen.styles[0], 0)]
     draw_some(pipeline, one, config)
     began = time.perf_counter()

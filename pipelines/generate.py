@@ -368,8 +368,6 @@ def _out_of_steps(
     config: Config, placement: AdapterPlacement, base: Base, start: Start | None, steps: Iterable[int]
 ) -> list[str]:
     """What there is to say of adapters whose span holds no step. steps: how many each image has."""
-    from copy import deepcopy
-
     from sfumato import schedulers
     from sfumato.drawing.notes import no_steps_in
     from sfumato.drawing.start import taken_steps
@@ -377,8 +375,7 @@ def _out_of_steps(
     spans = {label: way for label, way in placement.by_step.items() if isinstance(way, Span)}
     if not spans:
         return []
-    own = base.scheduler
-    scheduler = deepcopy(own) if config.sampler is None else schedulers.scheduler(config.sampler, own.config)
+    scheduler = schedulers.scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
     timesteps = {}
     for count in sorted(steps):
         scheduler.set_timesteps(count)

@@ -37,6 +37,7 @@ from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, st
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
+from sfumato.training import finish
 
 CONCEPTS = list(json.loads(BASE_CONCEPTS.read_text()))[:6]
 
@@ -237,9 +238,10 @@ def test_the_kinds_are_beside_a_lora_of_the_same_round():
 def test_what_writes_a_trainer_s_result_is_left_out_of_what_is_watched(monkeypatch):
     for trainer in ("lora", "textual_inversion", "dreambooth", "finetune"):
         module = importlib.import_module(f"sfumato.trainers.{trainer}")
-        monkeypatch.setattr(module, "save", module.save)  # put back afterwards
+        writer, name = (finish, "finish_adapter") if trainer == "lora" else (module, "save")
+        monkeypatch.setattr(writer, name, getattr(writer, name))  # put back afterwards
         assert full_size._ours(trainer) is module.main
-        assert module.save("anything", anything=1) is None
+        assert getattr(writer, name)("anything", anything=1) is None
     monkeypatch.delattr(module, "save")
     with pytest.raises(AssertionError, match="has no save"):
         full_size._ours("finetune")

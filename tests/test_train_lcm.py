@@ -11,7 +11,7 @@ from PIL import Image
 from sfumato.trainers.lcm import Config, resolve
 from torch.testing import assert_close
 
-from sfumato import cli, data, diffusion, randomness
+from sfumato import cli, data, diffusion, randomness, schedulers
 from sfumato.adapters import attach, target_layers
 from sfumato.bases import load_base
 from sfumato.drawing.pictures import draw
@@ -118,7 +118,7 @@ def test_the_files_sampling_is_drawn_with_where_nothing_else_is_asked_for(train,
     cells = [json.loads(Image.open(each).info["sfumato"]) for each in (tmp_path / "grid/cells").glob("*.png")]
     usual = load_base(str(pocket_folder)).defaults
     assert sorted((each["sampler"], each["steps"]) for each in cells) == [
-        (usual.sampler.upper(), usual.sampling_steps),
+        (schedulers.find(usual.sampler).label, usual.sampling_steps),
         ("LCM", 3),
     ]
     card = (path.parent / "README.md").read_text(encoding="utf-8")

@@ -25,7 +25,6 @@ from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainingOptions
-from sfumato.weighting.span import parse_span
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Attached
@@ -110,13 +109,13 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.adapters import ByLayer, Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
-    from sfumato.training.adapting import new_adapter
+    from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
-    from sfumato.training.init_from import Asked, start_from
+    from sfumato.training.finish import finish_adapter
+    from sfumato.training.init_from import Asked, begin_with
     from sfumato.training.preferences import PreferenceMetrics, Preferences, Start, figures_of
     from sfumato.training.prior import BasePrediction
 
@@ -126,13 +125,11 @@ def train(config: Config) -> Path:
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
     config, filled = resolve(config, base, pairs[0], processes.count)
-    by_layer = ByLayer.of(config)
-    adapted = by_layer.kept(target_layers(base.parts(text=False), config.targets))
-    checks.check_module_dropout(config, sum(map(len, adapted.values())))
+    adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="dpo", processes=processes, writes=["adapters"] if config.save_every else [])
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    run.say(*Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer))
+    run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate)
     global_batch = batches.global_batch
@@ -148,11 +145,8 @@ def train(config: Config) -> Path:
     run.say_notes(preferred, rejected)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)
-    facts: dict[str, Any] = {"data": preferred, "partners": rejected}
+    begun = begin_with(config.init_from, run, base, lora, always=True)
     asked = Asked.by(config.init_from) if config.init_from else Asked()  # a style stays drawn as it was
-    if config.init_from:
-        facts["init"], left = start_from(config.init_from, base, lora, None, ())
-        run.say(*left)
     start = Start(lora, from_nothing=not config.init_from)  # before a checkpoint is read, which comes with the steps
     noising = config.noising(base)
     preferences = Preferences(
@@ -175,7 +169,7 @@ def train(config: Config) -> Path:
             pristine=start.applied,
             noising=noising,
         )
-    run.identify(**facts, base=base.fingerprint())
+    run.identify(data=preferred, partners=rejected, **begun, base=base.fingerprint())
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pluralize(len(preferred), 'pair')}, {layers}, {lora.count():,} trained numbers")
 
@@ -237,7 +231,7 @@ def train(config: Config) -> Path:
     average.swap()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
-        save(path, config, learned, samples, run)
+        finish_adapter(run, config, path, learned, samples)
     run.close()
     processes.wait()
     return path
@@ -257,10 +251,6 @@ def check(config: Config) -> None:
             raise ConfigError(f"{option} {folder}: no such folder; give one that holds an image of each pair.")
     if config.preferred.resolve() == config.rejected.resolve():
         raise ConfigError(f"--preferred and --rejected are both {config.preferred}; sort the images into two folders.")
-    if config.init_from:
-        checks.refuse_missing(config.init_from)
-    if config.over_steps is not None:
-        parse_span(config.over_steps)
     if not config.prior_prompts:
         checks.only_with(config, "--prior-prompts", "prior_weight")
 
@@ -327,15 +317,6 @@ def trained_adapter_of(
         over_steps=config_defaults.span_of(config, base) or asked.over_steps,
     )
     return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
-
-
-def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
-    """Write the adapter, its model card and the plot; upload them if asked."""
-    from sfumato.training.finish import finish, upload
-
-    description, _ = learned.write(path, config.steps)
-    finish(run, config, path, description, samples, kind="lora")
-    upload(run, [path], config.push_to_hub)
 
 
 def main(argv: Sequence[str]) -> int:

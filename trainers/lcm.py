@@ -123,13 +123,13 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.adapters import ByLayer, Kind, target_layers
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
-    from sfumato.training.adapting import new_adapter
+    from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
-    from sfumato.training.init_from import start_from
+    from sfumato.training.finish import finish_adapter
+    from sfumato.training.init_from import begin_with
     from sfumato.training.lcm import ConsistencyMetrics, Distillation
 
     check(config)
@@ -138,13 +138,11 @@ def train(config: Config) -> Path:
     precision = config.decide_precision(processes, config.optimizer)
     base = config.load_base(precision)
     config, filled = resolve(config, base, given, processes.count)
-    by_layer = ByLayer.of(config)
-    adapted = by_layer.kept(target_layers(base.parts(text=False), config.targets))
-    checks.check_module_dropout(config, sum(map(len, adapted.values())))
+    adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="lcm", processes=processes, writes=["adapters"] if config.save_every else [])
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
-    run.say(*Kind.of(config).notes(adapted, config.rank, config.conv_rank, by_layer))
+    run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate)
     global_batch = batches.global_batch
@@ -161,13 +159,7 @@ def train(config: Config) -> Path:
     distillation = Distillation(
         base, dataset, guidance=config.guidance, solver_steps=config.solver_steps, pristine=lora.disabled
     )
-    facts: dict[str, Any] = {"data": dataset}
-    if config.init_from and not run.has_begun:
-        checks.refuse_missing(config.init_from)
-    if config.init_from and config.init_from.exists():
-        facts["init"], left = start_from(config.init_from, base, lora, None, ())
-        run.say(*left)
-    run.identify(**facts, base=base.fingerprint())
+    run.identify(data=dataset, **begin_with(config.init_from, run, base, lora), base=base.fingerprint())
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pluralize(len(dataset), 'image')}, {layers}, {lora.count():,} trained numbers")
 
@@ -211,7 +203,7 @@ def train(config: Config) -> Path:
     average.swap()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
-        save(path, config, learned, samples, run)
+        finish_adapter(run, config, path, learned, samples)
     run.close()
     processes.wait()
     return path
@@ -221,8 +213,6 @@ def check(config: Config) -> None:
     """Refuse options that make no sense, before anything is loaded."""
     checks.check_trainer(config)
     checks.check_kind(config)
-    if config.init_from and not config.resume:
-        checks.refuse_missing(config.init_from)
     checks.refuse_given(config, "has no effect here, where the loss is no error of noise; leave it out", *OF_NOISE)
     if config.guidance is not None:
         checked_guidance(config.guidance)
@@ -340,15 +330,6 @@ def trained_adapter_of(
     if config.images is None:  # images that the base model generated are no training images
         about = partial(about, images=None, dataset_sha256="")
     return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
-
-
-def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
-    """Write the adapter, its model card and the plot; upload them if asked."""
-    from sfumato.training.finish import finish, upload
-
-    description, _ = learned.write(path, config.steps)
-    finish(run, config, path, description, samples, kind="lora")
-    upload(run, [path], config.push_to_hub)
 
 
 def main(argv: Sequence[str]) -> int:

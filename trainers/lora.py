@@ -150,6 +150,7 @@ def train(config: Config) -> Path:
     from sfumato.training import optimizers
     from sfumato.training.adapting import adapted_layers, new_adapter
     from sfumato.training.ema import Ema
+    from sfumato.training.finish import finish_adapter
     from sfumato.training.init_from import begin_with
     from sfumato.training.metrics import Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
@@ -269,7 +270,7 @@ def train(config: Config) -> Path:
     average.swap()
     path = config.output / f"{config.name}.safetensors"
     if processes.is_main:
-        save(path, config, learned, samples, run)
+        finish_adapter(run, config, path, learned, samples)
     if words:
         words.remove()
     run.close()
@@ -513,16 +514,6 @@ def trained_adapter_of(
         )
 
     return TrainedAdapter(lora, words, base.family.name, about, DTYPES[config.save_precision], average, config.bundle)
-
-
-def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
-    """Write the adapter and its new words, the model card and the plot; upload them if asked."""
-    from sfumato.training.finish import finish, upload
-
-    description, beside = learned.write(path, config.steps)
-    finish(run, config, path, description, samples, kind="lora")
-    learned.report_words(path, beside, description, run)
-    upload(run, [path, *beside.values()], config.push_to_hub)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from sfumato.bases.family import FAMILIES
 @pytest.mark.parametrize(
     ("family", "learned", "drawn"),
     [
-        ("pocket", (6e-4, 0.0, 16, 240, 8), (64, "ddim", 25)),
+        ("pocket", (6e-4, 0.0, 16, 240, 8), (64, "dpm++", 12)),
         ("sd1", (1e-4, 5.0, 16, 800, 4), (512, "dpm++", 30)),
         ("sd2", (1e-4, 5.0, 16, 800, 4), (512, "dpm++", 30)),
         ("sdxl", (1e-4, 5.0, 16, 800, 2), (1024, "euler", 30)),

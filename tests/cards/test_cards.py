@@ -235,7 +235,7 @@ def test_of_pocket_no_other_program_is_told(tmp_path):
     cards.append(write_embedding_card(tmp_path, word, about, [], [], []))
     for card in cards:
         text = card.read_text(encoding="utf-8")
-        asked = text.count(", num_inference_steps=25, guidance_scale=2.5).images[0]")
+        asked = text.count(", num_inference_steps=12, guidance_scale=2.5).images[0]")
         assert asked == text.count("pipe(") - text.count("# pipe(")  # its own guidance is too much for pocket
         assert "Other programs do not know bases of the family pocket." in text
         assert not re.search("ComfyUI|AUTOMATIC1111|InvokeAI", text)

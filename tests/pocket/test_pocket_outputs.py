@@ -17,10 +17,10 @@ from tests.tiny import CPU
 def test_the_sheet_shows_what_the_base_learns(monkeypatch, tmp_path):
     asked, seeds = [], []
 
-    def pipeline(prompts, generator, guidance_scale, **_):
+    def pipeline(prompts, generator, guidance_scale, num_inference_steps, **_):
         asked.append(prompts)
         seeds.append([each.initial_seed() for each in generator])
-        assert guidance_scale == 2.5
+        assert (guidance_scale, num_inference_steps) == (2.5, 12)
         return SimpleNamespace(images=torch.full((len(prompts), 3, 8, 8), 0.5))
 
     sheet(pipeline, ["oil"], ["crab", "sled", "house"], tmp_path / "known.png")

@@ -107,7 +107,9 @@ def test_a_prompt_s_own_settings_go_before_the_training_s(monkeypatch):
 
     monkeypatch.setattr(drawing, "draw_each", draw)
     base = SimpleNamespace(
-        lazy_weights=SimpleNamespace(restored_after=nullcontext), scheduler=DDIMScheduler(num_train_timesteps=1000)
+        lazy_weights=SimpleNamespace(restored_after=nullcontext),
+        scheduler=DDIMScheduler(num_train_timesteps=1000),
+        defaults=SimpleNamespace(sampler="dpm++"),
     )
     own = [{"seed": 7}, {"negative": "blurry", "steps": 3}, {}]
     drawn = drawing_of(base, negatives=["<a>"], own=own)(["<a> at sea", "<a> on land", "a dog"], [1, 1, 1])

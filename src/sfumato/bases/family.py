@@ -78,7 +78,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             # it takes weight from the steps of little noise, which is where a small base draws its outlines.
             defaults=Defaults(
                 resolution=64, batch=8, learning_rate=6e-4, steps=240, rank=16,
-                guidance=2.5, sampling_steps=25, sampler="ddim", min_snr=0.0,
+                guidance=2.5, sampling_steps=12, sampler="dpm++", min_snr=0.0,
             ),
             encoders=(_FIRST,),
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DPMSolverMultistepScheduler
 
 from sfumato.bases import Base, load_base
 from sfumato.bases.folder import load_vae
@@ -29,7 +29,7 @@ def read_vae(folder: Path, device: torch.device) -> Any:
 
 
 def learning_parts(
-    source: str, device: str, scheduler: DDIMScheduler, *, option: str = "--base"
+    source: str, device: str, scheduler: DPMSolverMultistepScheduler, *, option: str = "--base"
 ) -> tuple[Any, Any, Any, Any]:
     """U-Net and text encoder of a base, which learn on, its tokenizer and its VAE.
 
@@ -57,7 +57,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def _refuse_strangers(base: Base, scheduler: DDIMScheduler, named: str) -> None:
+def _refuse_strangers(base: Base, scheduler: DPMSolverMultistepScheduler, named: str) -> None:
     """Raise BaseModelError for a base that learned to predict something else than this program teaches."""
     if len(base.text_encoders) > 1:
         why = f"of the family {base.family.title}, with more than one text encoder"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -38,7 +38,7 @@ def assemble(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
-    scheduler: DDIMScheduler,
+    scheduler: DPMSolverMultistepScheduler,
 ) -> StableDiffusionPipeline:
     """The parts as an ordinary Stable Diffusion pipeline."""
     pipeline = StableDiffusionPipeline(

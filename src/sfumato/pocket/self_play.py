@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from sfumato import diffusion, randomness
-from sfumato.bases import FAMILIES
 from sfumato.errors import BaseModelError, FileError
 from sfumato.files.header import read_header
 from sfumato.files.read import read_tensors
@@ -32,6 +31,8 @@ from sfumato.runs.progress import bar
 
 DRAWN_AT_ONCE = 48
 """Pictures; twice as many rows of the U-Net, for guidance."""
+OWN_STEPS = 25
+"""Steps of DDIM in which they are drawn."""
 KEPT_EVERY = 4
 """Batches, so that an interruption costs a minute or two of them."""
 
@@ -85,7 +86,7 @@ def grown_errors(
     hidden: Tensor,
     timesteps: Tensor,
     noise: Tensor,
-    scheduler: DDIMScheduler,
+    scheduler: DPMSolverMultistepScheduler,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     """By how much the mean squared error of `unet` is larger than that of `first`, of the pictures and of the drawings,
@@ -113,7 +114,7 @@ def own_drawings(
     unet: UNet2DConditionModel,
     states: Tensor,
     empty: Tensor,
-    scheduler: DDIMScheduler,
+    scheduler: DPMSolverMultistepScheduler,
     precision: Precision,
     *,
     guidance: float,
@@ -121,7 +122,7 @@ def own_drawings(
     kept: Path,
     unet_fingerprint: str,
 ) -> Tensor:
-    """Latents of what the U-Net draws of `states`, (n, channels, side, side), in the base's usual steps.
+    """Latents of what the U-Net draws of `states`, (n, channels, side, side), in OWN_STEPS of DDIM.
 
     kept: the file that they are written to as they are drawn, and read from where it has those of the same U-Net,
     states, size, precision, guidance and seed. Raises BaseModelError for a U-Net that draws NaN or infinity, FileError
@@ -134,14 +135,15 @@ def own_drawings(
     drawn = _read(kept, digest.hexdigest())
     if drawn is None:
         drawn = torch.empty(0, *shape)
-    scheduler.set_timesteps(FAMILIES["pocket"].defaults.sampling_steps)
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    ddim.set_timesteps(OWN_STEPS)
     batches = [range(start, min(start + DRAWN_AT_ONCE, len(states))) for start in range(0, len(states), DRAWN_AT_ONCE)]
     left = [places for places in batches if places.start >= len(drawn)]
     done = len(batches) - len(left)
     for places in bar(left, "own drawings", unit="batch", done=done):
         noise = torch.stack([randomness.normal(shape, seed, "own drawing", place) for place in places])
         said = states[places.start : places.stop]
-        latents = _draw(unet, noise.to(precision.device), said, empty, scheduler, precision, guidance).cpu()
+        latents = _draw(unet, noise.to(precision.device), said, empty, ddim, precision, guidance).cpu()
         if not latents.isfinite().all():
             raise BaseModelError(
                 "the U-Net of --base draws NaN or infinity, from which nothing can be learned; try --precision fp32, "

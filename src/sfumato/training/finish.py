@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.training.options import TrainingOptions
+    from sfumato.training.trained_adapter import TrainedAdapter
 
 Kind = Literal["lora", "difference", "folder"]
 
@@ -59,6 +60,14 @@ def describe_run(config: TrainingOptions, base: Base, dataset: Dataset, samples:
         dataset_sha256=dataset.fingerprint,
     )
     return dataclasses.replace(description, **more)
+
+
+def finish_adapter(run: Run, config: TrainingOptions, path: Path, learned: TrainedAdapter, samples: Samples) -> None:
+    """Write the adapter and its new words, the card and the plot; upload them if asked."""
+    description, beside = learned.write(path, run.step)
+    finish(run, config, path, description, samples, kind="lora")
+    learned.report_words(path, beside, description, run)
+    upload(run, [path, *beside.values()], config.push_to_hub)
 
 
 def finish(run: Run, config: TrainingOptions, path: Path, about: Description, samples: Samples, *, kind: Kind) -> None:

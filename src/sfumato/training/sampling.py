@@ -43,8 +43,7 @@ def drawing_of(
 
     side = None if resolution is None else square_side(base, resolution)
     if asked := [said["steps"] for said in own if "steps" in said]:
-        sampler = usual.get("sampler")
-        scheduler = base.scheduler if sampler is None else schedulers.scheduler(sampler, base.scheduler.config)
+        scheduler = schedulers.scheduler(usual.get("sampler", base.defaults.sampler), base.scheduler.config)
         for steps in asked:
             try:
                 pictures.check_steps(steps, scheduler)
