@@ -17,8 +17,8 @@ from sfumato import cli, data, diffusion, randomness
 from sfumato.adapters import attach, target_layers
 from sfumato.bases import load_base
 from sfumato.data import ExampleSet
-from sfumato.files import Description, describe, read_header, read_lora, read_tensors
-from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of, trigger_words
+from sfumato.files import Description, Sampling, describe, read_header, read_lora, read_tensors
+from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of, sampling_of, trigger_words
 from sfumato.precision import decide
 from sfumato.training import sampling
 from tests.test_train_slider import assert_equal, assert_near
@@ -142,6 +142,7 @@ def test_one_that_goes_on_is_measured_against_its_start(train, pocket_folder, tm
 
 def test_one_that_goes_on_from_a_style_is_drawn_as_the_style_is(train, tmp_path, monkeypatch):
     asked = {"adapter_guidance": 2.0, "over_steps": (0.25, 1.0), "negatives": ("ink",), "trigger": ["ink style"]}
+    asked["sampling"] = Sampling("lcm", 3, 1.0)
     style = read_tensors(train("first", "--seed", "9"))
     save_file(style, tmp_path / "style.safetensors", describe(Description("style", "pocket", **asked)))
     drawn = []
@@ -152,8 +153,10 @@ def test_one_that_goes_on_from_a_style_is_drawn_as_the_style_is(train, tmp_path,
     assert over_steps_of(told) == (0.25, 1.0)
     assert negatives_of(told) == ("ink",)
     assert trigger_words(told) == ["ink style"]
+    assert sampling_of(told) == asked["sampling"]
     [(strength, span, more)] = drawn
     assert (strength, span, more["negatives"]) == (2.0, (0.25, 1.0), ("ink",))
+    assert more["usual"] == {"sampler": "lcm", "steps": 3, "guidance": 1.0}
     own = train("own", "--init-from", str(tmp_path / "style.safetensors"), "--over-steps", "0-0.5")
     assert over_steps_of(read_header(own).metadata) == (0.0, 0.5)
 

@@ -293,6 +293,7 @@ def samples_of(
         negatives=asked.negatives,
         resolution=config.resolution,
         own=own,
+        usual=dataclasses.asdict(asked.sampling) if asked.sampling else {},
     )
     return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
 
@@ -315,6 +316,7 @@ def trained_adapter_of(
         adapter_guidance=asked.adapter_guidance,
         negatives=asked.negatives,
         over_steps=config_defaults.span_of(config, base) or asked.over_steps,
+        sampling=asked.sampling,
     )
     return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
 

@@ -14,10 +14,12 @@ from sfumato.files import read_adapter
 from sfumato.files.family import of_another_family
 from sfumato.files.fingerprint import fingerprint_on
 from sfumato.files.metadata import (
+    Sampling,
     adapter_guidance_of,
     negatives_of,
     over_steps_of,
     prediction_of,
+    sampling_of,
     trigger_words,
 )
 from sfumato.training.checks import refuse_missing
@@ -37,12 +39,19 @@ class Asked:
     adapter_guidance: float = 0.0
     negatives: tuple[str, ...] = ()
     over_steps: tuple[float, float] | None = None
+    sampling: Sampling | None = None
 
     @classmethod
     def by(cls, path: Path) -> Asked:
         """What this adapter asks for. Raises AdapterError for a file that is none."""
         told = read_adapter(path).metadata
-        return cls(tuple(trigger_words(told)), adapter_guidance_of(told), negatives_of(told), over_steps_of(told))
+        return cls(
+            tuple(trigger_words(told)),
+            adapter_guidance_of(told),
+            negatives_of(told),
+            over_steps_of(told),
+            sampling_of(told),
+        )
 
 
 def begin_with(

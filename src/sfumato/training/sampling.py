@@ -55,7 +55,7 @@ def drawing_of(
         with ExitStack() as stack:
             if adapter is not None and span is not None:
                 stack.enter_context(_only_within(span, base, adapter.disabled))
-            if adapter is not None and strength and (guidance := said.get("guidance", base.defaults.guidance)) > 1:
+            if adapter is not None and strength and (guidance := settings.get("guidance", base.defaults.guidance)) > 1:
                 stack.enter_context(adapter.scaled(strength / guidance))
                 stack.enter_context(unconditional_half(base.unet, adapter.disabled))
             # As they are, with their tags: perhaps captions, which were learned as text.
