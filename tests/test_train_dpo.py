@@ -21,6 +21,7 @@ from sfumato.files import Description, Sampling, describe, read_header, read_lor
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of, sampling_of, trigger_words
 from sfumato.precision import decide
 from sfumato.training import sampling
+from tests.logged import log_beside
 from tests.test_train_slider import assert_equal, assert_near
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -57,10 +58,6 @@ def train(pocket_folder, pairs, tmp_path):
         return tmp_path / name / f"{name}.safetensors"
 
     return run
-
-
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
 def plain_loop(folder, tmp_path, start=None):
@@ -122,7 +119,7 @@ def test_equal_to_a_plain_loop(family, train, family_folder, pocket_folder, tmp_
     folder = pocket_folder if family == "pocket" else family_folder(family)
     path = train("run", "--seed", "3", base=folder)
     losses, changes = plain_loop(folder, tmp_path)
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-5)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-5)
     assert losses[0] == pytest.approx(math.log(2))
     made = read_lora(path).modules
     for key, change in changes.items():
@@ -134,7 +131,7 @@ def test_one_that_goes_on_is_measured_against_its_start(train, pocket_folder, tm
     first = train("first", "--seed", "9")
     path = train("run", "--seed", "3", "--init-from", str(first))
     losses, changes = plain_loop(pocket_folder, tmp_path, first)
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-5)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-5)
     made = read_lora(path).modules
     for key, change in changes.items():
         assert_close(made[key].up @ made[key].down, change, rtol=1e-3, atol=1e-4)
@@ -170,17 +167,17 @@ def give_white(prompts, seeds):
 def test_each_kind_begins_with_nothing_learned_and_so_does_one_that_goes_on(kind, train):
     own = [*kind, "--beta", "5000", "--measure-every", "4"]
     first = train("first", *own)
-    assert rows(first)[0]["fit"] == pytest.approx(1.0)
-    assert rows(first)[-1]["fit"] < 0.95
+    assert log_beside(first)[0]["fit"] == pytest.approx(1.0)
+    assert log_beside(first)[-1]["fit"] < 0.95
     again = train("again", *own, "--init-from", str(first), "--dropout", "0.5" if "--dora" not in kind else "0")
-    assert rows(again)[0]["fit"] == pytest.approx(1.0)
-    assert rows(again)[0]["drift"] == 0
-    assert rows(again)[-1]["fit"] != pytest.approx(1.0, abs=1e-3)
+    assert log_beside(again)[0]["fit"] == pytest.approx(1.0)
+    assert log_beside(again)[0]["drift"] == 0
+    assert log_beside(again)[-1]["fit"] != pytest.approx(1.0, abs=1e-3)
 
 
 def test_it_learns_to_tell_them_apart(train):
     path = train("run", "--steps", "30", "--measure-every", "30", "--seed", "1", "--batch", "4")
-    told = rows(path)
+    told = log_beside(path)
     assert told[0]["fit"] == pytest.approx(1.0)
     assert told[-1]["fit"] < 0.5
     last = [row for row in told if "loss" in row][-1]
@@ -206,7 +203,7 @@ def test_two_processes_give_what_one_gives(train, pairs, pocket_folder, tmp_path
     words += ["--optimizer-args", f"eps={EPS}", "--targets", "cross-attention", "--beta", str(BETA)]
     assert run_apart(["train", "dpo", *words], log=log, processes=2) == 0, log.read_text()[-2000:]
     assert_near(one, tmp_path / "two/two.safetensors")
-    for mine, theirs in zip(rows(one), rows(tmp_path / "two/two.safetensors"), strict=True):
+    for mine, theirs in zip(log_beside(one), log_beside(tmp_path / "two/two.safetensors"), strict=True):
         for name in ("loss", "accuracy", "margin", "preferred", "rejected"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4)
 
@@ -228,14 +225,14 @@ def test_every_family_learns(family, train, family_folder):
         .startswith({"sdxl": "sdxl", "sd2": "sd_v2"}.get(family, "sd_v1"))
     )
     assert all(bool(tensor.isfinite().all()) for tensor in read_tensors(path).values())
-    losses = [row["loss"] for row in rows(path)]
+    losses = [row["loss"] for row in log_beside(path)]
     assert losses[0] == pytest.approx(math.log(2), rel=1e-3)
     assert losses[1] != pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_in_bf16_an_adapter_of_nothing_has_no_margin(train):
-    assert rows(train("run", "--precision", "bf16", "--beta", "5000"))[0]["margin"] == 0.0
+    assert log_beside(train("run", "--precision", "bf16", "--beta", "5000"))[0]["margin"] == 0.0
 
 
 @pytest.mark.slow
@@ -244,8 +241,8 @@ def test_prompts_that_shall_stay_stay_the_more_by_their_weight(train):
         train(f"held-{weight}", "--prior-prompts", "a cat", "--prior-weight", weight, "--steps", "12")
         for weight in ("0.001", "1000")
     )
-    assert rows(light)[0]["prior_loss"] == pytest.approx(0.0, abs=1e-9)  # an adapter of nothing changes nothing
-    moved, held = (sum(row["prior_loss"] for row in rows(path)[-4:]) for path in (light, heavy))
+    assert log_beside(light)[0]["prior_loss"] == pytest.approx(0.0, abs=1e-9)  # an adapter of nothing changes nothing
+    moved, held = (sum(row["prior_loss"] for row in log_beside(path)[-4:]) for path in (light, heavy))
     assert held < 0.5 * moved
 
 

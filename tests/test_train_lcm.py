@@ -20,6 +20,7 @@ from sfumato.files.metadata import sampling_of
 from sfumato.pocket.prompts import known_prompts
 from sfumato.precision import decide
 from sfumato.training.lcm import prompts_to_draw
+from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")
 EPS = 1e-5
@@ -41,10 +42,6 @@ def train(pocket_folder, pictures, tmp_path):
         return tmp_path / name / f"{name}.safetensors"
 
     return run
-
-
-def rows(path):
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
 def test_equal_to_a_plain_loop_on_diffusers_schedulers(train, pocket_folder, pictures):
@@ -93,7 +90,7 @@ def test_equal_to_a_plain_loop_on_diffusers_schedulers(train, pocket_folder, pic
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert_close([row["loss"] for row in rows(path)], losses, rtol=1e-4, atol=1e-6)
+    assert_close([row["loss"] for row in log_beside(path)], losses, rtol=1e-4, atol=1e-6)
     made = read_lora(path).modules
     for key, change in lora.changes().items():
         assert_close(made[key].up @ made[key].down, (change.up @ change.down).detach(), rtol=1e-3, atol=2e-5)
@@ -196,7 +193,7 @@ def test_a_file_that_asks_for_what_is_impossible_asks_for_nothing(said):
 
 def test_it_learns_to_draw_in_few_steps_what_is_drawn_in_many(train, pocket_folder):
     path = train("run", "--steps", "60", "--measure-every", "60", "--targets", "everything", "--rank", "4")
-    fits = [row["fit"] for row in rows(path) if "fit" in row]
+    fits = [row["fit"] for row in log_beside(path) if "fit" in row]
     assert fits[0] == pytest.approx(1.0)
     assert fits[-1] < 0.8
 
@@ -303,4 +300,4 @@ def test_diffusers_draws_with_it_what_we_draw(train, pocket_folder):
 @pytest.mark.parametrize("kind", [["--algo", "loha"], ["--algo", "lokr"], ["--algo", "oft"], ["--dora"]])
 def test_each_kind_learns(kind, train):
     path = train("run", *kind, *(["yes"] if len(kind) == 1 else []), "--measure-every", "3")
-    assert rows(path)[-1]["fit"] != pytest.approx(rows(path)[0]["fit"])
+    assert log_beside(path)[-1]["fit"] != pytest.approx(log_beside(path)[0]["fit"])

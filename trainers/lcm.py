@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
@@ -27,7 +27,7 @@ from sfumato.numerals import pluralize
 from sfumato.prompts.tags import refuse_tags, split_flags
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
-from sfumato.training.options import KindOptions, TrainingOptions
+from sfumato.training.options import AdapterOptions, TrainingOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Attached
@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(KindOptions, TrainingOptions):
+class Config(AdapterOptions, TrainingOptions):
     """Train an LCM-LoRA: an adapter with which its base model draws in four steps or so.
 
     Example: `sfumato train lcm trainers/configs/lcm-pocket.toml --output runs/fast`
@@ -68,23 +68,11 @@ class Config(KindOptions, TrainingOptions):
     --solver-steps where that is fewer."""
     rank: int | None = None
     """LoRA rank: the inner dimension of each update B A. Unset: the base family's default, on SD and SDXL 64."""
-    alpha: float | None = None
-    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
-    conv_rank: int | None = None
-    """Rank for convolutions larger than 1x1, where --targets adapts them; sd-scripts calls it conv_dim. Unset:
-    --rank."""
-    conv_alpha: float | None = None
-    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers."""
     targets: str = "everything"
     """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
     around them), everything (all layers of the U-Net's blocks), or a regular expression over module names."""
     init_from: Path | None = None
     """Start from this adapter instead of from scratch. It must have the same targets and ranks."""
-    save_every: int = 0
-    """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps
-    only the last."""
-    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 
     def __post_init__(self) -> None:
         """Read the prompts out of their files, so that a run keeps them, and not where they were."""

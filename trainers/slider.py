@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sfumato import shell
 from sfumato.config import parse
@@ -25,7 +25,7 @@ from sfumato.errors import ConfigError
 from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
-from sfumato.training.options import KindOptions, TrainingOptions
+from sfumato.training.options import AdapterOptions, TrainingOptions
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from PIL.Image import Image
@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(KindOptions, TrainingOptions):
+class Config(AdapterOptions, TrainingOptions):
     """Train a LoRA whose weight, from -1 to 1 and beyond, moves images between two ends that prompts or pairs of images
     give.
 
@@ -75,15 +75,6 @@ class Config(KindOptions, TrainingOptions):
     caption: str | None = None
     """Template for the captions of pairs, such as "a photo of a {caption}". {caption} stands for the caption of the
     image in --more-images, or for its file name."""
-    rank: int | None = None
-    """LoRA rank: the inner dimension of each update B A. Unset: the base family's default."""
-    alpha: float | None = None
-    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
-    conv_rank: int | None = None
-    """Rank for convolutions larger than 1x1, where --targets adapts them; sd-scripts calls it conv_dim. Unset:
-    --rank."""
-    conv_alpha: float | None = None
-    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers."""
     targets: str = "cross-attention"
     """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
     around them), everything (all layers of the U-Net's blocks), or a regular expression over module names."""
@@ -99,11 +90,6 @@ class Config(KindOptions, TrainingOptions):
     """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
     Sample images use it, and the file asks for it (see sfumato generate --over-steps). With 0.2-1 the base model makes
     the layout, which stays the same at all weights. Unset: the steps that were trained, see --min-timestep."""
-    save_every: int = 0
-    """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps
-    only the last."""
-    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
 
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

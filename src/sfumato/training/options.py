@@ -416,6 +416,26 @@ class KindOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterOptions(KindOptions):
+    """The size and the kind of an adapter of the U-Net, and how it is kept."""
+
+    rank: int | None = None
+    """LoRA rank: the inner dimension of each update B A. Unset: the base family's default."""
+    alpha: float | None = None
+    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1."""
+    conv_rank: int | None = None
+    """Rank for convolutions larger than 1x1, where --targets adapts them; sd-scripts calls it conv_dim. Unset:
+    --rank."""
+    conv_alpha: float | None = None
+    """Alpha for convolutions larger than 1x1. Unset: the value that gives them the scale of the other layers."""
+    save_every: int = 0
+    """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps
+    only the last."""
+    save_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingOptions(SizeOptions, BaseOptions, StepOptions, RunOptions):
     """Every option that the trainers share, whatever they learn from."""
 
