@@ -420,7 +420,7 @@ def test_a_bundle_goes_on_with_its_words(pivotal, capsys):
     pivotal("words", *still, "--initial-words", "red", code=2)
     assert "--initial-words: <x> starts from its vectors in first.safetensors" in capsys.readouterr().err
     pivotal("other", *still, "--train-words", "<y>", "--caption", "a {caption}, <y>")
-    assert 'first.safetensors: its word <x> is left behind; learn on with it by --train-words "<x>"' in (
+    assert 'first.safetensors: its word <x> is left behind; `train lora --train-words "<x>"` learns it on' in (
         capsys.readouterr().err
     )
 

@@ -114,7 +114,7 @@ def start_from(
     return digest.hexdigest(), [
         *([otherwise] if kind not in ("", base.prediction_type) else []),
         *(
-            f"{name}: its word {token} is left behind; learn on with it by --train-words {shell.quote(token)}"
+            f"{name}: its word {token} is left behind; `train lora --train-words {shell.quote(token)}` learns it on"
             for token in left
         ),
     ]
