@@ -1,4 +1,4 @@
-"""Train an adapter that draws in few steps: 4 instead of 25 or 30, without guidance's second prediction (LCM-LoRA).
+"""Train an adapter that draws in few steps: 4 instead of 30 or so, without guidance's second prediction (LCM-LoRA).
 
     python trainers/lcm.py --base BASE --prompts prompts.txt --output DIR
     accelerate launch trainers/lcm.py ...

@@ -33,7 +33,7 @@ TRAINERS = {
     "textual_inversion": "a new word of one to sixteen embedding vectors, and nothing else",
     "lora": "a style or a subject as a LoRA on the U-Net's cross-attention, or on more: a few megabytes",
     "slider": "a LoRA whose weight moves images between two ends, which prompts or pairs of images give",
-    "lcm": "an adapter with which a base model draws in four steps instead of 25 or 30 (LCM-LoRA)",
+    "lcm": "an adapter with which a base model draws in four steps instead of 30 or so (LCM-LoRA)",
     "dpo": "an adapter that draws more like the preferred ones of pairs of images (Diffusion-DPO)",
     "pretrain": "a small base model from scratch: first its VAE, then its U-Net and text encoder",
     "style_emphasis": "the text encoder of a small base model, so that a prompt's style counts more",
