@@ -9,6 +9,7 @@ once and with eight, and by how many of 255 levels the pictures differ at most.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from PIL.Image import Image
 
 from bench.real import check_least, print_report
 from sfumato import cli, draw, load_base
+from sfumato.bases import FAMILIES
 from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.errors import ConfigError
 from sfumato.precision import decide
@@ -35,8 +37,8 @@ class Config:
 
     prompt: str = "crab, noto style"
     """What is drawn, from the seeds 0, 1, ..."""
-    steps: int = 25
-    """Steps of DDIM."""
+    steps: tuple[int, ...] = (FAMILIES["pocket"].defaults.sampling_steps, 25)
+    """Steps of the folder's own sampler."""
     at_once: tuple[int, ...] = (1, 8)
     """Pictures of a batch."""
     rounds: int = 7
@@ -73,10 +75,10 @@ def compared(seconds: Mapping[str, float]) -> dict[str, float]:
     return {"sfumato": round(ours, 3), "diffusers": round(theirs, 3), "ratio": round(ours / theirs, 2)}
 
 
-def by_diffusers(pipe: Any, config: Config, seeds: Sequence[int], guidance: float) -> list[Image]:
+def by_diffusers(pipe: Any, config: Config, seeds: Sequence[int], steps: int, guidance: float) -> list[Image]:
     """The pictures as its user draws them."""
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    settings = {"num_inference_steps": config.steps, "guidance_scale": guidance, "generator": noise}
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": noise}
     drawn: list[Image] = pipe([config.prompt] * len(seeds), **settings).images
     return drawn
 
@@ -89,9 +91,10 @@ def most_apart(some: Sequence[Image], others: Sequence[Image]) -> int:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    check_least(config, "steps", "rounds")
-    if not config.at_once or min(config.at_once) < 1:
-        raise ConfigError("--at-once: wanted one or more counts of pictures, each at least 1.")
+    check_least(config, "rounds")
+    for option, counts in (("--at-once", config.at_once), ("--steps", config.steps)):
+        if not counts or min(counts) < 1:
+            raise ConfigError(f"{option}: wanted one or more counts, each at least 1.")
     from diffusers import StableDiffusionPipeline
 
     load: Any = StableDiffusionPipeline.from_pretrained
@@ -102,17 +105,18 @@ def measure(config: Config) -> dict[str, Any]:
     seconds, loaded = in_turns(loaders, config.rounds)
     loaded["diffusers"].set_progress_bar_config(disable=True)
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "loading": compared(seconds)}
-    for count in config.at_once:
-        report[f"{count} at once"] = beside(loaded["sfumato"], loaded["diffusers"], config, range(count))
+    for steps, count in itertools.product(config.steps, config.at_once):
+        sides = loaded["sfumato"], loaded["diffusers"]
+        report[f"{steps} steps, {count} at once"] = beside(*sides, config, steps, range(count))
     return report
 
 
-def beside(base: Any, pipe: Any, config: Config, seeds: Sequence[int]) -> dict[str, float]:
+def beside(base: Any, pipe: Any, config: Config, steps: int, seeds: Sequence[int]) -> dict[str, float]:
     """The seconds of a picture on both sides, their ratio, and how far the pictures are apart."""
     guidance = base.defaults.guidance
     sides: dict[str, Callable[[], list[Image]]] = {
-        "sfumato": lambda: draw(base, config.prompt, list(seeds), steps=config.steps, sampler="ddim", batch=len(seeds)),
-        "diffusers": lambda: by_diffusers(pipe, config, seeds, guidance),
+        "sfumato": lambda: draw(base, config.prompt, list(seeds), steps=steps, batch=len(seeds)),
+        "diffusers": lambda: by_diffusers(pipe, config, seeds, steps, guidance),
     }
     seconds, drawn = in_turns(sides, config.rounds)
     of_one = {name: took / len(seeds) for name, took in seconds.items()}

@@ -328,11 +328,13 @@ def test_torchs_fake_tensors_tell_what_ours_tell(pocket_folder):
 
 @pytest.mark.slow
 def test_the_drawing_bench_draws_what_diffusers_draws():
-    report = pocket_drawing.measure(pocket_drawing.Config(steps=2, at_once=(2,), rounds=1))
+    report = pocket_drawing.measure(pocket_drawing.Config(steps=(2,), at_once=(2,), rounds=1))
     assert report["loading"].keys() == {"sfumato", "diffusers", "ratio"}
-    assert report["2 at once"]["levels"] <= 1
+    assert report["2 steps, 2 at once"]["levels"] <= 1
     with pytest.raises(ConfigError, match="--at-once"):
         pocket_drawing.measure(pocket_drawing.Config(at_once=(0,)))
+    with pytest.raises(ConfigError, match="--steps"):
+        pocket_drawing.measure(pocket_drawing.Config(steps=()))
 
 
 @pytest.mark.slow
