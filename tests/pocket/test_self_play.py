@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 
-from sfumato import load_base, randomness
+from sfumato import load_base, randomness, schedulers
 from sfumato.errors import BaseModelError, ConfigError
 from sfumato.pocket.encoding import encode_text
 from sfumato.pocket.outputs import assemble
@@ -150,7 +150,8 @@ def test_own_drawings_are_what_diffusers_draws_of_the_same_noise(guidance, tmp_p
     more = {"guidance": guidance, "seed": 5, "kept": tmp_path / "own.safetensors", "unet_fingerprint": "of pocket"}
     found = own_drawings(base.unet, *parts, **more)
     noise = torch.stack([randomness.normal((4, 16, 16), 5, "own drawing", place) for place in range(2)])
-    pipeline = assemble(base.vae, base.unet, base.text_encoders[0], base.tokenizers[0], build_scheduler())
+    ddim = schedulers.scheduler("ddim", build_scheduler().config)
+    pipeline = assemble(base.vae, base.unet, base.text_encoders[0], base.tokenizers[0], ddim)
     asked = {"num_inference_steps": 25, "guidance_scale": guidance, "latents": noise, "output_type": "latent"}
     assert_close(found, pipeline(prompts, **asked).images, atol=1e-4, rtol=1e-4)
 
