@@ -38,11 +38,8 @@ Verdict = dict[str, float]
 """The judge's shares of images: in the style, the thing found first, and among the first five."""
 OF_BASE: Mapping[str, Mapping[str, Any]] = {
     "by default": {},
-    "25 steps of ddim": {"steps": 25, "sampler": "ddim"},
-    "8 steps": {"steps": 8},
-    "4 steps": {"steps": 4},
-    "1 step": {"steps": 1},
-    "4 steps of ddim": {"steps": 4, "sampler": "ddim"},
+    **{f"{pluralize(steps, 'step')} of ddim": {"steps": steps, "sampler": "ddim"} for steps in (25, 8, 4, 1)},
+    "4 steps of dpm++ 2m": {"steps": 4, "sampler": "dpm++ 2m"},
     "4 steps of euler": {"steps": 4, "sampler": "euler"},
     "4 steps of lcm without an adapter": {"steps": 4, "sampler": "lcm", "guidance": 1.0},
 }
