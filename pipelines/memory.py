@@ -42,7 +42,7 @@ class Config:
     """Side in pixels of a square image; images of other shapes have about as many pixels. Unset: the base model's
     own."""
     batch: int = 1
-    """Images per batch, as for training. A smaller batch with more --accumulate learns the same."""
+    """Images that are computed at once: --batch of a training, or its --micro-batch, which learns the same."""
     rank: int | None = None
     """LoRA rank. Unset: the base family's default."""
     conv_rank: int | None = None

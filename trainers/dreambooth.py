@@ -168,7 +168,7 @@ def train(config: Config) -> Path:
     class_prompts = [prompt for each in subjects for prompt in each.class_prompts(instance.captions)]
     preserved = PreservedPrompts.of(class_prompts, config.prior_prompts)
     pictures = class_pictures(config, base, examples, preserved, run, processes)
-    batches = processes.micro_batches(config.batch, config.accumulate)
+    batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
     global_batch = batches.global_batch
     embed = not config.train_text_encoder
     seen = embed and config.prior == "pictures"  # what the base predicts, it predicts for the class prompts

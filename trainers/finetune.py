@@ -89,7 +89,7 @@ def train(config: Config) -> Path:
     run.say(precision.table())
     run.say_filled(base.family.title, filled)
 
-    batches = processes.micro_batches(config.batch, config.accumulate)
+    batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
     global_batch = batches.global_batch
     embed = not config.train_text_encoder
     dataset, class_set = prepare_datasets(config, base, subjects, of_class, global_batch, processes, embed_text=embed)

@@ -177,7 +177,7 @@ def train(config: Config) -> Path:
         run.say(*warnings_of(config.train_words, tokenizer))
         run.say(*truncation_notes(config.initial_words, config.word_vectors, tokenizer))
 
-    batches = processes.micro_batches(config.batch, config.accumulate)
+    batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
     global_batch = batches.global_batch
     embed, crossed = embeds_beforehand(config), bool(config.crossed_share)
     dataset, class_set = prepare_datasets(

@@ -134,7 +134,7 @@ def train(config: Config) -> Path:
     run.say_filled(base.family.title, filled)
     run.say(*notes)
 
-    batches = processes.micro_batches(config.batch, config.accumulate)
+    batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
     global_batch = batches.global_batch
     prepare = partial(
         config.prepare_as,

@@ -148,7 +148,7 @@ def train(config: Config) -> Path:
     run.say(*truncation_notes(config.initial_words, config.vectors, tokenizer))
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
-    batches = processes.micro_batches(config.batch, config.accumulate)
+    batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
     dataset, _ = prepare_datasets(config, base, learned, None, batches.global_batch, processes, embed_text=False)
     held_out = prepare_validation(config, base, examples, processes)
     run.say_notes(dataset, held_out)

@@ -230,8 +230,8 @@ def _on_memory(error: Exception) -> str:
     )
     if "sfumato.runs.run" in sys.modules:  # which only a program that trains has loaded
         advice = (
-            "Train with --gradient-checkpointing, a smaller --batch and more --accumulate, or a smaller --resolution. "
-            "`sfumato memory` tells what each way to train takes."
+            "Train at a smaller --resolution, or with --gradient-checkpointing and --micro-batch 1 if that was not "
+            "tried. `sfumato memory` tells what each way to train takes."
         )
     return f"there is not enough memory ({_reason(error)[:100] or 'of this machine'}). {advice}"
 

@@ -22,10 +22,10 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 _MEMORY_IS_FULL = (
     "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED",
-    "unable to find an engine to execute", "valid cuDNN algorithm",
+    "unable to find an engine to execute", "valid cuDNN algorithm", "could not create a primitive",
 )  # fmt: skip
-"""What torch says for GPUs, for CPUs, on Windows, for cuBLAS and for cuDNN without room to compute in, each as a
-RuntimeError."""
+"""What torch says for GPUs, for CPUs, on Windows, and for cuBLAS, cuDNN and oneDNN without room to compute in, each as
+a RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

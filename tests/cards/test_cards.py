@@ -508,7 +508,19 @@ def test_a_caption_draws_no_picture_in_the_card(tmp_path):
 WHERE_AND_HOW = {
     *{field.name for field in dataclasses.fields(RunOptions)},
     *("images", "base", "vae", "prediction_type", "precision", "device", "attention", "gradient_checkpointing"),
-    *("trigger", "caption", "cache", "skip_bad", "epochs", "save_precision", "save", "save_every", "bundle", "fused"),
+    *(
+        "micro_batch",
+        "trigger",
+        "caption",
+        "cache",
+        "skip_bad",
+        "epochs",
+        "save_precision",
+        "save",
+        "save_every",
+        "bundle",
+        "fused",
+    ),
     *("ema_on_cpu", "class_images", "class_cache", "class_count", "adapter_guidance", "over_steps", "own_negative"),
     *(
         "identifier",

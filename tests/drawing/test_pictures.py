@@ -30,6 +30,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from sfumato import schedulers
 from sfumato.bases import load_base
 from sfumato.data.images import open_image
+from sfumato.drawing.call import Call
 from sfumato.drawing.decoding import decoded_at_once, image_of
 from sfumato.drawing.pictures import Start, check_steps, draw, drawn_at_once
 from sfumato.drawing.start import near_side, size_like
@@ -74,6 +75,39 @@ def test_a_picture_does_not_depend_on_its_place_in_the_batch(pocket):
     assert difference(together[2], draw(pocket, "a cat", 3, steps=3)[0]) <= 1
     assert difference(together[1], draw(pocket, ["a cat", "a red cat"], [9, 2], steps=3, batch=1)[1]) <= 1
     assert difference(together[0], together[2]) > 1
+
+
+def test_fewer_are_drawn_at_once_where_memory_does_not_hold_them(pocket, monkeypatch):
+    """A batch of seven, of which memory holds two."""
+    seeds = [1, 2, 3, 4, 5, 6, 7]
+    together, draw_call, sizes = draw(pocket, "a cat", seeds, steps=2), Call.draw, []
+
+    def limited(call, texts, noises):
+        sizes.append(len(texts))
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return draw_call(call, texts, noises)
+
+    monkeypatch.setattr(Call, "draw", limited)
+    found = draw(pocket, "a cat", seeds, steps=2)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert [difference(*pair) <= 1 for pair in zip(found, together, strict=True)] == [True] * 7
+
+
+@pytest.mark.parametrize(
+    ("error", "count"), [(torch.OutOfMemoryError("CUDA out of memory."), 1), (RuntimeError("shapes differ"), 4)]
+)
+def test_one_that_does_not_fit_and_other_errors_end(pocket, monkeypatch, error, count):
+    calls = []
+
+    def broken(call, texts, noises):
+        calls.append(len(texts))
+        raise error
+
+    monkeypatch.setattr(Call, "draw", broken)
+    with pytest.raises(type(error)):
+        draw(pocket, "a cat", [*range(count)], steps=2)
+    assert calls == [count]
 
 
 def test_a_picture_does_not_depend_on_how_long_the_prompts_beside_it_are(pocket):

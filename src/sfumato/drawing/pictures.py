@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from operator import index
@@ -16,8 +17,9 @@ from sfumato import draw_call, schedulers
 from sfumato.drawing.call import Call
 from sfumato.drawing.start import Start, check_strength, near_side
 from sfumato.drawing.tagged import TaggedPrompts
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, is_out_of_memory
 from sfumato.limits import checked_area, checked_guidance, checked_seed
+from sfumato.precision.memory import give_back_freed_memory
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax, check_syntax
 from sfumato.prompts.tags import refuse_tags
@@ -112,14 +114,36 @@ def draw_each(
     given |= {} if sampler is None else schedulers.find(sampler).options
     check_steps(steps, other or pipe.scheduler)
     call = Call(pipe, source if is_base else None, negative, syntax, given, start)
-    for first in range(0, len(prompts), batch):
+
+    def drawn_together(some: range) -> list[Image.Image]:
         drawn: dict[int, Image.Image] = {}
-        for places in call.of_one_length(prompts, range(len(prompts))[first : first + batch]):
+        for places in call.of_one_length(prompts, some):
             texts, noises = [prompts[place] for place in places], [seeds[place] for place in places]
             with _as_asked(pipe, other), draw_call.at_once(places, len(prompts)):
                 pictures = call.draw(texts, noises)
             drawn |= zip(places, pictures, strict=True)
-        yield from (drawn[place] for place in sorted(drawn))
+        return [drawn[place] for place in some]
+
+    yield from _as_many_as_fit(drawn_together, len(prompts), batch)
+
+
+def _as_many_as_fit(draw: Callable[[range], list[Image.Image]], count: int, batch: int) -> Iterator[Image.Image]:
+    """The images 0 to `count`, so many at once, or half as many from where memory does not hold them."""
+    first = 0
+    while first < count:
+        some = range(first, min(first + batch, count))
+        try:
+            images = draw(some)
+        except (RuntimeError, MemoryError) as error:
+            if len(some) == 1 or not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # which hold what filled the memory
+            batch = len(some) // 2
+        else:
+            yield from images
+            first = some.stop
+            continue
+        give_back_freed_memory()
 
 
 def draw_against(

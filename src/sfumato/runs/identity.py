@@ -24,6 +24,7 @@ WITHOUT_EFFECT = frozenset(
     (
         *("output", "overwrite", "resume", "force", "keep", "device", "tensorboard", "push_to_hub", "cache"),
         *("save_precision", "wandb", "wandb_name", "author", "license"),
+        *("gradient_checkpointing", "micro_batch", "fused"),
     )
 ) | {f"{what}_every" for what in ("checkpoint", "sample", "measure", "save")}
 """Fields that change what is seen of a training, or where it runs, and nothing of what is learned."""

@@ -22,12 +22,19 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Those of one process. global_batch: samples of a step, of all processes together. firsts: where each begins."""
+    """Those of one process. global_batch: samples of a step, of all processes together. firsts: where each of the
+    process's batches of `count` begins. at_once: the most of a batch that one pass computes; unset, all."""
 
     global_batch: int
     firsts: tuple[int, ...]
     count: int
+    at_once: int | None = None
 
     def of(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, in order."""
-        return [MicroBatch(step, self.global_batch, first, self.count) for first in self.firsts]
+        size = self.at_once or self.count
+        return [
+            MicroBatch(step, self.global_batch, first + done, min(size, self.count - done))
+            for first in self.firsts
+            for done in range(0, self.count, size)
+        ]

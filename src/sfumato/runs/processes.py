@@ -118,11 +118,12 @@ class Processes:
             if nowhere[place]:
                 trained[place].grad = None
 
-    def micro_batches(self, batch: int, accumulate: int) -> MicroBatches:
-        """What this process computes of each step: `accumulate` micro-batches of `batch` samples."""
+    def micro_batches(self, batch: int, accumulate: int, at_once: int | None = None) -> MicroBatches:
+        """What this process computes of each step: `accumulate` batches of `batch` samples, of which at most `at_once`
+        in one pass; unset, a whole batch."""
         global_batch = batch * accumulate * self.count
         first, share = self.slice(global_batch)
-        return MicroBatches(global_batch, tuple(range(first, first + share, batch)), batch)
+        return MicroBatches(global_batch, tuple(range(first, first + share, batch)), batch, at_once)
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""

@@ -53,7 +53,7 @@ class Run:
         self.folder = folder
         self.thread = get_ident()
         self.step = 0
-        self._config, self._processes = config, processes or Alone()
+        self.config, self._processes = config, processes or Alone()
         self.is_main, self.count = self._processes.is_main, self._processes.count
         # Not self.say: a run that its parts refer to would hold its lock until it is collected.
         say = self._say = progress.speaking(self.is_main)
@@ -99,7 +99,7 @@ class Run:
         return run
 
     def _open(self, program: str, writes: Sequence[str]) -> None:
-        if not self.folder.exists() and self._config.resume:
+        if not self.folder.exists() and self.config.resume:
             raise RunError(f"there is no run to resume in {self.folder}; without --resume one begins there.")
         try:
             if self._claim.take(program, writes):
@@ -117,7 +117,7 @@ class Run:
 
     def _refuse_fewer_steps(self) -> None:
         """Raise RunError where more steps are made than are asked for: the file would say that it was trained less."""
-        wanted = getattr(self._config, "steps", None)
+        wanted = getattr(self.config, "steps", None)
         if wanted is not None and self.step > wanted:
             raise RunError(
                 f"{self.folder} has made {self.step} steps, and --steps is {wanted}; give at least {self.step}, or "
@@ -135,10 +135,10 @@ class Run:
         forget_leftovers(self.folder)
         if self._resumed_from is None:  # a new run, or one that was stopped before its first checkpoint
             self._recovery.checkpoints.drop_after(-1)  # first, so that no other config ever stands beside them
-            if self._config.resume:
+            if self.config.resume:
                 forget_samples(self.folder, -1)
             elif is_run(self.folder):
-                clear(self._config)
+                clear(self.config)
             write_text(self.folder / "log.jsonl", "")
         self._claim.write_facts()
         self._claim.write_config()
@@ -186,7 +186,7 @@ class Run:
     def say_filled(self, title: str, filled: Sequence[str]) -> None:
         """Which fields of the config were filled in, and with what; nothing where none was, as when a run goes on."""
         if filled:
-            self.say(f"{title} defaults: " + ", ".join(f"{name} {getattr(self._config, name)}" for name in filled))
+            self.say(f"{title} defaults: " + ", ".join(f"{name} {getattr(self.config, name)}" for name in filled))
 
     def log(self, **values: float | Tensor) -> None:
         """A line of measurements in the log; what is not finite is said instead."""
@@ -217,14 +217,16 @@ class Run:
         """
         try:
             yield from self._steps(count)
-        except BaseException:  # GeneratorExit, too: whatever ends the loop early lets the folder go
+        except BaseException as error:  # GeneratorExit, too: whatever ends the loop early lets the folder go
             self.close()
+            if isinstance(error, GeneratorExit):
+                unfinished.note_left(self)
             raise
 
     def _steps(self, count: int) -> Iterator[Step]:
         behind = self._resumed_from is not None and self._looks.are_behind(self._resumed_from)
         if self._resumed_from is not None:
-            self._restore(self._resumed_from, seen=self._resumed_from - behind, again=not self._config.force)
+            self._restore(self._resumed_from, seen=self._resumed_from - behind, again=not self.config.force)
         if self.is_main and self.step < count:  # not where only the results are still to be written
             self._or_stop(self._recovery.check_space)
         self.begin()
@@ -256,12 +258,12 @@ class Run:
         unfinished.note_steps_done(self)
 
     def _wandb_run(self) -> WandbRun:
-        return WandbRun(self.folder, str(self._config.wandb), self._config.wandb_name, progress.say)
+        return WandbRun(self.folder, str(self.config.wandb), self.config.wandb_name, progress.say)
 
     def _start_wandb(self) -> None:
         wandb, claim = self.log_file.wandb, self._claim
         if wandb is not None:
-            config = {"program": claim.facts.get("program"), **to_dict(settled(self._config), public=True)}
+            config = {"program": claim.facts.get("program"), **to_dict(settled(self.config), public=True)}
             wandb.start(claim.facts.get(_WANDB), partial(claim.note, _WANDB), config, self.log_file.rows())
 
     def end(self) -> None:
@@ -322,7 +324,7 @@ class Run:
             write()
         except OSError as error:
             self.withdraw()
-            elsewhere = "" if self._config.resume else ", or give another --output"
+            elsewhere = "" if self.config.resume else ", or give another --output"
             # Windows removes no file that another program has open.
             advice = "Close what has it open" if isinstance(error, PermissionError) else "Make room"
             raise RunError(f"{error.filename or self.folder}: {error.strerror}. {advice}{elsewhere}.") from None

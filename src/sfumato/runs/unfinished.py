@@ -13,8 +13,9 @@ Run.withdraw   also removes what opening the folder wrote, if it held no run bef
 Run.close      leaves the folder as it is, so that the run can be resumed
 Run.unlock     the same, but the run stays in its set, so that `stopped_while_writing` can still tell of it
 
-While the steps are made, `Run.steps` itself closes the run, whatever ends it. Once all is written, the program closes
-it as its last act. Each function here treats the runs of its own thread: those of others go on.
+While the steps are made, `Run.steps` itself closes the run, whatever ends it; `take_left_in_a_step` tells of one that
+the program left. Once all is written, the program closes it as its last act. Each function here treats the runs of its
+own thread: those of others go on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _not_begun: weakref.WeakSet[Run] = weakref.WeakSet()
 """Runs whose folder is open, before their first step."""
+_left: weakref.WeakSet[Run] = weakref.WeakSet()
+"""Closed runs, in a step of which the program left the loop."""
 _not_written: weakref.WeakSet[Run] = weakref.WeakSet()
 """Runs whose steps are made and whose results are not yet all in the folder."""
 
@@ -43,6 +46,11 @@ def note_begun(run: Run) -> None:
     _not_begun.discard(run)
 
 
+def note_left(run: Run) -> None:
+    """The program has left the loop in a step, by an error or of its own accord."""
+    _left.add(run)
+
+
 def note_steps_done(run: Run) -> None:
     """What is left is to write its results."""
     _not_written.difference_update(_of_this_thread(_not_written))  # one training at a time is at its end
@@ -52,6 +60,14 @@ def note_steps_done(run: Run) -> None:
 def note_written(run: Run) -> None:
     """There is nothing left to go on with."""
     _not_written.discard(run)
+
+
+def take_left_in_a_step() -> Run | None:
+    """The run of this thread whose loop was left in a step; told once."""
+    for run in _of_this_thread(_left):
+        _left.discard(run)
+        return run
+    return None
 
 
 def abandon_unbegun() -> None:

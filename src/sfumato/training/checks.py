@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sfumato.training.options import FullOptions, KindOptions, TrainerOptions, TrainingOptions
 
 _AT_LEAST_ONE = (
-    *("steps", "epochs", "batch", "accumulate", "rank", "conv_rank", "factor", "resolution", "drawn"),
+    *("steps", "epochs", "batch", "accumulate", "micro_batch", "rank", "conv_rank", "factor", "resolution", "drawn"),
     *("vectors", "word_vectors", "class_count", "cycles"),
 )
 _POSITIVE = (

@@ -14,7 +14,7 @@ AnyConfig = TypeVar("AnyConfig")
 
 def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
     """Gradients are computed whatever the caller has set, what ends the training lets go of the run's folder, and TF32
-    is then what the caller had.
+    is then what the caller had. A training whose step does not fit into memory goes on in less (`less_memory.py`).
 
     A notebook keeps the latest error, and with it all that its frames hold: the folder would stay locked, and the base
     would lie beside that of the next attempt, which has less memory already. The frames of an error that nobody
@@ -28,29 +28,35 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
         from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory
         from sfumato.precision.memory import give_back_dropped_models
         from sfumato.runs import unfinished
+        from sfumato.training.less_memory import in_less_memory
 
         if not dataclasses.is_dataclass(config) or isinstance(config, type):
             raise ConfigError(f"train wants a Config of its own module, as Config(images=...); got {config!r:.60}.")
 
         backends: Any = torch.backends  # whose functions have no types
         tf32 = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
-        try:
-            with torch.inference_mode(False), torch.enable_grad():
-                return train(config)
-        except Exception as error:
-            unfinished.abandon_unbegun()
-            if isinstance(error, SfumatoError) or is_out_of_memory(error):
-                _clear_frames(error)
-            raise
-        except BaseException as error:
-            unfinished.close_unbegun()
-            _clear_frames(error)
-            raise
-        finally:
-            backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = tf32
-            unfinished.unlock()
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else the base stays beside the next
+        while True:
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    return train(config)
+            except Exception as error:
+                smaller = in_less_memory(error)
+                unfinished.abandon_unbegun()
+                if isinstance(error, SfumatoError) or is_out_of_memory(error):
+                    _clear_frames(error)
+                if smaller is None:
+                    raise
+                config = smaller
                 give_back_dropped_models()
+            except BaseException as error:
+                unfinished.close_unbegun()
+                _clear_frames(error)
+                raise
+            finally:
+                backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = tf32
+                unfinished.unlock()
+                if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else the base stays beside the next
+                    give_back_dropped_models()
 
     return called
 

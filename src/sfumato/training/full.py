@@ -39,6 +39,7 @@ def decide_precision(config: FullOptions, processes: Processes, *, adapting: boo
     if config.fused:
         fused.check(
             accumulate=config.accumulate,
+            micro_batch=config.micro_batch,
             processes=processes.count,
             optimizer=config.optimizer,
             scaled=precision.scaler().is_enabled() and not config.clip,

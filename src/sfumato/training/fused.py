@@ -111,7 +111,9 @@ class FusedStep:
         return norm
 
 
-def check(*, accumulate: int, processes: int, optimizer: str, scaled: bool = False) -> None:
+def check(
+    *, accumulate: int, processes: int, optimizer: str, micro_batch: int | None = None, scaled: bool = False
+) -> None:
     """Raise ConfigError, which names the option, where a step needs the gradients of all weights at once.
 
     scaled: whether the loss is scaled, as for fp16, and nothing is clipped.
@@ -119,6 +121,8 @@ def check(*, accumulate: int, processes: int, optimizer: str, scaled: bool = Fal
     why = "--fused steps each weight before the others have their gradients"
     if accumulate > 1:
         raise ConfigError(f"--accumulate {accumulate}: {why}, so none are left to be summed; raise --batch instead.")
+    if micro_batch is not None:
+        raise ConfigError(f"--micro-batch {micro_batch}: {why}, so none are left to be summed; lower --batch instead.")
     if processes > 1:
         raise ConfigError(f"{processes} processes: {why}, and processes sum theirs; start one, or leave --fused out.")
     if optimizer in WHOLE:

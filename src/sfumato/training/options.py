@@ -180,8 +180,9 @@ class BaseOptions:
     """Device to train on: auto, cpu, cuda, cuda:1 or mps. auto takes CUDA, then MPS, then the CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention of the U-Net: torch's own (sdpa) or xformers (pip install "sfumato[xformers]")."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them all: less memory, more time."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass instead of keeping them all: less memory, more time, the same result.
+    Unset: if a step does not fit into memory without."""
     clip_skip: int | None = None
     """Take the text encoder's output this many layers before its last, counted as in diffusers: 1 is clip skip 2 of
     A1111 and sd-scripts. On SDXL 0 is the base model's own layer."""
@@ -210,7 +211,7 @@ class BaseOptions:
             self.precision,
             device=self.device if processes.count == 1 else processes.device,
             attention=self.attention,
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=bool(self.gradient_checkpointing),
             optimizer=optimizer,
             adapting=adapting,
         )
@@ -264,6 +265,9 @@ class StepOptions:
     """Images per batch on each process. Unset: the default of the method and the base family."""
     accumulate: int = 1
     """Batches per optimizer step; their gradients are summed before the weights change."""
+    micro_batch: int | None = None
+    """Most images of a batch that are computed at once: less memory, more time, the same result. Unset: all, or fewer
+    if a step does not fit into memory."""
     seed: int = 0
     """Seed of everything random: initial weights, order, noise, timesteps, caption dropout."""
     learning_rate: float | None = None
@@ -456,7 +460,8 @@ class FullOptions(TrainerOptions):
     prodigy, the U-Net's."""
     fused: bool = False
     """Update each weight during the backward pass, so that the gradients are never all in memory at once. Clipping
-    needs a second backward pass, before that one; --clip 0 avoids it."""
+    needs a second backward pass, before that one; --clip 0 avoids it. Also turned on if a step does not fit into memory
+    without."""
     ema_on_cpu: bool = False
     """Keep the running mean of --ema in CPU memory."""
     drift_limit: float | None = None
