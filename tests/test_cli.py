@@ -1,5 +1,6 @@
 """Commands are found, helped and copied without torch; wrong use is one line and exit code 2."""
 
+import importlib
 import io
 import logging
 import shlex
@@ -160,6 +161,50 @@ def test_another_error_of_the_program_stays_one():
 
     with pytest.raises(RuntimeError, match="a defect"):
         cli.guarded(program, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise OSError('libcudart.so.13: cannot open shared object file')", "libcudart.so.13: cannot open"),
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
+        ("from json import no_such_name_of_it", "no_such_name_of_it"),
+    ],
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_package_that_is_broken_is_named_with_its_reason(text, said, hidden, tmp_path, monkeypatch, capsys):
+    """Hidden: behind an error of another library, as diffusers and transformers do it."""
+    (tmp_path / "brokenpackage.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def program(argv):
+        try:
+            importlib.import_module("brokenpackage")
+        except Exception as error:
+            if hidden:
+                raise RuntimeError("Failed to import diffusers.models") from error
+            raise
+
+    assert cli.guarded(program, []) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    package = "Python's own module json" if "json" in text else "the package brokenpackage is installed, but"
+    assert line.startswith(f"sfumato: {package} ")
+    assert said in line
+    assert "Make room" not in line
+
+
+def test_a_package_that_is_missing_is_named(capsys):
+    assert cli.guarded(lambda argv: importlib.import_module("no_such_package_here"), []) == 2
+    assert capsys.readouterr().err == (
+        "sfumato: the package no_such_package_here is missing. Install sfumato again with all that it needs, or "
+        "no_such_package_here alone.\n"
+    )
+
+
+def test_what_a_program_imports_wrongly_of_sfumato_stays_an_error():
+    with pytest.raises(ImportError, match="no_such_name"):
+        cli.guarded(lambda argv: exec("from sfumato.cli import no_such_name"), [])
 
 
 def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):

@@ -24,7 +24,7 @@ from sfumato import shell
 from sfumato.command_line import threads
 from sfumato.command_line.streams import keep_unbroken
 from sfumato.command_line.terminal import escape_control
-from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory, nearest
+from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory, nearest, unusable_package
 from sfumato.json_text import object_in
 
 TRAINERS = {
@@ -170,14 +170,14 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
         with suppress(OSError):  # it may be the stream for errors
             return _failed("what it says is read no more, or what it sends.", _OUTPUT_CLOSED)
         return _OUTPUT_CLOSED
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        line = _on_memory(error) if is_out_of_memory(error) else unusable_package(error)
+        if not line and isinstance(error, OSError):  # a disk that fills while a card or a plot is written
+            line = _on_file(error)
+        if not line:
             raise
         _end_unbegun_runs("abandon_unbegun")
-        return _failed(_on_memory(error))
-    except OSError as error:  # a disk that fills while a card or a plot is written, a name that is too long
-        _end_unbegun_runs("abandon_unbegun")
-        return _failed(_on_file(error))
+        return _failed(line)
     return result if isinstance(result, int) else 0
 
 
@@ -245,11 +245,6 @@ _ADVICE = {
 
 
 def _on_file(error: OSError) -> str:
-    if "or one of its dependencies" in str(error):  # so torch says of its own libraries on Windows
-        return (
-            f"torch cannot be loaded ({_reason(error)[:200]}). Install Microsoft's Visual C++ Redistributable "
-            "(https://aka.ms/vs/17/release/vc_redist.x64.exe), or torch again."
-        )
     place = error.filename2 or error.filename
     where = f"{place}: " if place is not None else ""
     advice = _ADVICE.get(error.errno or 0, "Make room or see to its permissions.")

@@ -11,6 +11,9 @@ SfumatoError
 """
 
 import difflib
+import importlib.metadata
+import sys
+import traceback
 from collections.abc import Collection
 
 
@@ -32,6 +35,48 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of a GPU or of the CPU was too small."""
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY_IS_FULL)
     return said or isinstance(error, MemoryError)
+
+
+def unusable_package(error: BaseException) -> str:
+    """One line on the package of others that is missing, or whose import raised `error`; empty where none did.
+
+    Packages are loaded that nobody asked for: diffusers and transformers load xformers, bitsandbytes and torchvision
+    wherever they are installed, and each of them breaks where torch is of another build than theirs.
+    """
+    if "or one of its dependencies" in str(error):  # so torch says of its own libraries on Windows
+        return (
+            f"torch cannot be loaded ({_in_one_line(error)}). Install Microsoft's Visual C++ Redistributable "
+            "(https://aka.ms/vs/17/release/vc_redist.x64.exe), or torch again."
+        )
+    while error.__cause__ is not None:  # diffusers and transformers hide the reason behind an error of their own
+        error = error.__cause__
+    importing = [
+        str(frame.f_globals.get("__name__"))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    if isinstance(error, ImportError) and error.name:
+        importing.append(error.name)
+    package = importing[-1].partition(".")[0] if importing else ""
+    if package in ("", "sfumato", "__main__"):
+        return ""
+    if package in sys.stdlib_module_names:  # a Python that was built without it, or a file of the user's that hides it
+        return (
+            f"Python's own module {package} cannot be loaded ({_in_one_line(error)}). Rename your file of that name, "
+            "or install another build of Python."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"the package {package} is missing. Install sfumato again with all that it needs, or {package} alone."
+    name = (importlib.metadata.packages_distributions().get(package) or [package])[0]
+    return (
+        f"the package {name} is installed, but cannot be loaded ({_in_one_line(error)}). Install it again, in a build "
+        "that fits this machine and the installed torch; if only other programs use it, this helps, too: "
+        f"pip uninstall {name}"
+    )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class SfumatoError(Exception):

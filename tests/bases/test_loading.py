@@ -1,6 +1,7 @@
 """Where bases are looked for, and the one line that says what was found instead."""
 
 import errno
+import importlib
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from sfumato.trainers import lora
 
 from sfumato.bases import hub, loading
 from sfumato.bases.family import family_of_config
-from sfumato.bases.folder import weight_files
+from sfumato.bases.folder import load_tokenizer, weight_files
 from sfumato.bases.hub import files_to_fetch
 from sfumato.bases.loading import find_vae, load_base
 from sfumato.bases.recognise import family_of_names
@@ -92,6 +93,21 @@ class Answer:
 
     def model_info(self, _hub_id, timeout):
         raise self.error
+
+
+def test_a_package_that_diffusers_cannot_load_is_no_fault_of_the_base(sd1, tmp_path, monkeypatch):
+    (tmp_path / "brokenformers.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load(*_, **__):
+        importlib.import_module("brokenformers")
+
+    monkeypatch.setattr("sfumato.bases.weights._check_layers", load)
+    monkeypatch.setattr("sfumato.bases.folder.CLIPTokenizer.from_pretrained", load)
+    with pytest.raises(OSError, match="libcudart"):
+        text_skeleton("CLIPTextModel", {})
+    with pytest.raises(OSError, match="libcudart"):
+        load_tokenizer(sd1.folder, "tokenizer", 77)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The log, the bar and the sheet of samples: what is shown of a training."""
 
+import importlib
 import io
 import json
 import re
@@ -170,6 +171,26 @@ def test_tensorboard_is_opened_beside_the_log_or_asked_for(tmp_path, monkeypatch
         '--tensorboard: the package is not installed; pip install "sfumato[tensorboard]".'
     )
     start(tmp_path, Processes(main=False), tensorboard=True).close()
+
+
+def test_a_tensorboard_that_is_broken_is_no_matter_of_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "brokenboard.py").write_text("raise OSError('libboard.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(logs, "_board", lambda folder: importlib.import_module("brokenboard"))
+    with pytest.raises(OSError, match="libboard"):
+        start(tmp_path / "run", tensorboard=True)
+
+
+def test_a_training_goes_on_without_a_plot_where_matplotlib_is_broken(tmp_path, monkeypatch):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('numpy.core.multiarray failed to import')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = start(tmp_path / "run")
+    run.log_file.add({"step": 1, "loss": 0.5})
+    run.plot()
+    assert not (run.folder / "plot.png").exists()
+    run.close()
 
 
 # Progress

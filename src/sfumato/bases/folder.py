@@ -14,7 +14,7 @@ from sfumato.bases.config_file import read_config
 from sfumato.bases.family import Encoder
 from sfumato.bases.vocabulary import reading_its_padding
 from sfumato.bases.weights import LazyModel, StoredWeight, text_skeleton, unet_skeleton, vae_skeleton
-from sfumato.errors import BaseModelError
+from sfumato.errors import BaseModelError, unusable_package
 from sfumato.files.header import read_header
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -108,6 +108,8 @@ def load_tokenizer(folder: Path, part: str, positions: int) -> Any:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder / part), local_files_only=True)
     except Exception as error:  # the libraries check each value in a way of its own, or not at all
+        if unusable_package(error):
+            raise
         reason = " ".join(str(error).split())[:100]
         raise BaseModelError(
             f"{folder.name}/{part}: the tokenizer cannot be read ({reason}). Download it again."

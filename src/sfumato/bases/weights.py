@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sfumato.errors import BaseModelError, FileError
+from sfumato.errors import BaseModelError, FileError, unusable_package
 from sfumato.files.header import DTYPE_BYTES, Header
 from sfumato.files.read import DTYPES, Stamp, check_stamp, read_copies, stamp
 
@@ -74,6 +74,8 @@ def _made(what: str, config: Mapping[str, Any]) -> Iterator[None]:
         with torch.device("meta"), no_init_weights():  # drawing them takes as long as all else, and leaves nothing
             yield
     except Exception as error:  # the libraries check each value in a way of its own, or not at all
+        if unusable_package(error):
+            raise
         reason = " ".join(str(error).split())[:160]
         raise BaseModelError(
             f"the {what}'s config.json describes none ({type(error).__name__}: {reason}). Download it again."

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sfumato.errors import RunError, SfumatoError, is_out_of_memory
+from sfumato.errors import RunError, SfumatoError, is_out_of_memory, unusable_package
 from sfumato.precision.memory import give_back_freed_memory
 from sfumato.runs import plot
 
@@ -67,8 +66,11 @@ class Looks:
         """Draw the log as it is so far, for whoever looks at a run that is under way or was stopped."""
         if self._is_main:
             self._log.flush()
-            with suppress(OSError, RunError):  # a full disk, or nothing to draw yet
+            try:
                 plot.plot_log(self._log.path, self._claim.folder / "plot.png")
+            except Exception as error:  # a full disk, nothing to draw yet, a matplotlib that is broken
+                if not (isinstance(error, (OSError, RunError)) or unusable_package(error)):
+                    raise
         self._plotted_s = time.monotonic()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato import shell
 from sfumato.config import to_dict
-from sfumato.errors import RunError
+from sfumato.errors import RunError, unusable_package
 from sfumato.files.atomic import write_text
 from sfumato.runs import identity, progress, unfinished
 from sfumato.runs.alone import Alone
@@ -93,6 +93,8 @@ class Run:
             run = cls(config.output, config, processes)
             run._open(program, writes)
         except OSError as error:
+            if unusable_package(error):
+                raise
             mend = "make room" if error.errno == errno.ENOSPC else "see to its permissions"
             elsewhere = "" if config.resume else ", or give another --output"
             raise RunError(f"{config.output} cannot be written ({error.strerror}); {mend}{elsewhere}.") from None
