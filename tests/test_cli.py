@@ -3,6 +3,7 @@
 import importlib
 import io
 import logging
+import os
 import shlex
 import signal
 import subprocess
@@ -205,6 +206,30 @@ def test_a_package_that_is_missing_is_named(capsys):
 def test_what_a_program_imports_wrongly_of_sfumato_stays_an_error():
     with pytest.raises(ImportError, match="no_such_name"):
         cli.guarded(lambda argv: exec("from sfumato.cli import no_such_name"), [])
+
+
+def test_a_python_that_drops_docstrings_is_refused_and_no_package_is_blamed():
+    command = [sys.executable, "-OO", "-m", "sfumato", "generate", "crab"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "sfumato: Python drops docstrings (-OO, PYTHONOPTIMIZE=2), which transformers needs; use -O, or neither.\n"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="words come as Unicode there")
+def test_words_that_python_reads_as_ascii_are_not_called_broken():
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    ascii_only = usual | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = (
+        "import sys; from sfumato import cli; print(sys.getfilesystemencoding()); "
+        "sys.exit(cli.main(['ls', sys.argv[1]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "é"], capture_output=True, text=True, env=ascii_only)
+    if (read_as := done.stdout.strip()) == "utf-8":
+        pytest.skip("this system reads words as UTF-8 in every locale")
+    assert done.returncode == 2
+    assert done.stderr == f"sfumato: '\\udcc3\\udca9': Python reads words as {read_as} here; set PYTHONUTF8=1.\n"
 
 
 def test_cp_copies_a_program_and_never_over_a_file(tmp_path, capsys):

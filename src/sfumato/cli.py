@@ -158,6 +158,7 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     threads.settle(os.environ)
     try:
         _refuse_surrogates(argv)
+        _refuse_no_docstrings()
         result = program_main(argv)
     except SfumatoError as error:
         _end_unbegun_runs("abandon_unbegun")
@@ -197,7 +198,17 @@ def _refuse_surrogates(argv: Sequence[str]) -> None:
     """Raise ConfigError for a word that was not UTF-8, of which Python has made surrogates."""
     for word in argv:
         if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+            if (read_as := sys.getfilesystemencoding()) != "utf-8":
+                raise ConfigError(f"{word!a}: Python reads words as {read_as} here; set PYTHONUTF8=1.")
             raise ConfigError(f"{word!a} is not UTF-8; give names that are, or rename the file.")
+
+
+def _refuse_no_docstrings() -> None:
+    """Raise ConfigError where Python drops docstrings: transformers reads its own as it loads."""
+    if sys.flags.optimize > 1:
+        raise ConfigError(
+            "Python drops docstrings (-OO, PYTHONOPTIMIZE=2), which transformers needs; use -O, or neither."
+        )
 
 
 def _end_unbegun_runs(how: Literal["abandon_unbegun", "close_unbegun"]) -> None:
