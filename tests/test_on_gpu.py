@@ -40,6 +40,13 @@ from tests.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("quick")
 REAL = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+NOISE = [torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=dtype) for dtype in (torch.half, None)]
+
+
+def skip_other_noise(precision):
+    """diffusers draws an image's noise in the precision of its latents, of which older torch makes other numbers."""
+    if precision != "fp32" and not torch.equal(NOISE[0], NOISE[1].half()):
+        pytest.skip("this torch draws other noise in half precision than in fp32")
 
 
 def gpu(kind="cuda", major=8):
@@ -347,6 +354,7 @@ def test_each_way_of_drawing_draws_what_the_cpu_draws(
     way, kind, precision, more, inputs, files, on_cpu_drawn, tmp_path
 ):
     """In shades of 255. Without its adapters a way is 0.4 to 30 off, which fp32 and fp16 tell; bf16 rounds by 1."""
+    skip_other_noise(precision)
     base = inputs["lora"][inputs["lora"].index("--base") + 1]
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "picture.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
@@ -632,6 +640,7 @@ def unmixed():
 def test_each_mix_draws_what_it_draws_on_the_cpu_and_leaves_no_trace(
     way, family, place, write, on_cpu_drawn, unmixed, monkeypatch  # noqa: F811
 ):  # fmt: skip
+    skip_other_noise("fp16" if place == "fp16" else "fp32")
     if (family, way) not in on_cpu_drawn:
         here = pipeline(family)
         a, b = (

@@ -74,7 +74,7 @@ class PretrainState:
 
     def learn(self, step: Step, loss: Tensor) -> None:
         """The backward pass, then one step of the optimizers and of the moving average, unless a number is broken."""
-        torch.autograd.backward(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
         if self._steps_before_look and self._begun():
             self._steps_before_look = 0
             self._say_what_rests(step)

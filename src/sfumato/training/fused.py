@@ -72,7 +72,7 @@ class FusedStep:
 
     def _run(self, each: _Pass, loss: Tensor, *, retain_graph: bool = False) -> None:
         self._norms, self._pass = {}, each
-        torch.autograd.backward(loss, retain_graph=retain_graph)
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
     def _hook(self, number: int, place: int) -> Callable[[Tensor], None]:
         def step(weight: Tensor) -> None:

@@ -90,6 +90,7 @@ class Distillation:
         now, then = self._timesteps(noisy.places)
         with torch.no_grad():
             wanted = self._end_of(replace(noisy, latents=self._moved(noisy, now, then)), then)
+        torch.clear_autocast_cache()  # torch 2.10 keeps the student's weights as they were cast here, without gradients
         error = ((self._end_of(noisy, now) - wanted).square() + HUBER**2).sqrt() - HUBER
         return error.mean((1, 2, 3)) * noisy.batch.weights.to(error.device)
 
