@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -126,6 +128,13 @@ def test_every_public_name_is_there():
 
     assert sorted(sfumato.__all__) == sfumato.__all__
     assert all(hasattr(sfumato, name) for name in sfumato.__all__)
+
+
+def test_help_and_completion_know_names_that_are_not_loaded_yet():
+    packages = ("sfumato", "sfumato.bases", "sfumato.compose", "sfumato.data", "sfumato.files")
+    code = "import importlib\nfor name in {}:\n    package = importlib.import_module(name)\n"
+    code += "    assert set(package.__all__) <= set(dir(package)), name"
+    assert subprocess.run([sys.executable, "-c", code.format(packages)], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda p: f"{p.parent.stem}-{p.stem}")

@@ -1,5 +1,6 @@
 """The laws of mixing: exact, changeable, and gone without a trace."""
 
+import inspect
 import subprocess
 import sys
 import unicodedata
@@ -219,6 +220,13 @@ def test_sfumato_compose_can_be_called_whatever_was_imported():
     code = "from sfumato.compose import Mix; import sfumato; print(callable(sfumato.compose), callable(sfumato.Mix))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True True\n"
     assert callable(sfumato.compose)
+
+
+def test_an_editor_shows_the_options_of_the_module_that_can_be_called():
+    def options(called):
+        return [(each.name, each.kind, each.default) for each in inspect.signature(called).parameters.values()]
+
+    assert options(sfumato.compose) == options(sfumato.compose.compose)
 
 
 def test_mixing_imports_neither_diffusers_nor_peft_nor_accelerate(tmp_path: Path):

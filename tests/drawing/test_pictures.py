@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from sfumato.bases import load_base
 from sfumato.data.images import open_image
 from sfumato.drawing.call import Call
 from sfumato.drawing.decoding import decoded_at_once, image_of
-from sfumato.drawing.pictures import Start, check_steps, draw, drawn_at_once
+from sfumato.drawing.pictures import Start, check_steps, draw, draw_each, drawn_at_once
 from sfumato.drawing.start import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.precision import decide
@@ -194,6 +195,14 @@ def test_a_sampler_goes_by_its_name_in_other_programs(names, wanted):
 def test_another_sampler_is_not_suggested_for_one_that_there_is_not(name):
     with pytest.raises(ConfigError, match="unknown; wanted one of ddim, ddpm, "):
         schedulers.find(name)
+
+
+def test_an_editor_and_a_type_checker_know_the_settings_of_draw():
+    parameters = [
+        {name: (each.kind, each.default, each.annotation) for name, each in signature(function).parameters.items()}
+        for function in (draw, draw_each)
+    ]
+    assert parameters[0] == parameters[1]
 
 
 @pytest.mark.parametrize(("name", "kind", "options"), [("lcm", LCMScheduler, {}), ("tcd", TCDScheduler, {"eta": 0.3})])

@@ -118,7 +118,7 @@ def test_what_is_no_adapter_of_ours(tmp_path):
     dotted = f"unet.{TO_K[1]}"
     assert of(["emb_params"]) == (
         "a.safetensors: this is a textual inversion (1 tensor), not an adapter. It is a new word, which generate "
-        "and grid take with --embedding, Python with read_embedding."
+        "and grid take with --embedding, Python with sfumato.embedding.load(pipe, file)."
     )
     assert of(["first_stage_model.a", "b.c"]) == (
         "a.safetensors: this is a full checkpoint (2 tensors), not an adapter. Name an adapter's file."

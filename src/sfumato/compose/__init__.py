@@ -16,6 +16,7 @@ from sfumato.weighting.adapter import Adapter
 
 if TYPE_CHECKING:
     from sfumato.compose.guided import adapter_guidance
+    from sfumato.compose.match import Way
     from sfumato.compose.mix import Mix, compose, current
 
 __all__ = ["Adapter", "Mix", "adapter_guidance", "compose", "current"]
@@ -30,11 +31,27 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 class _CallableModule(ModuleType):
     """`sfumato.compose(pipe, ...)` calls the module's main function, and the module has other names besides."""
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return __getattr__("compose")(*arguments, **options)
+    def __call__(
+        self,
+        pipe: Any,
+        *adapters: Adapter,
+        partial: bool = False,
+        way: "Way" = "auto",
+        verify: bool = False,
+        words_known: bool = False,
+    ) -> "Mix":
+        """Mix the adapters into a diffusers pipeline, in place; `help(sfumato.compose)` says all of it."""
+        mixed: Mix = __getattr__("compose")(
+            pipe, *adapters, partial=partial, way=way, verify=verify, words_known=words_known
+        )
+        return mixed
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -44,16 +44,54 @@ def drawn_at_once(latents: int) -> int:
     return max(1, LATENTS_AT_ONCE // latents)
 
 
-def draw(source: Any, prompts: str | Sequence[str], seeds: int | Sequence[int], **settings: Any) -> list[Image.Image]:
-    """Generate one image for each prompt and its seed. The settings are those of `draw_each`.
+def draw(
+    source: Any,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    *,
+    negative: str = "",
+    steps: int | None = None,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    sampler: str | None = None,
+    batch: int | None = None,
+    start: Start | None = None,
+    syntax: Syntax = "plain",
+) -> list[Image.Image]:
+    """Generate one image for each prompt and its seed, in order. One prompt serves many seeds, one seed many prompts.
 
-    Raises ConfigError for a `<lora:...>` that the source does not read as a tag; `draw_each` takes all of a prompt as
-    text, as captions are.
+    source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. steps, guidance, width and height (pixels): unset, the
+    defaults of the base family or of the pipeline. sampler: a name from `sfumato.schedulers`; unset, a pipeline keeps
+    its own scheduler, and a Base uses its family's (`base.defaults.sampler`), whatever its folder names. batch: images
+    generated at once; unset, chosen by their size. start: an image to start from, as `Start(image)` of this module;
+    with a mask, only a part of it changes. syntax: how weighted words are written, see `sfumato.prompts.syntax`; it
+    needs a Base.
+
+    An image's noise comes from `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the device. So
+    plain diffusers with this generator and scheduler generates the same image. An image that is not finite, or all
+    black, is generated once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be
+    generated, such as an img2img pipeline without a start image, and for a `<lora:...>` that the source does not read
+    as a tag.
     """
     texts, numbers = _pairs(prompts, seeds)
-    for text in () if isinstance(source, TaggedPrompts) else (*texts, str(settings.get("negative", ""))):
+    for text in () if isinstance(source, TaggedPrompts) else (*texts, str(negative)):
         refuse_tags(text, f"the prompt {text[:60]!r}", "compose the adapter, or draw with sfumato generate")
-    return list(draw_each(source, texts, numbers, **settings))
+    pictures = draw_each(
+        source,
+        texts,
+        numbers,
+        negative=negative,
+        steps=steps,
+        guidance=guidance,
+        width=width,
+        height=height,
+        sampler=sampler,
+        batch=batch,
+        start=start,
+        syntax=syntax,
+    )
+    return list(pictures)
 
 
 def draw_each(
@@ -71,19 +109,8 @@ def draw_each(
     start: Start | None = None,
     syntax: Syntax = "plain",
 ) -> Iterator[Image.Image]:
-    """Generate one image for each prompt and its seed, in order. One prompt serves many seeds, one seed many prompts.
-
-    source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. steps, guidance, width and height (pixels): unset, the
-    defaults of the base family or of the pipeline. sampler: a name from `sfumato.schedulers`; unset, a pipeline keeps
-    its own scheduler, and a Base uses its family's (`base.defaults.sampler`), whatever its folder names. batch: images
-    generated at once; unset, chosen by their size. start: an image to start from; with a mask, only a part of it
-    changes. syntax: how weighted words are written, see `sfumato.prompts.syntax`; it needs a Base.
-
-    An image's noise comes from `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the device. So
-    plain diffusers with this generator and scheduler generates the same image. An image that is not finite, or all
-    black, is generated once more in fp32; BaseModelError if that does not help. Raises ConfigError for what cannot be
-    generated, such as an img2img pipeline without a start image.
-    """
+    """The images of `draw` with the same settings, each batch when it is wanted. All of a prompt is text, also a
+    `<lora:...>`, as in captions."""
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
     width, height = _whole("width", width), _whole("height", height)

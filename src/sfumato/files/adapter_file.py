@@ -161,7 +161,7 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
         if layout.embeddings or what == "a textual inversion":
             raise AdapterError(
                 f"{file}: this is a textual inversion ({tensors}), not an adapter. It is a new word, which "
-                "generate and grid take with --embedding, Python with read_embedding."
+                "generate and grid take with --embedding, Python with sfumato.embedding.load(pipe, file)."
             )
         if what:
             raise AdapterError(f"{file}: this is {what} ({tensors}), not an adapter. Name an adapter's file.")
