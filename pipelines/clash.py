@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.command_line.specs import parse_adapters
 from sfumato.command_line.terminal import escape_control
-from sfumato.config import parse
+from sfumato.config import Settled, parse
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settled):
     """Show, block by block, how many input and output directions adapters share, and where their changes conflict.
 
     Example: sfumato clash line.safetensors otter.safetensors -o clash.png

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.command_line.metadata import fitted_metadata
 from sfumato.command_line.terminal import say
-from sfumato.config import parse
+from sfumato.config import Settled, parse
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.numerals import pluralize
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settled):
     """Convert an adapter of any tool to the file format that another tool reads.
 
     Example: sfumato convert from-peft/ --to kohya -o line.safetensors

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from sfumato.cli import run
 from sfumato.command_line.terminal import say
-from sfumato.config import parse, to_dict
+from sfumato.config import Settled, parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.numerals import pluralize
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settled):
     """Write what a fine-tuned model differs from its base model in, as a LoRA or exactly. Says how much is kept.
 
     Example: sfumato extract tuned.safetensors --base base.safetensors --rank 32 -o tuned-lora.safetensors

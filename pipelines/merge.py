@@ -13,7 +13,7 @@ from sfumato import shell
 from sfumato.cli import run
 from sfumato.command_line.specs import parse_adapters
 from sfumato.command_line.terminal import say
-from sfumato.config import parse, to_dict
+from sfumato.config import Settled, parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.limits import checked_density, checked_seed
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settled):
     """Merge adapters into one file, exactly or within a rank, by any of the known methods; or into a checkpoint.
 
     Example: sfumato merge line.safetensors:0.8 otter.safetensors:0.6 -o mix.safetensors

@@ -12,14 +12,14 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.command_line.metadata import fitted_metadata
 from sfumato.command_line.terminal import say
-from sfumato.config import parse, to_dict
+from sfumato.config import Settled, parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.atomic import check_free
 from sfumato.weighting.adapter import Adapter
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settled):
     """Make a LoRA smaller: keep the largest singular values of each module, by the SVD of its factors.
 
     Example: sfumato resize line.safetensors --keep-energy 0.99 -o small.safetensors

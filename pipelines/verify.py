@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.cli import run
 from sfumato.command_line.terminal import escape_control
-from sfumato.config import parse
+from sfumato.config import Settled, parse
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.numerals import plain
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settled):
     """Verify an adapter: every key and value, the hashes that it states, and that its weights are those that were
     trained.
 

@@ -15,7 +15,9 @@ import re
 import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from numbers import Number
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -229,23 +231,38 @@ def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[st
             raise ConfigError(f"{option} is empty; wanted a path, where . is the present folder. See {called} --help.")
 
 
+@dataclass(frozen=True)
+class Settled:
+    """A config that has the types of its fields, however it was made: see `settle`."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
 def settle(config: DataclassInstance) -> None:
-    """Give a config that was made in Python the types that its fields declare: a text for a path is one, and a text for
-    several is one of these. To be called in `__post_init__`. Raises ConfigError for what is of another type."""
-    paths = _fields_of(type(config), Path)
+    """Give a config that was made in Python the types that its fields declare: a text for a path is one, a path for a
+    text is its text, and one text or number for several is one of these. Raises ConfigError for what is of another
+    type."""
+    paths, texts = _fields_of(type(config), Path), _fields_of(type(config), str)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        kind = Path if field.name in paths else str if field.name in texts else None
         several = typing.get_origin(_hints(type(config))[field.name]) is tuple
-        if several and isinstance(value, str | list):
-            value = (value,) if isinstance(value, str) else tuple(value)
-        if field.name in paths and several:
-            value = tuple(Path(each) for each in value)
-        elif field.name in paths and isinstance(value, str):
-            value = Path(value)
-        if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
-            value = value.item()  # numpy's or torch's number
+        if several and isinstance(value, str | Path | Number):
+            value = (value,)
+        if several and isinstance(value, list | tuple | range):
+            value = tuple(_settled(each, kind) for each in value)
+        else:
+            value = _settled(value, kind)
         object.__setattr__(config, field.name, value)
         _check_type(config, field.name, value)
+
+
+def _settled(value: Any, kind: type[Path] | type[str] | None) -> Any:
+    if kind and isinstance(value, str | Path):
+        return kind(value)
+    is_other_number = hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0  # numpy's or torch's
+    return value.item() if is_other_number else value
 
 
 def _check_type(config: DataclassInstance, name: str, value: Any) -> None:

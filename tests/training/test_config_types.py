@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sfumato.pipelines import clash, convert, extract, generate, grid, merge, resize, verify
 from sfumato.trainers import dreambooth, lora
 
 from sfumato.errors import ConfigError
@@ -41,6 +42,29 @@ def test_what_is_of_its_type_or_stands_for_it_is_taken():
     assert lora.Config(**GIVEN, prior_prompts="a cat").prior_prompts == ("a cat",)
     assert lora.Config(**GIVEN, max_tokens=150, rank=None).max_tokens == 150
     assert dreambooth.Config(**GIVEN, class_images="dogs").class_images == Path("dogs")
+    assert lora.Config(**GIVEN, base=Path("models") / "sd15").base == str(Path("models", "sd15"))
+
+
+def test_programs_that_python_calls_take_texts_for_paths_and_paths_for_texts():
+    output = {"output": "mix.safetensors"}
+    for config in (
+        merge.Config([Path("a.safetensors")], **output),
+        merge.Config(Path("a.safetensors"), **output),
+        convert.Config("a.safetensors", **output),
+        resize.Config("a.safetensors", **output),
+        extract.Config(Path("tuned"), base=Path("base"), **output),
+        clash.Config("a.safetensors", **output),
+        generate.Config("a cat", lora=[Path("a.safetensors")], **output),
+        grid.Config(x="seed=1,2", lora=Path("a.safetensors"), **output),
+    ):
+        assert config.output == Path("mix.safetensors")
+    assert generate.Config("a cat", seed=np.int64(3)).seed == generate.Config("a cat", seed=[3]).seed == (3,)
+    assert generate.Config("a cat", seed=range(3)).seed == (0, 1, 2)
+    assert verify.Config("a.safetensors", "b.safetensors").against == Path("b.safetensors")
+    assert merge.Config(Path("a.safetensors")).adapters == ("a.safetensors",)
+    assert extract.Config(Path("tuned"), base=Path("base"), **output).base == "base"
+    with pytest.raises(ConfigError, match="method is 'tie'; wanted one of "):
+        merge.Config("a.safetensors", method="tie")
 
 
 @pytest.mark.parametrize("given", [None, {"images": "pictures"}, lora.Config])

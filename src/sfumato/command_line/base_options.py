@@ -4,12 +4,14 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from sfumato.config import Settled
+
 if TYPE_CHECKING:
     from sfumato.bases import Base
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingBaseOptions:
+class DrawingBaseOptions(Settled):
     """The base model, and how it is computed."""
 
     base: str = "pocket"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sfumato.config import settle
+from sfumato.config import Settled
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderOptions:
+class FolderOptions(Settled):
     """The run's folder, checkpoints and resuming."""
 
     output: Path
@@ -33,9 +33,6 @@ class FolderOptions:
     "sfumato[wandb]", then `wandb login` once). WANDB_MODE=offline keeps them in the run's folder for `wandb sync`."""
     wandb_name: str | None = None
     """Name of the run at Weights & Biases. Unset: the name of the output folder."""
-
-    def __post_init__(self) -> None:
-        settle(self)
 
 
 AnyRun = TypeVar("AnyRun", bound=FolderOptions)
