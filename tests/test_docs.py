@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,29 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
     )
     assert all((tmp_path / name).is_file() for name in (*made, "grid/grid.png", "methods/grid.png", "shares/grid.png"))
     assert all((tmp_path / name / "model_index.json").is_file() for name in ("mixed", "elected", "gained"))
+
+
+@pytest.mark.slow
+def test_training_in_python_runs_as_it_is_written(pocket_folder, tmp_path, monkeypatch, quick):
+    from sfumato.trainers import lora
+
+    (example,) = re.findall(r"```python\n(.*?)```", METHODS, re.DOTALL)
+    (tmp_path / "datasets").symlink_to(ROOT / "datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFUMATO_POCKET", str(pocket_folder))
+    train, trained = lora.train, []
+
+    def train_shortly(config):
+        trained.append(replace(config, steps=1, sample_every=0, measure_every=0, device="cpu"))
+        return train(trained[-1])
+
+    monkeypatch.setattr(lora, "train", train_shortly)
+    names = {}
+    exec(compile(example, "docs/methods.md", "exec"), names)
+    assert [(config.seed, config.targets, config.output) for config in trained] == [
+        (seed, "everything", Path(f"runs/python-{seed}")) for seed in (0, 1)
+    ]
+    assert [image.size for image in names["images"]] == [(64, 64)] * 2
 
 
 def sort_by_hand(drawn, good, bad):
