@@ -265,6 +265,18 @@ def test_a_word_in_use_cannot_be_made_again(base):
             embedding.new_words(base, ["<X>"])
 
 
+def test_a_file_that_is_loaded_twice_says_so_and_another_file_of_the_word_does_not(base, tmp_path):
+    """A notebook's cell that runs again gives a word no other name."""
+    same, other = (write_embedding(tmp_path / f"{n}.safetensors", "<x>", {"text_encoder": torch.full((1, 64), n)})
+                   for n in (0.1, 0.2))  # fmt: skip
+    with embedding.load(base, same):
+        with pytest.raises(ConfigError, match=r"^0\.1\.safetensors: prompts know <x> already, with these vectors"):
+            embedding.load(base, same)
+        with pytest.raises(ConfigError, match="is a word already"):
+            embedding.load(base, other)
+    embedding.load(base, same).remove()
+
+
 def test_a_placeholder_spelt_like_a_word_is_warned_of(base):
     assert r"wants \[v\];" in warnings_of(["[v]"], base.tokenizers[0])[0]
     (line,) = warnings_of(["<otter>", "zyxo"], base.tokenizers[0])

@@ -47,13 +47,21 @@ def load(source: Any, path: str | PathLike[str], token: str | None = None) -> Wo
     source: a Base, or a diffusers pipeline of SD 1.x, 2.x or SDXL. path: a safetensors file, as this package, diffusers
     or a web interface writes it. token: the placeholder, for a file with one word; by default the file's own, or the
     file's name if it has none. Raises FileError for a file that is not a safetensors file (a .pt is a pickle, which can
-    run programs), and AdapterError for one that does not fit this base model.
+    run programs), AdapterError for one that does not fit this base model, and ConfigError for a word that is one
+    already.
     """
-    vectors = fitting(source, read(path, token), Path(path).name)
+    found = read(path, token)
+    name = Path(path).name
+    vectors = fitting(source, found, name)
+    if known := [word for word, parts in vectors.items() if is_in_use(source, word, parts)]:
+        raise ConfigError(
+            f"{name}: prompts know {', '.join(known)} already, with these vectors. To load the file anew, remove() "
+            "what load gave before."
+        )
     try:
         words = Words(source, vectors)
     except ConfigError as error:
-        raise ConfigError(f"{Path(path).name}: {error} A file's word is named by token= (TOKEN=FILE).") from None
+        raise ConfigError(f"{name}: {error} A file's word is named by token= (TOKEN=FILE).") from None
     return words.requires_grad_(False)
 
 
