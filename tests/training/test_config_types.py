@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sfumato.pipelines import clash, convert, extract, generate, grid, merge, resize, verify
-from sfumato.trainers import dreambooth, lora
+from sfumato.trainers import dreambooth, lora, textual_inversion
 
 from sfumato.errors import ConfigError
 
@@ -71,3 +71,13 @@ def test_programs_that_python_calls_take_texts_for_paths_and_paths_for_texts():
 def test_a_training_wants_a_config(given):
     with pytest.raises(ConfigError, match="train wants a Config of its own module"):
         lora.train(given)
+
+
+def test_a_training_refuses_the_config_of_another():
+    config = textual_inversion.Config(**GIVEN, placeholder="<x>")
+    with pytest.raises(ConfigError) as refused:
+        lora.train(config)
+    assert str(refused.value) == (
+        "train of sfumato.trainers.lora wants a Config of its own module; got one of "
+        "sfumato.trainers.textual_inversion, which has no algo."
+    )

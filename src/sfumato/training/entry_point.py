@@ -32,6 +32,13 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
 
         if not dataclasses.is_dataclass(config) or isinstance(config, type):
             raise ConfigError(f"train wants a Config of its own module, as Config(images=...); got {config!r:.60}.")
+        # Not asked for its type: a trainer's file has two names as a module.
+        own = getattr(train, "__globals__", {}).get("Config", config)
+        if missing := [field.name for field in dataclasses.fields(own) if not hasattr(config, field.name)]:
+            raise ConfigError(
+                f"train of {train.__module__} wants a Config of its own module; got one of {type(config).__module__}, "
+                f"which has no {missing[0]}."
+            )
 
         backends: Any = torch.backends  # whose functions have no types
         tf32 = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
