@@ -399,6 +399,8 @@ def pretended_gpu(kind: Literal["cuda", "mps"] = "cuda", major: int = 8) -> Iter
             patch.multiple(torch.cuda, **cuda),
             patch.multiple(torch.backends.mps, **mps),
             patch.object(torch.mps, "empty_cache", nothing),
+            # Optimizers ask the driver from torch 2.15 on.
+            patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", nothing, create=True),
             # By which accelerate chooses a device from 1.16 on.
             patch("accelerate.state.get_torch_accelerator_backend", lambda: (kind, None), create=True),
             patch.object(torch, "Generator", Generator),

@@ -186,7 +186,8 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         found, _ = learn(case, inputs, tmp_path / "there", "--device", kind)
     wanted, _ = on_cpu(case)
     assert found.keys() == wanted.keys()
-    share = 0.05 if case == "slider" else 0.01  # whose images are drawn on the device, and rounded
+    # A slider's images are drawn on the device, and rounded; lion steps by a sign, which rounding turns near zero.
+    share = 0.05 if case in ("slider", "lora lion") else 0.01
     # Attention does not depend on the keys' bias: its gradient is rounding, of which AdamW makes steps like any other.
     for name, tensor in ((name, tensor) for name, tensor in wanted.items() if not name.endswith("k_proj.bias")):
         assert (found[name] - tensor).norm() <= share * tensor.norm() + 1e-6, name
