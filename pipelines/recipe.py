@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
@@ -20,6 +21,9 @@ from sfumato.numerals import pluralize
 
 if TYPE_CHECKING:
     from sfumato.recipes.asked import Recipe
+
+_NAMES_A_FILE = re.compile(r"\.(safetensors|ckpt)$|\\|^[/.~]|^\w:")
+"""Of a base: no hub id, whatever the system that it was written on."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     recipe = training.recipe
     trainer = importlib.import_module(f"sfumato.trainers.{recipe.program}")
     refuse(config.file, recipe, trainer)
-    say(*map(escape_control, training.notes))
+    say(*map(escape_control, (*training.notes, *absent_base(recipe, config.output))))
     if training.images is not None:
         write_text(images, training.images.text)
         say(f"{images}: {pluralize(training.images.sources, 'source')}")
@@ -76,6 +80,15 @@ def refuse(file: Path, recipe: Recipe, trainer: ModuleType) -> None:
         trainer.check(trainer.Config(**{**left, **recipe.values}))
     except ConfigError as error:
         raise ConfigError(f"{file.name}: {recipe.program} refuses what it asks for: {error}") from None
+
+
+def absent_base(recipe: Recipe, output: Path) -> list[str]:
+    """A line where the base is a file or folder, by its spelling, that this machine does not have: trainings are often
+    converted elsewhere than where they ran. output: the config that is written."""
+    base = str(recipe.values.get("base", ""))
+    if not _NAMES_A_FILE.search(base) or Path(base).expanduser().exists():
+        return []
+    return [f"the base {base} is not on this machine; name one that is by --base, or in {output}"]
 
 
 if __name__ == "__main__":

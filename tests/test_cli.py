@@ -426,7 +426,15 @@ def test_who_resumes_what_is_no_run_is_told_the_runs_near_it(tmp_path, capsys):
 def test_a_run_whose_copy_is_no_text_is_one_line(copy, tmp_path, capsys):
     (tmp_path / "run.json").write_text(f'{{"program": "lora", "copy": {copy}}}')
     assert cli.main(["resume", str(tmp_path)]) == 2
-    assert "config.toml: there is no such config file" in capsys.readouterr().err
+    assert "config.toml is gone" in capsys.readouterr().err
+
+
+def test_who_resumes_a_run_without_its_config_is_told_to_give_its_options(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"program": "slider"}')
+    assert cli.main(["resume", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sfumato: {tmp_path}/config.toml is gone, and with it the options of the run.")
+    assert said.endswith(f"sfumato train slider [OPTIONS] --output {tmp_path} --resume --force\n")
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5000])

@@ -308,7 +308,13 @@ def _resume(words: list[str]) -> object:
             f"{folder}: its program is {copy}, which may do otherwise than sfumato's own. Go on with: python "
             f"{shell.quote(copy)} {shell.quote(str(config))} --output {shell.quote(str(folder))} --resume"
         )
-    return _load(find(str(facts["program"]), TRAINERS))([str(config), "--output", str(folder), "--resume", *words[1:]])
+    trainer = find(str(facts["program"]), TRAINERS)
+    if not config.is_file():
+        raise ConfigError(
+            f"{config} is gone, and with it the options of the run. Give the same again: sfumato train "
+            f"{facts['program']} [OPTIONS] --output {shell.quote(str(folder))} --resume --force"
+        )
+    return _load(trainer)([str(config), "--output", str(folder), "--resume", *words[1:]])
 
 
 def _runs_near(folder: Path) -> str:

@@ -177,6 +177,27 @@ def test_neither_file_is_written_over(home, capsys):
     assert cli.main(["recipe", "a.sh", "-o", "mine.txt"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("base", "is_told"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", False),
+        ("here.safetensors", False),
+        ("gone.safetensors", True),
+        ("models/gone.ckpt", True),
+        ("/workspace/model", True),
+        ("./model", True),
+        (".", False),
+        ("C:\\models\\sdxl", True),
+    ],
+)
+def test_a_base_that_is_not_on_this_machine_is_told(base, is_told, home, capsys):
+    written(home / "here.safetensors", "")
+    written(home / "a.sh", f"train_network.py {BASE}='{base}'")
+    assert cli.main(["recipe", "a.sh", "-o", "mine.toml"]) == 0
+    line = f"the base {base} is not on this machine; name one that is by --base, or in mine.toml\n"
+    assert (line in capsys.readouterr().err) == is_told
+
+
 def test_a_trainer_that_is_given_a_config_of_sd_scripts_says_who_converts_it(home, capsys):
     written(home / "kohya.toml", '[model]\npretrained_model_name_or_path = "a"\n[run]\noutput_dir = "out"\n')
     assert cli.main(["train", "lora", "kohya.toml", "--output", "run"]) == 2
