@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import metadata
+from io import StringIO
 from typing import Any
 
 import sfumato
@@ -33,14 +37,14 @@ class Config:
 
 
 def extras() -> dict[str, str]:
-    """Each extra, with its packages and their versions, or the command that installs it."""
+    """Each extra, with its packages, their versions and whether they work, or the command that installs it."""
     packages: dict[str, list[str]] = defaultdict(list)
     for requirement in metadata.requires("sfumato") or ():
         found = re.fullmatch(r"([\w.-]+).*; extra == ['\"](.+)['\"]", requirement)
         if found and found[2] not in FOR_DEVELOPERS:
             packages[found[2]].append(found[1])
     return {
-        extra: ", ".join(f"{name} {version_of(name)}" for name in names)
+        extra: ", ".join(f"{name} {version_of(name)}{problem_of(name)}" for name in names)
         if all(map(version_of, names))
         else f'not installed: pip install "sfumato[{extra}]"'
         for extra, names in sorted(packages.items())
@@ -53,6 +57,19 @@ def version_of(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def problem_of(package: str) -> str:
+    """Why an installed package cannot be loaded, without paths; empty if it can. One that was built for another torch
+    raises whatever its libraries do."""
+    try:
+        with redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(package.replace("-", "_"))
+    except Exception as error:
+        reason = re.sub(r"\S*[/\\]", "", " ".join(str(error).split())) or type(error).__name__
+        return f", which cannot be loaded ({reason:.120})"
+    return ""
 
 
 def devices() -> Iterator[str]:
