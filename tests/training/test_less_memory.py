@@ -13,6 +13,7 @@ from sfumato.trainers import dpo, dreambooth, finetune, lcm, lora, slider, textu
 from sfumato.config import to_dict
 from sfumato.files import read_tensors
 from sfumato.runs import unfinished
+from sfumato.runs.micro_batch import MicroBatches
 from sfumato.toml import read_toml
 from sfumato.training.less_memory import in_less_memory
 from tests.logged import log_in
@@ -64,6 +65,22 @@ def test_several_processes_and_other_errors_end(monkeypatch):
     assert tried(config, monkeypatch, error=RuntimeError("shapes differ")) == []
     monkeypatch.setattr(unfinished, "take_left_in_a_step", lambda: None)  # as while the images are encoded
     assert in_less_memory(FULL) is None
+
+
+@pytest.mark.parametrize(
+    ("at_once", "parts"),
+    [
+        (None, [(4, 4), (8, 4)]),
+        (9, [(4, 4), (8, 4)]),
+        (3, [(4, 3), (7, 1), (8, 3), (11, 1)]),
+        (1, [(place, 1) for place in range(4, 12)]),
+    ],
+)
+def test_each_batch_is_parted_by_itself(at_once, parts):
+    """Of the second of two processes' two batches of four samples, which hold images of one size each."""
+    batches = MicroBatches(16, (4, 8), 4, at_once)
+    assert [(each.first, each.count) for each in batches.of(7)] == parts
+    assert {(each.step, each.global_batch) for each in batches.of(7)} == {(7, 16)}
 
 
 def holding(monkeypatch, *, samples, from_step=0, checkpointed=True):
