@@ -64,9 +64,9 @@ def draw(
     source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. steps, guidance, width and height (pixels): unset, the
     defaults of the base family or of the pipeline. sampler: a name from `sfumato.schedulers`; unset, a pipeline keeps
     its own scheduler, and a Base uses its family's (`base.defaults.sampler`), whatever its folder names. batch: images
-    generated at once; unset, chosen by their size. start: an image to start from, as `Start(image)` of this module;
-    with a mask, only a part of it changes. syntax: how weighted words are written, see `sfumato.prompts.syntax`; it
-    needs a Base.
+    generated at once; unset, chosen by their size; fewer where memory does not hold them. start: an image to start
+    from, as `Start(image)` of this module; with a mask, only a part of it changes. syntax: how weighted words are
+    written, see `sfumato.prompts.syntax`; it needs a Base.
 
     An image's noise comes from `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the device. So
     plain diffusers with this generator and scheduler generates the same image. An image that is not finite, or all
