@@ -354,10 +354,10 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
     from sfumato.pocket.outputs import save_model
     from sfumato.pocket.parts import build_text_encoder, build_tokenizer, build_unet, first_weights
 
-    if not (config.resume and (config.output / "tokenizer").exists()):
+    if not (config.resume and (run.folder / "tokenizer").exists()):
         run.begin()
-        save_model(build_tokenizer(all_captions(manifest, words)), config.output / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(config.output / "tokenizer")
+        save_model(build_tokenizer(all_captions(manifest, words)), run.folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(run.folder / "tokenizer")
     with first_weights(config.seed):
         return build_unet(), build_text_encoder(tokenizer), tokenizer
 

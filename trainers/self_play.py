@@ -102,7 +102,7 @@ def train(config: Config) -> Path:
             precision,
             guidance=guidance,
             seed=config.seed,
-            kept=config.output / "own-drawings.safetensors",
+            kept=run.folder / "own-drawings.safetensors",
             unet_fingerprint=fingerprint,
         )
     except BaseException as error:  # minutes in which a run may be stopped: the folder is let go, as the steps do

@@ -295,9 +295,7 @@ def keep(words: Words, config: Config, about: Callable[..., Description], run: R
     """Write the words as they would be saved after this step, to choose from. about: what their files say."""
     if not step or not run.is_main:
         return
-    paths = embedding_files(
-        config.output / "adapters", snapshot_name(config.name, step), config.placeholder, alone=True
-    )
+    paths = embedding_files(run.folder / "adapters", snapshot_name(config.name, step), config.placeholder, alone=True)
     with average.applied():
         write_words(paths, words, config, about(steps=step))
 

@@ -14,6 +14,13 @@ def pluralize(count: int, one: str, several: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else several or f'{one}s'}"
 
 
+def lasting(seconds: float) -> str:
+    """A time as a person says it: "0.31 s", "42 s", "12 min", "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first names, and how many more there are: "a, b, c and 2 more"; empty for none."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -45,6 +45,9 @@ class FakeBase:
         mean = torch.nn.functional.avg_pool2d(pixels, self.vae_factor)
         return mean, torch.full_like(mean, self.deviation)
 
+    def decode(self, latents):
+        return torch.nn.functional.interpolate(latents, scale_factor=self.vae_factor)
+
     def encode_apart(self, prompts):
         self.prompts += list(prompts)
         return [FakeText(torch.tensor([[[float(len(prompt))]]])) for prompt in prompts]

@@ -421,20 +421,6 @@ def test_what_does_not_fit_on_a_sheet_goes_on_the_next(messy, tmp_path, monkeypa
     assert last < first  # two of twelve are left
 
 
-def test_a_caption_without_end_is_measured_by_what_a_cell_shows():
-    class Font:
-        looked = 0
-
-        def getlength(self, text):
-            self.looked += len(text)
-            return 7 * len(text)
-
-    font = Font()
-    assert crop_sheet._short("a crab " * 3000, font) == "a crab a crab a crab a  ..."  # of 27 letters
-    assert font.looked < 192**2
-    assert crop_sheet._short("a crab", font) == "a crab"
-
-
 @pytest.mark.skipif(os.name == "nt", reason="no such names there")
 def test_a_sheet_shows_names_with_line_breaks_and_signs_that_the_usual_font_lacks(tmp_path, monkeypatch):
     """U+1D81 is in STIX and not in DejaVu."""

@@ -220,6 +220,17 @@ def test_text_is_left_out_on_request(pictures, base):
     assert base.prompts == []
 
 
+def test_who_listens_is_told_of_each_batch_whose_captions_are_used(pictures, base):
+    data, heard = prepare(read(pictures), base, resolution=64), []
+    data.batch(0, 0, 6)
+    data.listen(lambda *told: heard.append(told))
+    batch = data.batch(0, 1, 6, 2, 3)
+    data.batch(0, 1, 6, embed_text=False)
+    assert [(count, told is batch) for count, told in heard] == [(6, True)]
+    assert [data.names[index] for index in batch.indices] == [f"{caption}.png" for caption in batch.captions]
+    assert_close(data.decode(batch.latents)[..., ::4, ::4], batch.latents)
+
+
 def test_sizes_and_crops_are_carried_height_first(tmp_path, base):
     noise_picture(200, 100).save(tmp_path / "a.png")
     data = prepare([Example(tmp_path / "a.png", "x")], base, resolution=64, buckets=False)

@@ -64,9 +64,9 @@ def test_a_label_that_is_one_long_word_takes_few_looks(monkeypatch):
     """As Chinese and Japanese captions are, which the samples of a training are labelled with."""
     looked = []
     monkeypatch.setattr(sheets, "_width", lambda text, _: looked.append(len(text)) or 10 * len(text))
-    assert sheets._wrap("w" * 1000, None, 105) == ["w" * 10] * 100
+    assert sheets.wrap("w" * 1000, None, 105) == ["w" * 10] * 100
     assert sum(looked) < 1_000_000
-    assert "".join(sheets._wrap("w" * 100_000, None, 105)) == "w" * 2000 + "..."
+    assert "".join(sheets.wrap("w" * 100_000, None, 105)) == "w" * 2000 + "..."
 
 
 def test_every_label_and_the_title_leave_ink():

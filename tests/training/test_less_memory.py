@@ -29,7 +29,7 @@ def tried(config, monkeypatch, count=1, error=FULL):
     """The options with which a training of this config goes on, one after another, when nothing helps."""
     said = []
     while config is not None:
-        run = SimpleNamespace(config=config, count=count, step=0, say=said.append)
+        run = SimpleNamespace(config=config, count=count, step=0, say=said.append, dry=None)
         monkeypatch.setattr(unfinished, "take_left_in_a_step", lambda run=run: run)
         config = in_less_memory(error)
         assert config is None or (config.resume, config.overwrite, config.force) == (True, False, False)

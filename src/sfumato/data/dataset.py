@@ -6,14 +6,14 @@ any number of processes, accumulated micro-batches or restarts sees the same sam
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import torch
 
 from sfumato import randomness
 from sfumato.data.batches import Batch, pairs
 from sfumato.data.buckets import Size
-from sfumato.data.latents import Encoder, Noise, PreparedPicture, sampled
+from sfumato.data.latents import Decoder, Encoder, Noise, PreparedPicture, sampled
 from sfumato.data.order import Order
 from sfumato.data.tags import vary
 from sfumato.data.texts import CaptionEmbeddings
@@ -37,6 +37,7 @@ class Dataset:
         repeats: Sequence[int],
         device: torch.device,
         encoder: Encoder,
+        decoder: Decoder,
         *,
         fingerprint: str,
         contents: Mapping[str, str],
@@ -44,11 +45,12 @@ class Dataset:
         together: int | None = None,
     ):
         self.fingerprint, self.contents, self.notes = fingerprint, contents, list(notes)
-        self._items, self._device, self._encoder = list(items), device, encoder
+        self._items, self._device, self._encoder, self._decoder = list(items), device, encoder, decoder
         self._samples = [i for i, count in enumerate(repeats) for _ in range(count)]
         self._together = together
         self._orders: dict[tuple[int, int], Order] = {}
         self._texts: CaptionEmbeddings | None = None
+        self._heard: Callable[[int, Batch], None] | None = None
 
     def __len__(self) -> int:
         return len(self._items)
@@ -64,9 +66,22 @@ class Dataset:
         return [item.said[0] for item in self._items]
 
     @property
+    def names(self) -> list[str]:
+        """Each picture's name, for the person."""
+        return [item.name for item in self._items]
+
+    @property
     def sizes(self) -> list[Size]:
         """Each picture's (width, height) after the crop."""
         return [item.crop.size for item in self._items]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels of a batch's latents, fp32, (batch, 3, height, width) in [-1, 1]."""
+        return self._decoder(latents)
+
+    def listen(self, heard: Callable[[int, Batch], None]) -> None:
+        """Have each `batch` whose captions are used told from now on, with the size of its step's global batch."""
+        self._heard = heard
 
     def embed(self, texts: CaptionEmbeddings) -> None:
         """Take the captions' embeddings from `texts` from now on."""
@@ -110,7 +125,10 @@ class Dataset:
 
         drawn = zip(indices, places, strict=True)
         captions = [self._caption(self._items[index], seed, step, place) for index, place in drawn]
-        return self._batch(indices, variants, captions, noise, embed_text=embed_text)
+        batch = self._batch(indices, variants, captions, noise, embed_text=embed_text)
+        if self._heard and embed_text:
+            self._heard(batch_size, batch)
+        return batch
 
     def drawn_views(self, seed: int, step: int, batch_size: int) -> list[View]:
         """The view of each place of a step's global batch."""

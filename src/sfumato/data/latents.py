@@ -19,6 +19,9 @@ from sfumato.errors import DataError
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Pixels (batch, 3, height, width) in [-1, 1] -> (mean, deviation), as `Base.encode_pixels`."""
 
+Decoder = Callable[[Tensor], Tensor]
+"""Latents (batch, channels, height/f, width/f) -> pixels, as `Base.decode`."""
+
 Noise = Callable[[int, tuple[int, ...]], Tensor]
 """(row of the batch, shape) -> standard normal numbers of that shape."""
 

@@ -96,6 +96,7 @@ def prepare(
         gathered.repeats,
         base.precision.device,
         base.encode_pixels,
+        base.decode,
         fingerprint=gathered.digest.hexdigest(),
         contents=gathered.contents,
         notes=notes,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sfumato.data.survey import PictureStats
-from sfumato.drawing.sheet import label_font
+from sfumato.drawing.labelled import Cell, Label, labelled_sheet
 
-_CELL_PX, _LINE_PX, _GAP_PX, _COLUMNS, _PAGE = 192, 16, 8, 8, 200
-_INK, _WARNING, _EMPTY = (25, 25, 25), (190, 30, 20), (235, 235, 235)
+_PAGE = 200
+_WARNING = (190, 30, 20)
 
 
 def crop_sheets(looks: Sequence[PictureStats], names: Sequence[str], captions: Sequence[str]) -> Iterator[Image.Image]:
@@ -27,23 +27,12 @@ def sheets_of(count: int) -> int:
 
 
 def _sheet(cells: Sequence[tuple[PictureStats, str, str]]) -> Image.Image:
-    columns = min(_COLUMNS, len(cells))
-    rows = -(-len(cells) // columns)
-    high = _CELL_PX + 3 * _LINE_PX + _GAP_PX
-    sheet = Image.new("RGB", (columns * (_CELL_PX + _GAP_PX) + _GAP_PX, rows * high + _GAP_PX), "white")
-    draw, font = ImageDraw.Draw(sheet), label_font(12, "".join(name + caption for _, name, caption in cells))
-    for number, (look, name, caption) in enumerate(cells):
-        left, top = _GAP_PX + number % columns * (_CELL_PX + _GAP_PX), _GAP_PX + number // columns * high
-        if not look.thumbnail:
-            draw.rectangle((left, top, left + _CELL_PX, top + _CELL_PX), fill=_EMPTY)
-        else:
-            picture = _fitted(Image.open(io.BytesIO(look.thumbnail)))
-            corner = (left + (_CELL_PX - picture.width) // 2, top + (_CELL_PX - picture.height) // 2)
-            sheet.paste(picture, corner)
+    shown = []
+    for look, name, caption in cells:
         wrong = look.error.removeprefix(f"{look.path.name}: ") or ", ".join(_flaws(look))
-        for line, (text, ink) in enumerate(((name, _INK), (caption, _INK), (wrong, _WARNING))):
-            draw.text((left, top + _CELL_PX + line * _LINE_PX), _short(text, font), fill=ink, font=font)
-    return sheet
+        picture = Image.open(io.BytesIO(look.thumbnail)) if look.thumbnail else None
+        shown.append(Cell(picture, [Label(name), Label(caption), Label(wrong, _WARNING)]))
+    return labelled_sheet(shown)
 
 
 def _flaws(look: PictureStats) -> list[str]:
@@ -53,19 +42,3 @@ def _flaws(look: PictureStats) -> list[str]:
     if look.crop is not None and look.crop.loses_much:
         found.append(f"{look.crop.kept:.0%} kept")
     return found
-
-
-def _fitted(image: Image.Image) -> Image.Image:
-    """Small pictures are enlarged by whole numbers, so that their pixels show."""
-    times = max(1, _CELL_PX // max(image.size))
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST) if times > 1 else image
-
-
-def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    whole = " ".join(text.split())  # a file's name may hold a line break, which Pillow cannot measure
-    text = whole[:_CELL_PX]  # a letter is a pixel wide at least, and a caption may have a million
-    if text == whole and font.getlength(text) <= _CELL_PX:
-        return text
-    while text and font.getlength(f"{text} ...") > _CELL_PX:
-        text = text[:-1]
-    return f"{text} ..."

@@ -140,13 +140,13 @@ def _layout(
     size_px = min(28, max(14, cell[0] // 10))
     font = label_font(size_px, "".join([title, *column_labels, *row_labels]))
     gap = max(10, cell[0] // 20)
-    heads = [_wrap(label, font, cell[0]) for label in column_labels[:columns]]
-    sides = [_wrap(label, font, max(120, cell[0])) for label in row_labels[:rows]]
+    heads = [wrap(label, font, cell[0]) for label in column_labels[:columns]]
+    sides = [wrap(label, font, max(120, cell[0])) for label in row_labels[:rows]]
     side_px = max((_width(line, font) for lines in sides for line in lines), default=0)
     left = gap + (side_px + gap if side_px else 0)
     line_px = round(size_px * 1.3)
     width = left + columns * (cell[0] + gap)
-    titles = _wrap(title, font, width - 2 * gap) if title else []
+    titles = wrap(title, font, width - 2 * gap) if title else []
     head_top = gap + (len(titles) * line_px + gap if titles else 0)
     top = head_top + (max((len(lines) for lines in heads), default=0) * line_px + gap // 2 if heads else 0)
     highs = [max(cell[1], len(lines) * line_px) for lines in sides] + [cell[1]] * (rows - len(sides))
@@ -190,7 +190,7 @@ def _named(text: str, font: Font) -> str:
     )
 
 
-def _wrap(text: str, font: Font, width: int) -> list[str]:
+def wrap(text: str, font: Font, width: int) -> list[str]:
     """The text in lines of at most `width` pixels, broken between words, or within one that is longer. Of a text
     without end the beginning."""
     lines: list[str] = []

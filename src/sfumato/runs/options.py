@@ -26,6 +26,10 @@ class FolderOptions(Settled):
     """Resume even if config, images, base model or version have changed."""
     overwrite: bool = False
     """Replace the run in the output folder. The old run stays until the new one takes its first step."""
+    dry_run: bool = False
+    """Make only the first four steps, keep nothing of them, and tell what the whole run takes: time, memory and disk.
+    OUTPUT.dry-run.png shows what these steps learned from: images as cropped, mirrored, masked and encoded, each with
+    its caption as drawn. Images that the base model generates beforehand, as of a class, stay for the run."""
     tensorboard: bool = False
     """Also write the log for TensorBoard (pip install "sfumato[tensorboard]")."""
     wandb: str | None = None
@@ -39,6 +43,7 @@ AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 
 def settled(config: AnyRun) -> AnyRun:
-    """The config without the options that are meant for one call alone (overwrite, resume, force), as it is saved for
+    """The config without the options that are meant for one call alone (overwrite, resume, force, dry_run), as it is
+    saved for
     later runs."""
-    return dataclasses.replace(config, overwrite=False, resume=False, force=False)
+    return dataclasses.replace(config, overwrite=False, resume=False, force=False, dry_run=False)

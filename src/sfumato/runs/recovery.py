@@ -65,10 +65,15 @@ class Recovery:
         return {"kept": self.kept.state(), "rate_factor": self.rate_factor, "bad": self.health.bad}
 
     def check_space(self) -> None:
-        """Before the start: room for all checkpoints that will stay, and the one that is being written."""
-        most = self.checkpoints.keep + 1 if self._every else 1
+        """Before the start: room for all checkpoints that will be there."""
+        most, bytes_each = self.most_there()
         missing = max(1, most - len(self.checkpoints.steps()))
-        require_space(self.folder, missing * (bytes_of(self.state()) + self.kept.bytes_to_come()))
+        require_space(self.folder, missing * bytes_each)
+
+    def most_there(self) -> tuple[int, int]:
+        """How many checkpoints are there at once, that which is being written among them, and the bytes of each."""
+        most = self.checkpoints.keep + 1 if self._every else 1
+        return most, bytes_of(self.state()) + self.kept.bytes_to_come()
 
     def save(self, step: int, *, due: bool) -> None:
         """Save the state of `step`, if it is one whose state is saved and is not saved yet.

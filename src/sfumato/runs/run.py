@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from sfumato.files.atomic import write_text
 from sfumato.runs import identity, progress, unfinished
 from sfumato.runs.alone import Alone
 from sfumato.runs.claim import Claim
+from sfumato.runs.dry_run import DryRun
 from sfumato.runs.folder import clear, forget_leftovers, forget_samples, is_run
 from sfumato.runs.health import not_finite
 from sfumato.runs.log import Log
@@ -46,11 +47,15 @@ class Run:
     `runs/unfinished.py` has a table of the states it passes, and of what becomes of it where an error or an
     interruption ends it in each.
 
-    count: how many processes train. step: the step it begins with, 0 or that of the checkpoint it resumes from.
+    count: how many processes train. step: the step it begins with, 0 or that of the checkpoint it resumes from. dry:
+    what ends it after a few steps; None of a training that is meant.
     """
 
-    def __init__(self, folder: Path, config: FolderOptions, processes: Processes | None = None):
+    def __init__(
+        self, folder: Path, config: FolderOptions, processes: Processes | None = None, dry: DryRun | None = None
+    ):
         self.folder = folder
+        self.dry = dry
         self.thread = get_ident()
         self.step = 0
         self.config, self._processes = config, processes or Alone()
@@ -92,12 +97,23 @@ class Run:
                 raise RunError(f"{config.output} is a file; --output wants a folder of its own for the run.")
             run = cls(config.output, config, processes)
             run._open(program, writes)
+            if config.dry_run:
+                run = run._elsewhere(program, writes)
         except OSError as error:
             if unusable_package(error):
                 raise
             mend = "make room" if error.errno == errno.ENOSPC else "see to its permissions"
             elsewhere = "" if config.resume else ", or give another --output"
             raise RunError(f"{config.output} cannot be written ({error.strerror}); {mend}{elsewhere}.") from None
+        return run
+
+    def _elsewhere(self, program: str, writes: Sequence[str]) -> Run:
+        """The dry run of this one, which its folder does not refuse, and which lets go of it."""
+        self.withdraw()
+        unfinished.note_begun(self)
+        dry = DryRun(self.config)
+        run = Run(dry.config.output, dry.config, cast("Processes", self._processes), dry)
+        run._open(program, writes)
         return run
 
     def _open(self, program: str, writes: Sequence[str]) -> None:
@@ -158,6 +174,8 @@ class Run:
             raise
         if self.is_main and not self._claim.replaces:
             self._or_stop(self._claim.write_facts)
+        if self.dry is not None and self.is_main:
+            self.dry.listen(depends_on)
 
     def keep(self, **parts: Any) -> None:
         """What a checkpoint holds: modules, optimizers, anything with `state_dict` and `load_state_dict`."""
@@ -169,7 +187,7 @@ class Run:
         A look that a full disk or a broken picture stops is said and does not end a training that has begun.
         """
         if steps:
-            self._looks.add(steps, look)
+            self._looks.add(steps, look if self.dry is None else self.dry.timed(steps, look))
 
     def show(self, step: int, images: Sequence[Image], captions: Sequence[str]) -> None:
         """Sample images of a step, for whoever looks at the log elsewhere."""
@@ -215,17 +233,20 @@ class Run:
 
         Resumes where the checkpoint stands. After SIGINT or SIGTERM the step is finished and saved, and SystemExit
         (130, 143) raised. Numbers that are not finite in three steps in a row send the run back to its last checkpoint
-        with half the learning rate, once; then RunError.
+        with half the learning rate, once; then RunError. A dry run ends with DryRunOver.
         """
+        steps = self._steps(count)
+        if self.dry is not None:
+            steps = self.dry.first_of(steps, count, self.say, self._recovery.most_there)
         try:
-            yield from self._steps(count)
+            yield from steps
         except BaseException as error:  # GeneratorExit, too: whatever ends the loop early lets the folder go
             self.close()
             if isinstance(error, GeneratorExit):
                 unfinished.note_left(self)
             raise
 
-    def _steps(self, count: int) -> Iterator[Step]:
+    def _steps(self, count: int) -> Generator[Step]:
         behind = self._resumed_from is not None and self._looks.are_behind(self._resumed_from)
         if self._resumed_from is not None:
             self._restore(self._resumed_from, seen=self._resumed_from - behind, again=not self.config.force)
@@ -305,6 +326,9 @@ class Run:
         self._progress.go_back_to(newest)
 
     def _say_goodbye(self, number: int, count: int) -> None:
+        if self.dry is not None:
+            self.say(f"the dry run was stopped after step {number}; nothing of it is kept.")
+            return
         self._looks.plot()
         if self._recovery.saved_at == number or not self.is_main:
             self.say(f"stopped after step {number} of {count}, saved. Go on with: {self.resume_command()}")
@@ -375,6 +399,8 @@ class Run:
             if self.log_file.wandb is not None:
                 self.log_file.wandb.finish(is_whole=self._is_whole)
             self._claim.release()
+        if self.dry is not None:
+            self.dry.remove()
 
     def close_while_writing(self) -> str:
         """Let the folder go; returns what is kept of the run, and how the rest is written."""
@@ -387,3 +413,5 @@ class Run:
         """Let the folder go, and remove what opening it wrote, if it held no run before."""
         self.log_file.close()
         self._claim.withdraw()
+        if self.dry is not None:
+            self.dry.remove()

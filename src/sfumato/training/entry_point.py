@@ -14,7 +14,8 @@ AnyConfig = TypeVar("AnyConfig")
 
 def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyConfig], Path]:
     """Gradients are computed whatever the caller has set, what ends the training lets go of the run's folder, and TF32
-    is then what the caller had. A training whose step does not fit into memory goes on in less (`less_memory.py`).
+    is then what the caller had. A training whose step does not fit into memory goes on in less (`less_memory.py`). Of a
+    dry run the path of its sheet is returned, or the output folder that it was asked for.
 
     A notebook keeps the latest error, and with it all that its frames hold: the folder would stay locked, and the base
     would lie beside that of the next attempt, which has less memory already. The frames of an error that nobody
@@ -28,6 +29,7 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
         from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory
         from sfumato.precision.memory import give_back_dropped_models
         from sfumato.runs import unfinished
+        from sfumato.runs.dry_run import DryRunOver
         from sfumato.training.less_memory import in_less_memory
 
         if not dataclasses.is_dataclass(config) or isinstance(config, type):
@@ -46,6 +48,8 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
             try:
                 with torch.inference_mode(False), torch.enable_grad():
                     return train(config)
+            except DryRunOver as over:
+                return over.path
             except Exception as error:
                 smaller = in_less_memory(error)
                 unfinished.abandon_unbegun()

@@ -23,13 +23,15 @@ def in_less_memory(error: Exception) -> Any | None:
     run = unfinished.take_left_in_a_step()
     if run is None or not is_out_of_memory(error) or run.count > 1 or not hasattr(run.config, "micro_batch"):
         return None
-    config: Any = run.config
+    config: Any = run.config if run.dry is None else run.dry.asked
     change = _next_change(config)
     if change is None:
         return None
     told = " ".join(shell.option(name) + ("" if value is True else f" {value}") for name, value in change.items())
     reason = " ".join(str(error).split())[:120] or "that of this machine"
     run.say(f"step {run.step + 1} does not fit into memory ({reason}); going on with {told}, which takes less")
+    if run.dry is not None:
+        return dataclasses.replace(config, **change)
     return dataclasses.replace(config, **change, resume=True, overwrite=False, force=False)
 
 

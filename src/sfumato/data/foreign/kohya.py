@@ -26,7 +26,7 @@ _ELSEWHERE = {
     "cache_info": "headers are always read anew",
     "validation_split": "--validation-split, of all images together",
     "validation_seed": "which images are held out depends on their names",
-    "debug_dataset": "sfumato check --sheet",
+    "debug_dataset": "sfumato check --sheet, or --dry-run",
 }
 _USED = frozenset(
     [
