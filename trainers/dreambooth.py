@@ -212,8 +212,8 @@ def train(config: Config) -> Path:
     if learned:
         run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
     prior = prior_of(config, base, dataset, class_set, preserved, noising, pristine)
-    if isinstance(prior, BasePrediction) and config.method == "full":
-        steps = range(run.step, config.steps)
+    steps = run.steps_to_come(config.steps)
+    if isinstance(prior, BasePrediction) and config.method == "full" and steps:
         run.say(prior.precompute_targets(steps, batches, shown=processes.is_main))
     trained.train()
     for step in run.steps(config.steps):
@@ -255,7 +255,7 @@ def train(config: Config) -> Path:
             average.update()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
-    limit.tell(run, config.steps, samples)
+    limit.tell(run, config.steps)
     average.swap()
     path = config.result_path()
     if processes.is_main:

@@ -158,7 +158,7 @@ def train(config: Config) -> Path:
         further: dict[str, Any] = {"prior_loss": prior_loss} if prior else {}
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
-    limit.tell(run, config.steps, samples)
+    limit.tell(run, config.steps)
     average.swap()
     path = config.result_path()
     if processes.is_main:

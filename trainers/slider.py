@@ -407,7 +407,7 @@ def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, 
     from sfumato.cards.slider import write_slider_card
     from sfumato.training.finish import drawing_command, plot_and_tell, upload
 
-    description, _ = learned.write(path, config.steps)
+    description, _ = learned.write(path, run.step)
     prompts, rows = samples_by_weight(samples)
     card = write_slider_card(run.folder, path, description, prompts, rows)
     command = drawing_command(config, description, prompts[0] if prompts else "a dog", lora=path)

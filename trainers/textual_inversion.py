@@ -203,7 +203,7 @@ def train(config: Config) -> Path:
 
     average.swap()
     if processes.is_main:
-        save(paths, words, config, about(), run, samples)
+        save(paths, words, config, about(steps=run.step), run, samples)
     words.remove()
     run.close()
     processes.wait()

@@ -163,7 +163,11 @@ def test_one_process_is_told_to_go_on_as_one(tmp_path, capsys):
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(SystemExit):
         next(steps)
-    assert lines(capsys)[-1] == (f"stopped after step 1 of 3, saved. Go on with: sfumato resume {tmp_path / 'run'}")
+    again = f"sfumato resume {tmp_path / 'run'}"
+    assert lines(capsys)[-2:] == [
+        f"stopped after step 1 of 3, saved. Go on with: {again}",
+        f"Or end it here, with what is learned so far: {again} --finish",
+    ]
 
 
 def test_stopped_on_a_full_disk(tmp_path, monkeypatch, capsys):

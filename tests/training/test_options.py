@@ -232,7 +232,7 @@ def test_what_has_no_effect_is_refused_where_it_is_given_and_a_run_begins():
 
 
 def test_permissions_of_one_call_are_not_written_down():
-    before = replace(CONFIG, overwrite=True, force=True, dry_run=True)
+    before = replace(CONFIG, overwrite=True, force=True, dry_run=True, finish=True)
     assert settled(before) == CONFIG
 
 
@@ -243,6 +243,7 @@ def test_permissions_of_one_call_are_not_written_down():
         ({"steps": 5, "epochs": 5}, "--steps and --epochs"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite"),
         ({"resume": True, "dry_run": True}, "--resume and --dry-run"),
+        ({"finish": True}, "--finish ends a run that was stopped"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan"),
         ({"ema": 1.0}, "--ema is 1.0"),
         ({"weight_decay": -0.1}, "--weight-decay is -0.1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sfumato.errors import RunError, SfumatoError, is_out_of_memory, unusable_package
@@ -36,7 +36,13 @@ class Looks:
 
     def at(self, step: int, count: int) -> bool:
         """Look, after `step` of `count`. Returns whether there was anything to look at."""
-        due = [look for every, look in self._looks if step % every == 0 or step == count]
+        return self._look(step, [look for every, look in self._looks if step % every == 0 or step == count])
+
+    def at_end(self, step: int) -> None:
+        """Look at the step that a run ends with before its last, as far as `at` has not."""
+        self._look(step, [look for every, look in self._looks if step % every])
+
+    def _look(self, step: int, due: Sequence[Callable[[int], None]]) -> bool:
         for look in due:
             try:
                 look(step)

@@ -22,6 +22,8 @@ class FolderOptions(Settled):
     """Number of checkpoints to keep; fewer than two count as two."""
     resume: bool = False
     """Resume the run in the output folder from its newest complete checkpoint."""
+    finish: bool = False
+    """With --resume: make no more steps, and write what is learned so far, as at the end of a run."""
     force: bool = False
     """Resume even if config, images, base model or version have changed."""
     overwrite: bool = False
@@ -43,7 +45,6 @@ AnyRun = TypeVar("AnyRun", bound=FolderOptions)
 
 
 def settled(config: AnyRun) -> AnyRun:
-    """The config without the options that are meant for one call alone (overwrite, resume, force, dry_run), as it is
-    saved for
-    later runs."""
-    return dataclasses.replace(config, overwrite=False, resume=False, force=False, dry_run=False)
+    """The config without the options that are meant for one call alone (overwrite, resume, finish, force, dry_run), as
+    it is saved for later runs."""
+    return dataclasses.replace(config, overwrite=False, resume=False, finish=False, force=False, dry_run=False)

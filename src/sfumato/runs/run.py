@@ -74,7 +74,7 @@ class Run:
         self._progress = Progress(shown=self.is_main)
         self._resumed_from: int | None = None
         self._is_whole = False  # whether all steps are made
-        self._ends = False  # whether the loop is to end before its next step
+        self._ends = config.finish  # whether the loop is to end before its next step
 
     @classmethod
     def start(
@@ -123,6 +123,10 @@ class Run:
             if self._claim.take(program, writes):
                 self._resumed_from = self._recovery.find()
                 self.step = self._resumed_from or 0
+                if self.config.finish and not self.step:
+                    raise RunError(
+                        f"{self.folder} has made no step yet, so nothing is learned; resume it without --finish."
+                    )
                 self._refuse_fewer_steps()
             self._processes.wait()  # before the main process changes what the others have looked at
             self._claim.name_program(program, writes)
@@ -277,6 +281,8 @@ class Run:
                         raise SystemExit(128 + stopped)
                 if health.broken:
                     self._go_back(self.step)
+            if self.step < count:
+                self._looks.at_end(self.step)
         self._is_whole = True
         unfinished.note_steps_done(self)
 
@@ -288,6 +294,10 @@ class Run:
         if wandb is not None:
             config = {"program": claim.facts.get("program"), **to_dict(settled(self.config), public=True)}
             wandb.start(claim.facts.get(_WANDB), partial(claim.note, _WANDB), config, self.log_file.rows())
+
+    def steps_to_come(self, count: int) -> range:
+        """Those that `steps` will make."""
+        return range(self.step, self.step if self._ends else count)
 
     def end(self) -> None:
         """Let the loop end before its next step, with a checkpoint of the last; all processes call it, or none."""
@@ -331,7 +341,10 @@ class Run:
             return
         self._looks.plot()
         if self._recovery.saved_at == number or not self.is_main:
-            self.say(f"stopped after step {number} of {count}, saved. Go on with: {self.resume_command()}")
+            again = self.resume_command()
+            self.say(f"stopped after step {number} of {count}, saved. Go on with: {again}")
+            if number:
+                self.say(f"Or end it here, with what is learned so far: {again} --finish")
         else:
             self.say(f"stopped after step {number} of {count}; this step could not be saved.")
 

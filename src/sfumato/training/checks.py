@@ -166,6 +166,8 @@ def check_run(config: FolderOptions) -> None:
     """Of any trainer's config: its name, its numbers, and which options exclude each other."""
     if config.resume and config.overwrite:
         raise ConfigError("--resume and --overwrite are both given; go on with the run, or replace it.")
+    if config.finish and not config.resume:
+        raise ConfigError("--finish ends a run that was stopped; name it: sfumato resume RUN --finish.")
     if config.resume and config.dry_run:
         raise ConfigError("--resume and --dry-run are both given; a dry run makes the first steps of a new run.")
     only_with(config, "--resume", "force")

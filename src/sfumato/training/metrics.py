@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sfumato.data import Batch, Dataset
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
 
 _SEED = 0
 _MOST = 16
@@ -159,11 +158,10 @@ class DriftLimit:
 
         return measure
 
-    def tell(self, run: Run, steps: int, samples: Samples) -> None:
-        """Of a run that it ended before the last of its steps: say so, and draw the samples of its end."""
+    def tell(self, run: Run, steps: int) -> None:
+        """Of a run that it ended before the last of its steps: say so."""
         if self.reached and run.step < steps:
             run.say(f"stopped after step {run.step}: {self.reached} is over --drift-limit {self.limit}")
-            samples.draw(run.step)
 
     def update(self, figures: Mapping[str, float], processes: Processes) -> None:
         """Take a measurement in; all processes agree."""
