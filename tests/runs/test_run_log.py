@@ -17,7 +17,7 @@ from torch import nn
 
 from sfumato.drawing.sheet import contact_sheet
 from sfumato.runs import log as logs
-from sfumato.runs import progress, signals
+from sfumato.runs import progress, sample_files, signals
 from sfumato.runs import samples as sheets
 from sfumato.runs.folder import forget_samples
 from sfumato.runs.log import Log
@@ -451,8 +451,8 @@ def test_pictures_of_steps_that_the_sheet_leaves_out_are_not_read(tmp_path, monk
         folder = tmp_path / f"samples/{step:06d}"
         folder.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(folder / "0.png")
-    read, real = [], sheets.read_drawn
-    monkeypatch.setattr(sheets, "read_drawn", lambda path: read.append(path) or real(path))
+    read, real = [], sample_files.read_drawn
+    monkeypatch.setattr(sample_files, "read_drawn", lambda path: read.append(path) or real(path))
     drawn.draw(100)
     assert len(read) <= sheets.MOST_ROWS
     assert [path.parent.name for path in read[::33]] == ["000000", "000099"]

@@ -97,7 +97,7 @@ def clear(config: FolderOptions) -> None:
     """
     folder = config.output
     used = [Path(os.path.abspath(each)) for each in vars(config).values() if each and isinstance(each, str | Path)]
-    name = _name_of(folder)
+    name = name_of(folder)
     forget_samples(folder, -1)
     for picture in card_pictures(folder):
         _remove(folder / picture)
@@ -170,7 +170,7 @@ def forget_samples(folder: Path, step: int) -> None:
                 row.rmdir()
 
 
-def _name_of(folder: Path) -> str:
+def name_of(folder: Path) -> str:
     """What the run in the folder calls what it learns."""
     try:
         name = read_toml(folder / "config.toml").get("name")

@@ -69,6 +69,21 @@ class Lock:
         return found
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds the run folder."""
+    if not object_in(folder / ".holder.json"):
+        return False
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # somebody else's folder
+        return False
+    lock.release()
+    return False
+
+
 def _removed(path: Path) -> bool:
     try:
         path.unlink(missing_ok=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
-from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, read_drawn
+from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet
 from sfumato.files.atomic import atomic_path
+from sfumato.runs.sample_files import PROMPT, path_of, row_of, steps_drawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,8 +23,6 @@ Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
 
 MOST_ROWS = 40
 """Of a sheet, which is drawn anew each time: with more it would take longer each time, and no program would show it."""
-_PROMPT = "sfumato.prompt"
-"""The text in a picture's file that is its prompt: a run that goes on by --force may have others."""
 
 
 class Samples:
@@ -63,7 +61,7 @@ class Samples:
     def ends(self) -> list[list[Image.Image]]:
         """The pictures from before the first step and of the last time, a column a prompt; of one alone, those."""
         first = next(self._rows([0]), None)
-        last = next(self._rows(reversed(self._steps)), None)
+        last = next(self._rows(reversed(steps_drawn(self._folder))), None)
         return [row for _, row in dict([end for end in (first, last) if end]).items()]
 
     def draw(self, step: int) -> None:
@@ -74,10 +72,10 @@ class Samples:
             pictures = self._draw(self.prompts, [self._seed] * len(self.prompts))
         for number, picture in enumerate(pictures):
             told = PngInfo()
-            told.add_itxt(_PROMPT, self.prompts[number])
-            with atomic_path(self._folder / f"{step:06d}" / f"{number}.png") as temporary:
+            told.add_itxt(PROMPT, self.prompts[number])
+            with atomic_path(path_of(self._folder, step, number)) as temporary:
                 picture.save(temporary, pnginfo=told)
-        side, steps = max(max(picture.size) for picture in pictures), thinned(self._steps, MOST_ROWS)
+        side, steps = max(max(picture.size) for picture in pictures), thinned(steps_drawn(self._folder), MOST_ROWS)
         count = len(steps) * len(pictures)
         rows = [(each, [as_on_a_sheet(picture, side, count) for picture in row]) for each, row in self._rows(steps)]
         times = [f"step {each}" for each, _ in rows]
@@ -86,21 +84,12 @@ class Samples:
             sheet.save(temporary)
         self._run.show(step, pictures, self.labels)
 
-    @property
-    def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
-
     def _rows(self, steps: Iterable[int]) -> Iterator[tuple[int, list[Image.Image]]]:
-        """(step, pictures) of the rows that are whole and of these prompts; a killed process may have left half of one,
-        a disk a broken picture."""
+        """(step, pictures) of the rows that are whole and of these prompts."""
         for step in steps:
-            row = [picture for path in self._paths(step) if (picture := read_drawn(path)) is not None]
-            told = [picture.info.get(_PROMPT, prompt) for picture, prompt in zip(row, self.prompts, strict=False)]
-            if told == self.prompts:
+            row = row_of(self._folder, step, self.prompts)
+            if row is not None:
                 yield step, row
-
-    def _paths(self, step: int) -> list[Path]:
-        return [self._folder / f"{step:06d}" / f"{number}.png" for number in range(len(self.prompts))]
 
 
 def thinned(steps: Sequence[int], most: int) -> list[int]:
