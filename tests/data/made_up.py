@@ -1,4 +1,4 @@
-"""A base that is a few lines of arithmetic, and a picture made on the spot."""
+"""A base that is a few lines of arithmetic, and pictures made on the spot."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -72,3 +72,9 @@ def noise_picture(width=64, height=64, seed=0):
     """A picture of coarse random tiles."""
     tiles = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(tiles).resize((width, height), Image.Resampling.NEAREST)
+
+
+def smooth_noise(seed, side=256):
+    """A picture with detail at every scale, as photographs have it."""
+    tiles = [noise_picture(side, side, seed=seed).resize((n, n)).resize((side, side)) for n in (8, 64)]
+    return Image.blend(*tiles, 0.5)
