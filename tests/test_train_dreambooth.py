@@ -565,7 +565,7 @@ def test_adapters_on_the_way_are_those_of_runs_that_end_there(train):
 
 
 def test_a_copy_of_the_program_runs(pocket_folder, pictures, tmp_path, monkeypatch):
-    """As a script does; tests/test_train_lora.py has a copy run in a process of its own."""
+    """As a script does; tests/lora/test_lora_again.py has a copy run in a process of its own."""
     assert cli.main(["cp", "dreambooth", str(tmp_path / "mine.py")]) == 0
     words = ["--images", str(pictures), "--base", str(pocket_folder), "--output", str(tmp_path / "run")]
     words += ["--class-name", "square", "--prior", "base", "--method", "lora", "--steps", "1"]
