@@ -1,9 +1,11 @@
 """Textual inversions as they are written, alone and bundled with an adapter, to the letter."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from sfumato.files import read_header, write_tensors
+from sfumato.errors import AdapterError, FileError
+from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.metadata import short_hash
 from sfumato.files.write_embedding import write_embedding
 from sfumato.files.write_kohya import write_lora
@@ -63,3 +65,37 @@ def test_words_to_the_letter(two_modules, tmp_path):
     assert read_header(path).metadata["sshs_model_hash"][:12] == short_hash(
         write_tensors(tmp_path / "b", load_file(path))
     )
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    metadata = {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_network_module": "networks.lora"}
+    vectors = {"text_encoder": torch.ones(2, 4)}
+    path = write_embedding(tmp_path / "a.safetensors", "<x>", vectors, metadata=metadata)
+    written = read_header(path).metadata
+    assert written["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
+    assert written["sfumato.token"] == "<x>"
+    assert "ss_network_module" not in written
+    assert read_embedding(path).embeddings["<x>"]["text_encoder"].shape == (2, 4)
+    assert (
+        path.read_bytes() == write_embedding(tmp_path / "b.safetensors", "<x>", vectors, metadata=metadata).read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [{}, {"text_encoder": torch.ones(4)}, {"unet": torch.ones(1, 4)}, {"text_encoder_2": torch.ones(1, 4)}],
+)
+def test_what_is_no_embedding_is_not_written(vectors, tmp_path):
+    with pytest.raises(AdapterError, match="wanted"):
+        write_embedding(tmp_path / "a.safetensors", "<x>", vectors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_no_numbers_are_not_written(tmp_path):
+    with pytest.raises(FileError, match="NaN or Inf"):
+        write_embedding(tmp_path / "a.safetensors", "<x>", {"text_encoder": torch.full((1, 4), torch.nan)})
+    with pytest.raises(FileError, match="overflows float16"):
+        write_embedding(
+            tmp_path / "a.safetensors", "<x>", {"text_encoder": torch.full((1, 4), 1e6)}, dtype=torch.float16
+        )
+    assert list(tmp_path.iterdir()) == []
