@@ -5,7 +5,7 @@ Sizes are (width, height) in pixels, as in Pillow.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sfumato.data.options import CropMode
 from sfumato.errors import ConfigError
@@ -163,8 +163,8 @@ def fit_crop(original: Size, size: Size, mode: CropMode = "center", factor: int 
     wide, high = crop.resized
     width, height = min(wide / scale, original[0]), min(high / scale, original[1])
     left, top = (original[0] - width) / 2, (original[1] - height) / 2
-    box, offset = (left, top, left + width, top + height), (round(left * scale), round(top * scale))
-    return Crop(original, box, size, offset, None, crop.positions, crop.stride)
+    offset = round(left * scale), round(top * scale)
+    return replace(crop, box=(left, top, left + width, top + height), offset=offset)
 
 
 def _padded(original: Size, size: Size) -> Crop:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from charset_normalizer import from_bytes
@@ -38,7 +38,7 @@ def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
     """(text as `by_line` has it, the encoding that had to be guessed or None).
 
     UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one, else `likely` (what the captions around it are
-    in, see `guess_encoding`) where that makes sense of it, else charset-normalizer's guess. Raises DataError if the
+    in, see `guess_from`) where that makes sense of it, else charset-normalizer's guess. Raises DataError if the
     file cannot be read or nothing fits.
     """
     data = _bytes(path)
@@ -53,11 +53,6 @@ def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
         except (UnicodeDecodeError, LookupError):
             continue
     raise DataError(f"{path.name}: not text in any encoding that could be told. Save it as UTF-8.")
-
-
-def guess_encoding(texts: Iterable[bytes]) -> str | None:
-    """The one encoding that most likely holds for all of these; None if nothing fits."""
-    return next(iter(_sensible(b"\n".join(texts))), None)
 
 
 def _sensible(data: bytes) -> list[str]:
@@ -110,9 +105,9 @@ def _wide_without_mark(data: bytes) -> str | None:
 
 
 def guess_from(paths: Sequence[Path]) -> str | None:
-    """The encoding of those of the files that are not Unicode, guessed from all of them together."""
-    contents = [_bytes(path) for path in paths[:1000]]
-    return guess_encoding(data for data in contents if _unicode(data) is None)
+    """The one encoding that most likely holds for all of the files that are not Unicode; None if nothing fits."""
+    contents = (_bytes(path) for path in paths[:1000])
+    return next(iter(_sensible(b"\n".join(data for data in contents if _unicode(data) is None))), None)
 
 
 def _bytes(path: Path) -> bytes:
@@ -162,8 +157,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             raise DataError(f"{wanted}, found a text that is no string.")
         if text and not is_text(text):
             raise DataError(f"{path.name}, line {number}: half of a character ({text[:60]!r}). Write it whole.")
-        name = named.as_posix()
-        if found.setdefault(name, by_line(text or "")) != by_line(text or ""):
+        name, caption = named.as_posix(), by_line(text or "")
+        if found.setdefault(name, caption) != caption:
             raise DataError(f"{path.name}, line {number}: another text for {name}. Leave one of them.")
     return found
 

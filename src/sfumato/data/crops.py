@@ -9,7 +9,6 @@ from PIL import Image
 from sfumato.data.buckets import Crop, Size, fit_crop, nearest_bucket
 from sfumato.data.folder import Example
 from sfumato.data.images import Picture, open_mask, open_picture
-from sfumato.data.options import CropMode
 from sfumato.errors import DataError
 
 OPAQUE = "nothing of it is transparent, so all of it is learned"
@@ -28,10 +27,15 @@ class Cropped:
     notes: tuple[str, ...]
 
 
-def crop_example(example: Example, sizes: list[Size], vae_factor: int, mode: CropMode = "center") -> Cropped:
-    """Decode an example and bring it to the nearest of `sizes`, resampled once. Raises DataError naming the file."""
+def crop_of(example: Example, original: Size, sizes: list[Size], vae_factor: int) -> Crop:
+    """The crop of an example whose picture is of size `original`: the nearest of `sizes`, as its options want it."""
+    return fit_crop(original, nearest_bucket(original, sizes), example.options.crop or "center", vae_factor)
+
+
+def crop_example(example: Example, sizes: list[Size], vae_factor: int) -> Cropped:
+    """Decode an example and bring it to its crop, resampled once. Raises DataError naming the file."""
     picture = open_picture(example.path)
-    crop = fit_crop(picture.image.size, nearest_bucket(picture.image.size, sizes), mode, vae_factor)
+    crop = crop_of(example, picture.image.size, sizes, vae_factor)
     mask = _mask(example, picture)
     small = (crop.resized[0] // vae_factor, crop.resized[1] // vae_factor)
     if crop.inside is not None:

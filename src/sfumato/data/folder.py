@@ -157,33 +157,34 @@ def examples_of(
     for found in listing.pictures:
         if found.caption.error:
             raise DataError(found.caption.error)
-    ignored = [*listing.ignored, *(_ignored(listing, picture, reason) for picture, reason in bad.items())]
+    left_out = [
+        Ignored(picture.relative_to(path).as_posix(), reason.removeprefix(f"{picture.name}: "))
+        for picture, reason in bad.items()
+    ]
+    good = [found for found in listing.pictures if found.path not in bad]
     examples = [
         example_of(found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line), options=options)
-        for found in listing.pictures
-        if found.path not in bad
+        for found in good
     ]
     for example in examples:
         if fault := unmatched_braces(example):
             raise DataError(f"{example.path.name}: {fault}")
     _check_captions(examples, template, words, path)
     counted = f"{pluralize(len(examples), 'image')} in {name}{ignored_words(listing.ignored)}"
-    numbers = [found.path.name for found in listing.pictures if found.path not in bad and nameless(found, template)]
+    numbers = [found.path.name for found in good if nameless(found, template)]
     unused = trigger and unused_trigger(examples, trigger)
     notes = [
-        *([counted] if ignored else []),
+        *([counted] if listing.ignored or bad else []),
         *(f"left out: {reason}" for reason in bad.values()),
         *listing.notes,
-        *grouped(_caption_notes(listing, bad)),
-        *lines_notes(
-            [found for found in listing.pictures if found.path not in bad], template, by_line, of_class=words is None
-        ),
+        *grouped(note for found in good for note in found.caption.notes),
+        *lines_notes(good, template, by_line, of_class=words is None),
         *wildcards_notes(examples, options.wildcards, of_class=words is None),
         *_mask_notes(path, examples, mask),
         *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
         *([f"{unused} to add it"] if unused else []),
     ]
-    return ExampleSet(tuple(examples), tuple(ignored), tuple(dict.fromkeys(notes)), skip_bad)
+    return ExampleSet(tuple(examples), (*listing.ignored, *left_out), tuple(dict.fromkeys(notes)), skip_bad)
 
 
 def example_of(
@@ -339,10 +340,6 @@ def refuse_bad(reasons: Sequence[str], total: int, skip: bool | None, where: str
     raise DataError(f"{len(reasons)} of {total} images{where} cannot be learned from: {shown}{more}. {advice}")
 
 
-def _ignored(listing: Listing, path: Path, reason: str) -> Ignored:
-    return Ignored(path.relative_to(listing.root).as_posix(), reason.removeprefix(f"{path.name}: "))
-
-
 def _check_captions(examples: Sequence[Example], template: str | None, words: str | None, folder: Path) -> None:
     missing = [example.path.name for example in examples if not example.caption]
     if not missing:
@@ -440,12 +437,6 @@ def joint_notes(sources: Iterable[tuple[Container[str], Iterable[str]]]) -> list
     each = [(asked, list(notes)) for asked, notes in sources]
     joined = dict.fromkeys(note for _, notes in each for note in notes)
     return [note for note in joined if not any(note in asked and note not in notes for asked, notes in each)]
-
-
-def _caption_notes(listing: Listing, bad: dict[Path, str]) -> Iterator[str]:
-    for found in listing.pictures:
-        if found.path not in bad:
-            yield from found.caption.notes
 
 
 def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> Iterator[str]:

@@ -20,7 +20,7 @@ from sfumato.data.crops import Cropped, crop_example
 from sfumato.data.folder import Example, labelled, labels_of
 from sfumato.data.images import pixels_of
 from sfumato.data.latents import PreparedPicture, encode, keep_pixels
-from sfumato.data.planning import WINDOW, Plan, crop_of, latents_key
+from sfumato.data.planning import WINDOW, Plan, foreseen_crop, latents_key
 from sfumato.data.prefetch import prefetch
 from sfumato.errors import DataError
 from sfumato.files.read import stamp
@@ -116,12 +116,11 @@ def _read(example: Example, label: str, asked: bool, plan: Plan, store: Cache | 
         for path, wanted, found in zip(files, example.checksums, content, strict=False):
             refuse_changed(path, wanted, found)
         if not asked:
-            crop = crop_of(example, sizes, plan.vae_factor)
-            return _Done(example, label, "".join(content), "", crop)
+            return _Done(example, label, "".join(content), "", foreseen_crop(example, sizes, plan.vae_factor))
         key = latents_key(example, content, plan)
         result: Cropped | Entry | None = store.find("latents", key) if store else None
         if result is None:
-            result = crop_example(example, sizes, plan.vae_factor, example.options.crop or "center")
+            result = crop_example(example, sizes, plan.vae_factor)
             if [stamp(path.stat()) for path in files] != before:
                 raise DataError(f"{example.path.name}: the file changed while it was read. Start again.")
         return _Done(example, label, "".join(content), key, result)

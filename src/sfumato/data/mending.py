@@ -149,14 +149,15 @@ def _why_rewritten(path: Path) -> str:
 def _folders(part: Path, sources: Sequence[Source]) -> list[Path]:
     """A folder in `part` for each source, named as the source's is, whatever way leads there (".."): one and the same
     for those of one folder, unless they read other captions there."""
+    read = [(source.path.resolve(), source.suffixes) for source in sources]
     folders: dict[tuple[Path, tuple[str, ...]], Path] = {}
-    for source in sources:
-        own = source.path.resolve().name or "pictures"
+    for place, suffixes in dict.fromkeys(read):
+        own = place.name or "pictures"
         name, number = own, 2
         while name.casefold() in {folder.name.casefold() for folder in folders.values()}:
             name, number = f"{own}-{number}", number + 1
-        folders.setdefault((source.path.resolve(), tuple(source.suffixes)), part / name)
-    return [folders[source.path.resolve(), tuple(source.suffixes)] for source in sources]
+        folders[place, suffixes] = part / name
+    return [folders[each] for each in read]
 
 
 def _write_toml(path: Path, part: Path, folders: Sequence[Path], filled: Mapping[Path, bool]) -> None:

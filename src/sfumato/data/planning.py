@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sfumato.data.buckets import (
-    Crop,
-    Size,
-    Sizes,
-    checked_sizes,
-    fit_crop,
-    nearest_bucket,
-    of_resolution,
-    side_step,
-)
+from sfumato.data.buckets import Crop, Size, Sizes, checked_sizes, of_resolution, side_step
 from sfumato.data.cache import Cache, decoders, key_of, weights_digest
 from sfumato.data.checksums import file_digest
+from sfumato.data.crops import crop_of
 from sfumato.data.folder import Example
 from sfumato.data.images import upright_size
 from sfumato.data.order import Order
@@ -82,13 +74,12 @@ def foreseen_crops(examples: Sequence[Example], sizes: Sizes, vae_factor: int) -
     """The examples with their crops, by what their files' headers say."""
     for example in examples:
         with suppress(DataError):  # said when it is decoded
-            yield example, crop_of(example, of_resolution(sizes, example.options.resolution), vae_factor)
+            yield example, foreseen_crop(example, of_resolution(sizes, example.options.resolution), vae_factor)
 
 
-def crop_of(example: Example, sizes: list[Size], vae_factor: int) -> Crop:
+def foreseen_crop(example: Example, sizes: list[Size], vae_factor: int) -> Crop:
     """The crop that `crop_example` makes, by the file's header."""
-    size = upright_size(example.path)
-    return fit_crop(size, nearest_bucket(size, sizes), example.options.crop or "center", vae_factor)
+    return crop_of(example, upright_size(example.path), sizes, vae_factor)
 
 
 def plan_of(foreseen: Foreseen, sizes: Sizes, base: Base, store: Cache | None) -> Plan:

@@ -86,7 +86,7 @@ def measure_picture(example: Example, sizes: list[Size], vae_factor: int, *, thu
     """Decode one example as training does."""
     try:
         check_files(example.files, example.checksums)
-        cropped = crop_example(example, sizes, vae_factor, example.options.crop or "center")
+        cropped = crop_example(example, sizes, vae_factor)
     except DataError as error:
         return PictureStats(example.path, str(error))
     crop, image = cropped.crop, cropped.image
