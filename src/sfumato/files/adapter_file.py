@@ -105,18 +105,17 @@ def _read(source: WeightFile, partial: bool) -> AdapterFile:
     layout = read_layout(header, source.part)
     _check_layout(layout, header.path.name, len(header.tensors), partial)
     tensors = read_tensors(header.path, header=header)
-    unusable = layout.incomplete
     _check_dtypes(header, layout)
     changes: dict[Target, Change] = {}
     by_onetrainer = "ot_branch" in header.metadata
     for target, keys in layout.modules.items():
-        if target in unusable:
+        if target in layout.incomplete:
             continue
         roles = {role: tensors[name] for role, name in keys.names.items()}
         changes[target] = read_change(
             ModuleTensors(header.path.name, target, keys.kind, keys.names, roles, source.settings, by_onetrainer)
         )
-    left_out = [name for keys in unusable.values() for name in keys.names.values()]
+    left_out = [name for keys in layout.incomplete.values() for name in keys.names.values()]
     return AdapterFile(
         header.path,
         changes,
@@ -131,20 +130,12 @@ def _read(source: WeightFile, partial: bool) -> AdapterFile:
 
 
 def _check_dtypes(header: Header, layout: Layout) -> None:
-    whole = [name for name, info in header.tensors.items() if info.dtype not in FLOATS]
-    if not whole:
-        return
-    unusable = layout.incomplete
-    used = {
-        name: role
-        for target, keys in layout.modules.items()
-        if target not in unusable
-        for role, name in keys.names.items()
-    }
-    for name in whole:
-        info, role = header.tensors[name], used.get(name)
+    """Raise AdapterError for numbers of a module that are not floating point; a flag, and one alpha, may be whole."""
+    used = [keys.names for target, keys in layout.modules.items() if target not in layout.incomplete]
+    for role, name in (each for names in used for each in names.items()):
+        info = header.tensors[name]
         one_alpha = role == "alpha" and prod(info.shape) == 1
-        if role is not None and role not in _FLAGS and not one_alpha:
+        if info.dtype not in FLOATS and role not in _FLAGS and not one_alpha:
             raise AdapterError(
                 f"{header.path.name}: {name} is {info.dtype}; wanted floating point. Quantised adapters are not read; "
                 "take the file in half or single precision."
@@ -153,7 +144,7 @@ def _check_dtypes(header: Header, layout: Layout) -> None:
 
 def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
     """Raise AdapterError for a file that is no adapter, says a thing twice, or is not whole."""
-    count, tensors = len(layout.modules), pluralize(total, "tensor")
+    tensors = pluralize(total, "tensor")
     what = describe_foreign(layout.unknown) if layout.unknown else None
     if what == TRANSFORMER:  # such a file may change CLIP as well, which the base has, too
         raise AdapterError(f"{file}: this is {what}. Take one for SD 1.x, SD 2.x or SDXL.")
@@ -174,8 +165,7 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
             f"{file}: {len(layout.repeated)} of {total:,} keys name a module that another spelling names too, first "
             f"{_first(layout.repeated)}. Which is meant is not said; take the file from its source again."
         )
-    unusable = layout.incomplete
-    if len(unusable) == count:
+    if len(layout.incomplete) == len(layout.modules):
         raise AdapterError(
             f"{file}: {_broken(layout)}, so nothing can be applied. Take the file from its source again."
         )
@@ -186,7 +176,7 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
             f"{file}: {len(layout.unknown)} of {total:,} keys are not understood, first {_first(layout.unknown)}. "
             f"Accept the rest with {_PARTIAL}, or take another file."
         )
-    if unusable:
+    if layout.incomplete:
         raise AdapterError(
             f"{file}: {_broken(layout)}. Take the file from its source again, or accept the rest with {_PARTIAL}."
         )
@@ -194,15 +184,15 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
 
 def _broken(layout: Layout) -> str:
     """How many modules lack what, and the first of them by its key."""
-    unusable = layout.incomplete
+    unusable = layout.incomplete.values()
     for half, other in (("up", "down"), ("down", "up")):
-        halves = [keys for keys in unusable.values() if other in keys.names and half not in keys.names]
+        halves = [keys for keys in unusable if other in keys.names and half not in keys.names]
         if halves:
             return (
                 f"lora_{half} is missing for {len(halves)} of {len(layout.modules)} modules, first beside "
                 f"{halves[0].names[other]}"
             )
-    first = next(iter(unusable.values()))
+    first = next(iter(unusable))
     return (
         f"{len(unusable)} of {len(layout.modules)} modules are not whole, first {next(iter(first.names.values()))}, of "
         f"whose {first.kind} {pluralize(len(first.names), 'tensor is', 'tensors are')} there"

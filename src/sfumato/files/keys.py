@@ -10,9 +10,10 @@ kohya's `lora_unet_`. What follows the module's name is in `sfumato.files.kinds`
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 from sfumato.files.embedding_keys import EmbeddingKey, embedding_key
@@ -62,12 +63,9 @@ class Layout:
     @property
     def kinds(self) -> dict[str, int]:
         """The number of modules of each kind."""
-        counts: dict[str, int] = {}
-        for module in self.modules.values():
-            counts[module.kind] = counts.get(module.kind, 0) + 1
-        return counts
+        return dict(Counter(module.kind for module in self.modules.values()))
 
-    @property
+    @cached_property
     def incomplete(self) -> dict[Target, ModuleKeys]:
         """The modules of which tensors are missing."""
         return {target: keys for target, keys in self.modules.items() if not is_whole(keys.kind, keys.names)}

@@ -154,8 +154,13 @@ def rank_of(roles: Mapping[str, Shape]) -> int | None:
     if len(roles.get("a1", ())) > 1:
         return min(roles["a1"][:2])
     if len(roles.get("oft_r", ())) == 2:
-        return (1 + isqrt(1 + 8 * roles["oft_r"][1])) // 2
+        return side_of(roles["oft_r"][1])
     return roles["boft_r"][-1] if len(roles.get("boft_r", ())) == 4 else None
+
+
+def side_of(triangle: int) -> int:
+    """The side of a skew matrix, by how many numbers its upper triangle has."""
+    return (1 + isqrt(1 + 8 * triangle)) // 2
 
 
 def _times(first: int | None, second: int | None) -> int | None:

@@ -43,9 +43,7 @@ def _lora(values: Mapping[str, Array], alpha: float | None, down: str = "down", 
     rank = first.shape[0]
     core = values.get("mid")
     a, b = _flat(first), _flat(second)
-    if b.shape[1] != rank:
-        return None
-    if core is not None and core.shape[:2] != (rank, rank):
+    if b.shape[1] != rank or (core is not None and core.shape[:2] != (rank, rank)):
         return None
     if core is not None:
         a = np.einsum("pqk,qi->pik", core.reshape(rank, rank, -1).astype(np.float64), a).reshape(rank, -1)

@@ -59,10 +59,7 @@ def write_lora(
     alpha, modules = one_alpha({target: module.plain() for target, module in modules.items()})
     tensors: dict[str, Tensor] = {}
     for target, name in kohya_names(family, modules, path.name).items():
-        module = modules[target]
-        convolution = module.down.ndim == 4
-        up = module.up.reshape(*module.up.shape[:2], *(1, 1)) if convolution else module.up.flatten(1)
-        for half, value in zip(("lora_down", "lora_up"), rebalance_for_fp16(module.down, up, dtype), strict=True):
+        for half, value in zip(("lora_down", "lora_up"), halves(modules[target], dtype), strict=True):
             tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
@@ -125,6 +122,12 @@ def metadata_within_limit(metadata: Mapping[str, str], modules: int) -> tuple[di
         left_out.append(key)
         excess -= sizes[key]
     return kept, left_out
+
+
+def halves(module: LoraModule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(down, up) as files have them: up with as many axes as down, and both as `rebalance_for_fp16` leaves them."""
+    up = module.up.reshape(*module.up.shape[:2], *(1,) * (module.down.ndim - 2))
+    return rebalance_for_fp16(module.down, up, dtype)
 
 
 def rebalance_for_fp16(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

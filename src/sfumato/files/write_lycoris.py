@@ -28,7 +28,7 @@ from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_names
 from sfumato.files.save import cast, write_hashed
 from sfumato.files.write_embedding import bundled_tensors
-from sfumato.files.write_kohya import rebalance_for_fp16, write_lora
+from sfumato.files.write_kohya import halves, rebalance_for_fp16, write_lora
 from sfumato.json_text import object_of
 from sfumato.numerals import exact
 
@@ -101,9 +101,7 @@ def _tensors(change: Change, dtype: torch.dtype, weight: Tensor) -> dict[str, Te
 
 def _of_lora(change: LoraModule, dtype: torch.dtype, weight: Tensor) -> dict[str, Tensor]:
     change = change.plain()
-    down, up = rebalance_for_fp16(
-        change.down, change.up.reshape(*change.up.shape[:2], *(1,) * (weight.ndim - 2)), dtype
-    )
+    down, up = halves(change, dtype)
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(change.alpha)}
 
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sfumato.files.header import path_of
 from sfumato.files.kohya import Target, kohya_names
 from sfumato.files.peft_folder import CONFIG, MODEL
 from sfumato.files.save import cast, check_metadata, write_hashed, write_tensors
-from sfumato.files.write_kohya import rebalance_for_fp16
+from sfumato.files.write_kohya import halves
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
@@ -108,11 +109,8 @@ def _tensors(named: Mapping[str, LoraModule], dtype: torch.dtype, path: Path) ->
     for name, given in named.items():
         module = given.plain()
         up = module.up if module.scale == 1 else module.up.float() * module.scale
-        convolution = module.down.ndim == 4
-        down, up = rebalance_for_fp16(module.down, up, dtype)
-        tensors[f"{name}.lora_A.weight"] = cast(down, dtype, f"{name}.lora_A", path)
-        shaped = up.reshape(*up.shape[:2], 1, 1) if convolution else up.flatten(1)
-        tensors[f"{name}.lora_B.weight"] = cast(shaped, dtype, f"{name}.lora_B", path)
+        for half, value in zip(("lora_A", "lora_B"), halves(replace(module, up=up), dtype), strict=True):
+            tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         if module.bias_delta is not None:
             tensors[f"{name}.lora_B.bias"] = cast(module.bias_delta, dtype, f"{name}.lora_B.bias", path)
     biased = sum(name.endswith(".bias") for name in tensors)

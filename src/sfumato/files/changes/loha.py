@@ -55,10 +55,9 @@ class Loha(WithoutLowRank):
         return (a.shape[0], b.shape[1]) if self.cores is None else (a.shape[1], b.shape[1], *self.cores[0].shape[2:])
 
     def fits(self, shape: Sequence[int]) -> bool:
-        a, b = self.first
         if self.cores is None:
-            return len(shape) > 1 and a.shape[0] == shape[0] and b.shape[1] == prod(shape[1:])
-        return tuple(shape) == (a.shape[1], b.shape[1], *self.cores[0].shape[2:])
+            return len(shape) > 1 and self.shape == (shape[0], prod(shape[1:]))
+        return self.shape == tuple(shape)
 
     def delta(self, weight: Tensor) -> Tensor:
         check_fits(self, weight.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato.files.changes.change import WithoutLowRank, check_fits
 from sfumato.files.changes.module_tensors import ModuleTensors
+from sfumato.files.kinds import side_of
 
 TERM_LIMIT = 64
 
@@ -111,7 +112,7 @@ class InputOft(WithoutLowRank):
     @classmethod
     def from_tensors(cls, parts: ModuleTensors) -> InputOft:
         packed = parts["oft_r"]
-        size = _side(packed.shape[1]) if packed.ndim == 2 else 0
+        size = side_of(packed.shape[1]) if packed.ndim == 2 else 0
         if packed.ndim != 2 or size * (size - 1) // 2 != packed.shape[1]:
             raise parts.shape_error("oft_r", "(blocks, size * (size - 1) / 2)")
         if parts.by_onetrainer or parts.names["oft_r"].startswith("lora_"):  # no one else writes it in kohya's names
@@ -137,7 +138,7 @@ class InputOft(WithoutLowRank):
 
     @property
     def size(self) -> int:
-        return _side(self.packed.shape[1])
+        return side_of(self.packed.shape[1])
 
     def fits(self, shape: Sequence[int]) -> bool:
         columns = prod(shape[1:])
@@ -172,11 +173,6 @@ class InputOft(WithoutLowRank):
             total += coefficient * power
             power = power @ q
         return total
-
-
-def _side(triangle: int) -> int:
-    """The side of a skew matrix, by how many numbers its upper triangle has."""
-    return (1 + isqrt(1 + 8 * triangle)) // 2
 
 
 def _neumann_coefficients(terms: int) -> list[int]:
