@@ -60,6 +60,19 @@ def test_a_file_has_one_alpha_and_down_up_alpha_for_every_module(tiny, lora, tmp
     assert len(tensors) == 3 * 128
 
 
+@pytest.mark.parametrize("write", [write_lora, write_diffusers])
+@pytest.mark.parametrize("further", [(), (1, 1), (3, 3)])
+def test_up_has_as_many_axes_as_down_whatever_it_was_read_with(write, further, tmp_path):
+    """Other tools write a linear layer's factors as convolutions of 1x1, or a convolution's up as a matrix."""
+    path = "down_blocks.0.resnets.0.conv1" if further else "mid_block.attentions.0.proj_in"
+    down, up = torch.randn(2, 4, *further), torch.randn(8, 2)
+    for given in (up, up[..., None, None]):
+        module = LoraModule(down, given, 2.0)
+        tensors = load_file(write(tmp_path / "a.safetensors", {("unet", path): module}, family="sd1"))
+        (written,) = (tensor for name, tensor in tensors.items() if name.endswith(("lora_up.weight", "lora_B.weight")))
+        assert torch.equal(written, up.reshape(8, 2, *(1 for _ in further)))
+
+
 def test_another_scale_is_folded_into_up_and_the_update_stays():
     ones = LoraModule(torch.ones(2, 3), torch.ones(3, 2), alpha=2.0)
     alpha, found = one_alpha({("unet", "a"): ones, ("unet", "b"): ones, ("unet", "c"): replace(ones, alpha=6.0)})

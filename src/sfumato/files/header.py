@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -103,11 +104,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         file.seek(8)
         text = file.read(length)
     start = 8 + length
-    tensors, metadata = _parse(text, path.name)
+    found, metadata = _parse(text, path.name)
+    tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_offsets(tensors, path.name, size - start)
     placed = {
-        name: TensorInfo(info.dtype, info.shape, info.start + start, info.end + start)
-        for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end))
+        name: TensorInfo(info.dtype, info.shape, info.start + start, info.end + start) for name, info in tensors.items()
     }
     checksum = zlib.crc32(text, zlib.crc32(head[:8]))
     return Header(path, MappingProxyType(placed), MappingProxyType(metadata), start, size, checksum)
@@ -146,14 +147,10 @@ class _DuplicateKeyError(Exception):
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise _DuplicateKeyError(key)
-        seen.add(key)
-    raise AssertionError("unreachable")
+    if len(found) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        raise _DuplicateKeyError(next(key for key in times if times[key] > 1))
+    return found
 
 
 def _parse(text: bytes, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -180,8 +177,6 @@ def _parse(text: bytes, file: str) -> tuple[dict[str, TensorInfo], dict[str, str
     except ValueError as error:  # bad UTF-8, bad JSON, a number of thousands of digits
         reason = " ".join(str(error).split())[:80]
         raise FileError(f"{file}: the header is not readable as JSON ({reason}). Download the file again.") from None
-    if not isinstance(content, dict):  # cannot happen after "{", but costs nothing
-        raise FileError(f"{file}: the header is no JSON object. Download the file again.")
     metadata = _metadata(content.pop("__metadata__", {}), file)
     if len(content) > TENSOR_LIMIT:
         raise _too_many(file, len(content))
@@ -255,9 +250,9 @@ def _tensor(name: str, value: Any, file: str) -> TensorInfo:
 
 
 def _check_offsets(tensors: Mapping[str, TensorInfo], file: str, available: int) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
+    """Every byte after the header belongs to exactly one tensor. tensors: in the order of their bytes."""
     position, previous = 0, ""
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+    for name, info in tensors.items():
         if info.start < position:
             raise FileError(
                 f"{file}: tensors {_quote(previous)} and {_quote(name)} share bytes. Do not trust this file."

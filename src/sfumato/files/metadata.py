@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -314,15 +315,11 @@ def short_hash(source: Header | str | os.PathLike[str]) -> str:
 
 def joint_hash(digests: Iterable[str]) -> str:
     """The 12 hex digits that name a folder, from the `data_sha256` of its weight files."""
-    import hashlib
-
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 def data_sha256(header: Header) -> str:
     """The sha256 of the file's bytes after the header, 64 hex digits."""
-    import hashlib
-
     digest = hashlib.sha256()
     with header.path.open("rb") as file:
         file.seek(header.data_start)

@@ -112,21 +112,18 @@ def left_over(own: Mapping[str, Any], used: Container[str], elsewhere: Mapping[s
             yield f"{key} = {value}: has no counterpart here and is left out"
 
 
+_NEUTRAL: Mapping[str, Any] = {
+    **{"repeats": 1, "class": False, "validation": False, "words": "", "caption": None, "trigger": None},
+    **{"caption_suffix": None, "caption_lines": False, "wildcards": False, "shuffle_tags": False, "keep_tags": 0},
+    **{"separator": ",", "keep_tags_separator": "|||", "secondary_separator": "", "caption_dropout": 0},
+    **{"tag_dropout": 0, "resolution": None, "flip": False, "crop": "center", "mask": "none", "weight": 1},
+}
+"""The value of each key of a source with which it changes nothing."""
+
+
 def non_default(**values: Any) -> dict[str, Any]:
     """The values that are not the defaults of a source, in the order of datasets/README.md."""
-    neutral: dict[str, Any] = {"repeats": 1, "class": False, "validation": False, "words": "", "caption": None}
-    neutral |= {"trigger": None, "caption_suffix": None, "caption_lines": False, "wildcards": False}
-    neutral |= {
-        "shuffle_tags": False,
-        "keep_tags": 0,
-        "separator": ",",
-        "keep_tags_separator": "|||",
-        "secondary_separator": "",
-        "caption_dropout": 0,
-        "tag_dropout": 0,
-    }
-    neutral |= {"resolution": None, "flip": False, "crop": "center", "mask": "none", "weight": 1}
-    return {key: value for key, value in values.items() if key == "path" or value != neutral[key]}
+    return {key: value for key, value in values.items() if key == "path" or value != _NEUTRAL[key]}
 
 
 def as_key(sides: Sequence[int]) -> int | list[int] | None:
