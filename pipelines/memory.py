@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,6 +62,8 @@ class Config:
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Number format of the frozen base model. auto: bf16 on a GPU, fp32 on a CPU; but adapters train in bf16 on a CPU
     that multiplies bf16."""
+    quantize: Literal["int8"] | None = None
+    """Format of the frozen U-Net's large weights beside adapters and new words, as for training."""
     within: float | None = None
     """Memory that you have, in GiB. What takes more is marked. In JSON its name is listed, judged by a step without
     gradient checkpointing."""
@@ -90,18 +93,18 @@ def check_ranks(base: Base, kind: Kind, rank: int, conv_rank: int | None, by_lay
             raise ConfigError(f"--rank-of leaves out all that {way.options} adapts ({way.targets}); leave fewer out.")
 
 
-def rows_of(base: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str, list[float]]]:
+def rows_of(base: Base, frozen: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str, list[float]]]:
     """Each task, and the GiB that it takes; for a training step also with checkpointing. Each row takes seconds.
 
-    adapting: the setting for training an adapter. alone: the setting for generating, and for training a whole model;
-    its precision may differ.
+    frozen: the base as it is beside adapters and new words. adapting: the setting for training those. alone: the
+    setting for generating, and for training a whole model; its precision may differ.
     """
     from sfumato import forecast
 
     @cache
     def of_step(way: Training, checkpointing: bool) -> StepMemory:
-        setting = alone if way.trained == "whole" else adapting
-        return forecast.step_memory(base, way, replace(setting, checkpointing=checkpointing))
+        of, setting = (base, alone) if way.trained == "whole" else (frozen, adapting)
+        return forecast.step_memory(of, way, replace(setting, checkpointing=checkpointing))
 
     for way in forecast.TRAININGS:
         alike = replace(way, options="", fused=False, optimizer="adamw")
@@ -111,8 +114,11 @@ def rows_of(base: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str
     yield "drawing an image", [forecast.drawing_memory(base, alone) / GIB]
     if alone.device == "gpu":
         yield "drawing an image with --offload", [forecast.drawing_memory(base, alone, offload=True) / GIB]
-    if (count := forecast.samples_at_once(base, adapting)) > 1:
-        yield f"drawing samples of a training, {count} at once", [forecast.drawing_memory(base, adapting, count) / GIB]
+    if (count := forecast.samples_at_once(base, adapting)) > 1 or frozen is not base:
+        yield (
+            f"drawing samples of a training, {count} at once",
+            [forecast.drawing_memory(frozen, adapting, count) / GIB],
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -131,7 +137,13 @@ def main(argv: Sequence[str]) -> int:
     kind, by_layer = Kind.of(config), ByLayer.of(config)
     check_ranks(base, kind, rank, config.conv_rank, by_layer)
     setting = forecast.Setting(config.device, beside, side, config.batch, rank, config.conv_rank, kind, by_layer)
-    rows = rows_of(base, setting, replace(setting, precision=alone))
+    frozen = base
+    if config.quantize:
+        from sfumato.precision.int8 import quantize
+
+        frozen = copy.deepcopy(base)
+        quantize(frozen.unet)
+    rows = rows_of(base, frozen, setting, replace(setting, precision=alone))
     if config.json:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}
         about |= {"algo": config.algo, "dora": config.dora, "factor": config.factor}

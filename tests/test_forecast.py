@@ -1,5 +1,6 @@
 """What a step will take of memory: the same count as of a real step's tensors, and the base stays as it was."""
 
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from sfumato.forecast import (
     step_memory,
 )
 from sfumato.precision import choices, decide, forecast_precision
+from sfumato.precision.int8 import quantize
 from sfumato.precision.lean import save_activation_memory
 
 ON_CPU = Setting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
@@ -171,6 +173,34 @@ def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
     assert "--factor has no effect without --algo lokr" in capsys.readouterr().err
     assert cli.main(["memory", "--algo", "lokr", "--factor", "0"]) == 2
     assert "--factor 0: must be a number above 0" in capsys.readouterr().err
+
+
+def test_int8_saves_a_byte_of_two_of_each_large_weight(shapes):
+    frozen = copy.deepcopy(shapes)
+    quantize(frozen.unet)
+    setting = replace(ON_CPU, precision=forecast_precision("bf16", "gpu", adapting=True))
+    plain, ours = (step_memory(base, BY_OPTIONS["lora"], setting) for base in (shapes, frozen))
+    layers = [each for each in frozen.unet.modules() if hasattr(each, "codes")]
+    assert plain.weights - ours.weights == sum(each.codes.numel() - 4 * each.scale_bits.numel() for each in layers)
+    assert ours.trained == plain.trained
+    assert all(each.codes.is_meta for each in layers)
+
+
+@pytest.mark.slow
+def test_the_table_beside_int8_tells_what_it_takes(pocket_folder, monkeypatch, capsys):
+    full = "finetune --fused --optimizer adafactor"
+    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"], BY_OPTIONS[full]])
+    monkeypatch.setattr(forecast, "samples_at_once", lambda *_: 1)
+    words = ["memory", "--base", str(pocket_folder), "--device", "cpu", "--precision", "fp32", "--json"]
+    found = []
+    for more in ([], ["--quantize", "int8"]):
+        assert cli.main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["gib"])
+    plain, ours = found
+    assert ours.pop("drawing samples of a training, 1 at once")
+    assert plain.keys() == ours.keys()
+    assert ours[full] == plain[full]
+    assert ours["drawing an image"] == plain["drawing an image"]
 
 
 @pytest.mark.slow

@@ -306,7 +306,7 @@ def refuse_idle(config: Config) -> None:
     if config.method == "full":
         of_lora = ("alpha", "conv_rank", "conv_alpha", "loraplus_ratio", "targets", "over_steps", "own_negative")
         of_kind = [field.name for field in dataclasses.fields(KindOptions)]
-        checks.only_with(config, "--method lora", *of_lora, "save_every", *of_kind)
+        checks.only_with(config, "--method lora", *of_lora, "save_every", "quantize", *of_kind)
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")
 

@@ -173,6 +173,7 @@ def check(config: Config) -> None:
     """Refuse options that make no sense, before anything is loaded."""
     checks.check_trainer(config)
     checks.check_full(config)
+    checks.refuse_given(config, "is for frozen weights, and here all learn; leave it out, or train a LoRA", "quantize")
     if config.save in (None, "folder"):
         checks.check_name(config, folder=True)
     if config.save != "lora":

@@ -57,6 +57,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "--precision": "mixed_precision train_dtype full_fp16 full_bf16 fp16 bf16",
         "--save-precision": "output_dtype",
         "--dtype": "save_precision precision",
+        "--quantize int8": "fp8_base base_model_precision",
         "--attention xformers": "xformers diffusers_xformers enable_xformers_memory_efficient_attention",
         "--attention": "attention_mechanism",
         "--device": "train_device",
@@ -188,7 +189,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "training_comment no_metadata": "there is no counterpart",
         "block_lr_zero_threshold": "--rate-of PATTERN=0 leaves layers out",
         "fused_backward_pass": "dreambooth and finetune have it as --fused",
-        "blocks_to_swap fp8_base": "there is no counterpart; sfumato memory tells what fits",
+        "blocks_to_swap": "there is no counterpart; sfumato memory tells what fits",
         "save_last_n_steps save_last_n_epochs max_step_saves_to_keep": (
             "what --save-every kept stays until it is deleted"
         ),

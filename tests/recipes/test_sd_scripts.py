@@ -31,15 +31,15 @@ def test_a_command_of_sd_scripts_is_a_config_of_lora(home):
         **{"learning_rate": 1e-4, "text_learning_rate": 5e-5, "optimizer": "adamw8bit", "name": "dog"},
         **{"optimizer_args": ["betas=0.9,0.999"], "schedule": "cosine", "cycles": 3, "warmup": 0.1},
         **{"sample_prompts": ["sks dog --w 512 --d 7", "sks dog's house"]},
-        "images": (home / "mine-images.toml").as_posix(),
+        **{"images": (home / "mine-images.toml").as_posix(), "quantize": "int8"},
     }
     assert {key: usual[key] for key in ("targets", "train_text_encoder")} == {
         "targets": "transformers",
         "train_text_encoder": True,
     }
     assert notes == (
+        "fp8_base = fp8: int8 takes its place",
         "save_every_n_epochs = 1: --save-every of sfumato train lora counts steps",
-        "fp8_base = True: there is no counterpart; sfumato memory tells what fits",
     )
 
 

@@ -162,7 +162,7 @@ def test_layers_of_a_lycoris_config(targets, ours, home):
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"base_model_precision": "int8-quanto"}, "base_model_precision = int8-quanto: has no counterpart here"),
+        ({"base_model_precision": "fp8-quanto"}, "base_model_precision = fp8-quanto: int8 takes its place"),
         ({"lr_warmup_steps": 20_000}, "lr_warmup_steps = 20000: more than the 10000 steps, which all of them are here"),
         ({"lr_scheduler": "sine"}, "lr_scheduler = sine: its waves are lr_warmup_steps long; here it is one for a run"),
         ({"lr_power": 0.8}, "lr_scheduler = polynomial with lr_power 0.8: a straight line, whose power"),

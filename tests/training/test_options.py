@@ -48,6 +48,7 @@ ALL_GIVEN = replace(
     base="tiny",
     precision="bf16",
     device="cuda:1",
+    quantize="int8",
     attention="xformers",
     gradient_checkpointing=True,
     clip_skip=1,
@@ -370,11 +371,12 @@ def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
     assert (given["flip"], given["cache"], given["crop"]) == (False, None, "random")
 
 
-def test_every_option_of_the_base_reaches_what_loads_it(recorded):
+def test_every_option_of_the_base_reaches_what_loads_it(recorded, monkeypatch):
     made = SimpleNamespace(unet=SimpleNamespace(config={}))
     learned = []
     precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), prepare_for_training=learned.append)
-    given = recorded("sfumato.bases.load_base", made)
+    given, quantized = recorded("sfumato.bases.load_base", made), []
+    monkeypatch.setattr("sfumato.precision.int8.quantize", quantized.append)
     assert ALL_GIVEN.load_base(precision) is made
     assert given == {
         "first": ("tiny",),
@@ -386,7 +388,7 @@ def test_every_option_of_the_base_reaches_what_loads_it(recorded):
         "zero_terminal_snr": True,
         "unet": False,
     }
-    assert learned == [made.unet]
+    assert learned == quantized == [made.unet]
 
 
 @pytest.mark.parametrize(("processes", "device"), [(1, "cuda:1"), (2, "cuda:0")])
@@ -405,6 +407,7 @@ def test_every_option_of_the_precision_reaches_its_decision(processes, device, r
         "gradient_checkpointing": True,
         "optimizer": "adafactor",
         "adapting": False,
+        "quantized": "int8",
     }
     assert applied == [True]
 

@@ -146,9 +146,9 @@ class Attached(nn.Module):
         """The updates as files have them; they share the layers' memory."""
         return {key: layer.change() for key, layer in self.layers.items()}
 
-    def weights(self) -> dict[Target, Tensor]:
+    def weights(self) -> Mapping[Target, Tensor]:
         """The frozen weights that the updates change."""
-        return {key: host.weight.detach() for key, host in self._hosts.items()}
+        return _Weights(self._hosts)
 
     def write(self, path: Path, **written_as: Any) -> Path:
         """Write the adapter; written_as: family, metadata, dtype and words as of `sfumato.files.write_lora`."""
@@ -208,6 +208,22 @@ class Attached(nn.Module):
                     f"{', '.join(map(str, ranks))}. Give the --rank, --conv-rank and --rank-of it was trained with."
                 )
             self.layers[key].load(change, where)
+
+
+class _Weights(Mapping[Target, Tensor]):
+    """Those of layers, each when it is asked for: a quantised layer makes it anew."""
+
+    def __init__(self, hosts: Mapping[Target, Host]) -> None:
+        self._hosts = hosts
+
+    def __getitem__(self, key: Target) -> Tensor:
+        return self._hosts[key].weight.detach()
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._hosts)
+
+    def __len__(self) -> int:
+        return len(self._hosts)
 
 
 class _ForwardPatch:

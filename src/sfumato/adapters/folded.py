@@ -48,10 +48,12 @@ def is_plain(host: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
         usual = usual and x.ndim == 4
     else:
         usual = type(host) is nn.Linear
+    if not usual:  # the weight of a quantised layer is made each time it is asked for
+        return False
     frozen = not host.weight.requires_grad and not (host.bias is not None and host.bias.requires_grad)
     # Of other classes are quantised weights, which call themselves fp32; a forecast computes with imagined ones.
     kinds = (nn.Parameter, Tensor, Imagined)
-    return usual and frozen and x.dtype == host.weight.dtype == torch.float32 and type(host.weight) in kinds
+    return frozen and x.dtype == host.weight.dtype == torch.float32 and type(host.weight) in kinds
 
 
 def geometry_of(host: nn.Linear | nn.Conv2d) -> Geometry | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from sfumato.precision.int8 import empty
 from sfumato.precision.memory import give_back_freed_memory
 
 if TYPE_CHECKING:
@@ -67,13 +68,8 @@ class LazyWeights:
         awake = parts - self._at_rest
         for part in awake:
             for shell in self._shells[part]:
-                _empty(shell.model)
+                for module in shell.model.modules():
+                    empty(module)
             self._at_rest.add(part)
         if awake:
             give_back_freed_memory()
-
-
-def _empty(model: nn.Module) -> None:
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))

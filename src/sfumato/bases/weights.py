@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sfumato.errors import BaseModelError, FileError, unusable_package
 from sfumato.files.header import DTYPE_BYTES, Header
 from sfumato.files.read import DTYPES, Stamp, check_stamp, read_copies, stamp
+from sfumato.precision.int8 import stored_weights, take_weight
 
 _PAGE = 4096
 """Bytes of a weight that a fingerprint sees, in the dtype that it is taken in: 2,048 values in half precision."""
@@ -205,12 +206,11 @@ class LazyModel:
         }
         # In one pass: `load_state_dict` looks for each name among all of them, at each module.
         for path, module in self.model.named_modules():
-            for name, place in list(module.named_parameters(recurse=False)):
+            for name, shape in stored_weights(module).items():
                 stored = self.stored[f"{path}.{name}" if path else name]
                 tensor = stored.view(tensors[stored.header.path, stored.name])
                 tensor = tensor.clone() if stored.third else tensor  # three weights of one tensor are none of another's
-                value = tensor.to(self._dtype).contiguous().reshape(place.shape)
-                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+                take_weight(module, name, tensor.to(self._dtype).contiguous().reshape(shape))
         _restore_buffers(self.model, self._where)
 
 

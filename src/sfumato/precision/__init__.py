@@ -36,7 +36,8 @@ class Precision:
 
     storage: dtype in which frozen weights of the U-Net and the text encoders are stored. compute: dtype of their matrix
     products. vae: dtype of the VAE, stored and computed. offload: where parts wait for their turn on the device; None
-    if all are on it. reasons: one sentence for each row of `table`.
+    if all are on it. quantized: what the frozen U-Net's large weights are kept in instead of `storage`, if anything.
+    reasons: one sentence for each row of `table`.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Precision:
     optimizer_state: str
     reasons: Mapping[str, str]
     offload: Offload | None = None
+    quantized: str = ""
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, decision, reason) for each part of the decision."""
@@ -68,6 +70,8 @@ class Precision:
             "channels last": onoff[self.channels_last],
             "checkpointing": onoff[self.gradient_checkpointing],
         }
+        if self.quantized:
+            decided["large weights"] = self.quantized
         if self.offload is not None:
             decided["offload"] = "on"
         return [(what, value, self.reasons.get(what, "")) for what, value in decided.items()]
@@ -168,6 +172,7 @@ def decide(
     optimizer: str = "adamw",
     adapting: bool = False,
     offload: bool = False,
+    quantized: str = "",
 ) -> Precision:
     """Decide on the precision for this machine.
 
@@ -190,6 +195,8 @@ def decide(
     channels_last = place.type == "cuda" and compute != torch.float32
     reasons["channels last"] = choices.channels_last_reason(channels_last, place)
     reasons["checkpointing"] = "asked for: less memory, more time" if gradient_checkpointing else "not asked for"
+    if quantized:
+        reasons["large weights"] = "asked for, of the frozen U-Net: one byte each, made again for each product"
     if offload:
         reasons["offload"] = "asked for: each part is on the GPU only while it computes"
     return Precision(
@@ -205,6 +212,7 @@ def decide(
         optimizer_state=state,
         reasons=reasons,
         offload=_offload(place) if offload else None,
+        quantized=quantized,
     )
 
 

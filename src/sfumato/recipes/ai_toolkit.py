@@ -137,6 +137,8 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
     recipe.say("attention", "xformers" if train.flag("xformers") else None)
     checkpointed = train.flag("gradient_checkpointing") if "gradient_checkpointing" in train.values else None
     recipe.say("gradient_checkpointing", checkpointed, True)
+    if recipe.program != "finetune" and model.flag("quantize"):
+        shared.quantize(recipe, "quantize", model.text("qtype") or "qfloat8")
     device = asked.text("device", "cuda")
     recipe.say("device", device if device not in ("cuda", "cuda:0") else None)
 

@@ -89,6 +89,8 @@ def _of_base(asked: Asked, recipe: Recipe, *, is_sdxl: bool) -> None:
         recipe.say("max_tokens", length)
     shared.precision(asked, recipe)
     recipe.say("gradient_checkpointing", asked.flag("gradient_checkpointing") or None)
+    if recipe.program in ("lora", "textual_inversion") and asked.flag("fp8_base"):
+        shared.quantize(recipe, "fp8_base", "fp8")
     recipe.say("attention", "xformers" if asked.flag("xformers") else None)
     kind = {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(asked.text("save_precision") or "")
     recipe.say("save_precision", kind)

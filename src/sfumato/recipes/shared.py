@@ -166,6 +166,13 @@ def precision(asked: Asked, recipe: Recipe) -> None:
         recipe.notes.append("full_fp16 or full_bf16: the weights that learn are always fp32")
 
 
+def quantize(recipe: Recipe, key: str, kind: str) -> None:
+    """The format of a frozen U-Net's weights, of which there is one here. kind: what it is called there."""
+    recipe.say("quantize", "int8")
+    if not kind.startswith("int8"):
+        recipe.notes.append(f"{key} = {kind:.40}: int8 takes its place")
+
+
 def resolution(asked: Asked, recipe: Recipe, usual: int | None) -> None:
     """One number: of two sides that of the square with as many pixels."""
     given = asked.get("resolution")

@@ -135,6 +135,8 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
     told = [asked.flag(key) for key in ("gradient_checkpointing", "use_gradient_checkpointing") if key in asked.values]
     recipe.say("gradient_checkpointing", any(told) if told else None, True)
     recipe.say("attention", "xformers" if asked.text("attention_mechanism") == "xformers" else None)
+    if recipe.program == "lora" and (kind := asked.text("base_model_precision")) not in (None, "no_change"):
+        shared.quantize(recipe, "base_model_precision", kind)
 
 
 def _lora(asked: Asked, recipe: Recipe) -> None:

@@ -1,0 +1,128 @@
+"""What --quantize int8 costs: how far the frozen U-Net's weights and predictions move, and what is learned beside it.
+
+    python -m bench.int8 --images datasets/line-style
+
+Of the weights that become int8 the relative rounding error, beside that of bf16 and of fp8 (e4m3 without scales, as
+sd-scripts' fp8_base has it); of the predictions of the U-Net with each the relative change, over timesteps and prompts.
+Then the shipped recipe of a style is trained with and without int8, in one process: the loss at the end of the run, the
+fit and drift that it measures there, and the seconds of a step. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from sfumato.trainers import lora
+from torch import Tensor
+
+from bench.real import print_report
+from sfumato import cli, load_base, randomness
+from sfumato.bases import Base
+from sfumato.config import parse
+from sfumato.precision import decide
+from sfumato.precision.int8 import QuantizedConv2d, QuantizedLinear, dequantized, quantize, quantized
+from sfumato.runs.overview import look_at
+from sfumato.runs.step import Step
+from sfumato.training.unrelated import UNRELATED
+
+_RECIPE = Path(__file__).parents[1] / "trainers/configs/lora-style.toml"
+_TIMESTEPS = (50, 250, 500, 750, 950)
+FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "int8": lambda weight: dequantized(*quantized(weight), torch.float32),
+    "fp8": lambda weight: weight.to(torch.float8_e4m3fn).float(),
+    "bf16": lambda weight: weight.bfloat16().float(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Compare the formats of frozen weights, and a training beside int8 with one beside what it stands for."""
+
+    images: Path
+    """Folder of images of a style, with captions by their names."""
+    base: str = "pocket"
+    """Base model."""
+    steps: int = 240
+    """Of each training; 0 trains nothing."""
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The whole report."""
+    base = load_base(config.base, precision=decide("fp32", device="cpu"))
+    plain = {path: weight.clone() for path, weight in _large(config.base, base).items()}
+    whole = _predictions(base)
+    formats: dict[str, Any] = {}
+    for name, rounded in FORMATS.items():
+        squares = [((rounded(weight) - weight).square().sum(), weight.square().sum()) for weight in plain.values()]
+        for path, weight in plain.items():
+            base.unet.get_submodule(path).weight.data = rounded(weight)
+        moved = _predictions(base) - whole
+        formats[name] = {
+            "weights": round(float((sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5), 5),
+            "predictions": round(float(moved.norm() / whole.norm()), 5),
+        }
+    trained = {name: _trained(config, *words) for name, words in _WAYS.items()} if config.steps else {}
+    return {"base": config.base, "weights": len(plain), "relative_change": formats, "trainings": trained}
+
+
+_WAYS: dict[str, tuple[str, ...]] = {"plain": (), "int8": ("--quantize", "int8")}
+
+
+def _large(source: str, base: Base) -> dict[str, Tensor]:
+    """The weights of the base that would become int8."""
+    shell = load_base(source, precision=base.precision, unet=False)
+    quantize(shell.unet)
+    found = [path for path, each in shell.unet.named_modules() if isinstance(each, QuantizedLinear | QuantizedConv2d)]
+    return {path: base.unet.get_submodule(path).weight.detach() for path in found}
+
+
+@torch.no_grad()
+def _predictions(base: Base) -> Tensor:
+    prompts = list(UNRELATED)
+    text, side = base.encode_text(prompts), base.resolution // base.vae_factor
+    latents = randomness.normal((len(prompts), base.unet.config.in_channels, side, side), 0, "int8")
+    found = []
+    for timestep in _TIMESTEPS:
+        found.append(base.predict(latents, torch.full((len(prompts),), timestep), text))
+    return torch.cat(found)
+
+
+def _trained(config: Config, *words: str) -> dict[str, float]:
+    """What the run's log says at its end, and the median seconds of a step."""
+    import time
+
+    at: list[float] = []
+    done = Step.done
+
+    def timed(step: Step, **values: Any) -> None:
+        done(step, **values)
+        at.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        told = ["--images", str(config.images), "--output", str(output), "--base", config.base, "--sample-every", "0"]
+        options = parse(lora.Config, [str(_RECIPE), *told, "--steps", str(config.steps), *words], program="train lora")
+        Step.done = timed  # type: ignore[assignment, method-assign]
+        try:
+            lora.train(options)
+        finally:
+            Step.done = done  # type: ignore[method-assign]
+        figures = look_at(output).figures
+    steps_s = [later - earlier for earlier, later in pairwise(at)]
+    return {name: round(value, 4) for name, value in figures.items()} | {"step_s": round(median(steps_s), 3)}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the program; prints JSON."""
+    print_report(Config, measure, argv, "bench.int8")
+
+
+if __name__ == "__main__":
+    cli.run(main)
