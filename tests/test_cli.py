@@ -379,6 +379,23 @@ def test_a_word_too_few_or_too_many_is_one_line(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+@pytest.mark.parametrize(("columns", "shown_in"), [("0", 80), ("2", 80), ("40", 40), ("wide", 80)])
+def test_help_ends_in_a_terminal_without_a_width(columns, shown_in):
+    """A limit of its memory, which it filled."""
+    program = (
+        "import resource, sys\nfrom sfumato import cli\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)\n"
+        "sys.argv = ['sfumato', 'generate', '--help']\nsys.exit(cli.main())"
+    )
+    environment = {**os.environ, "COLUMNS": columns, "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=environment, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr[-300:]
+    assert max(map(len, done.stdout.decode().splitlines())) == shown_in
+
+
 def test_help_shows_new_words_as_they_are_spelt(capsys):
     for program, wanted in (("lora", "such as <otter>"), ("textual_inversion", "such as <otter>")):
         with pytest.raises(SystemExit):

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -157,6 +157,7 @@ def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
 def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     _quieten()
     threads.settle(os.environ)
+    _forget_no_width(os.environ)
     try:
         _refuse_surrogates(argv)
         _refuse_no_docstrings()
@@ -193,6 +194,18 @@ def _quieten() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+_NARROWEST = 10
+"""Columns of a help that can be read at all."""
+
+
+def _forget_no_width(environment: MutableMapping[str, str]) -> None:
+    """Leave the width of the terminal to be found where COLUMNS says none: at 0, 1 or 2 rich, which lays the help out,
+    never ends and fills the memory."""
+    width = environment.get("COLUMNS", "")
+    if width.isdecimal() and int(width) < _NARROWEST:
+        del environment["COLUMNS"]
 
 
 def _refuse_surrogates(argv: Sequence[str]) -> None:

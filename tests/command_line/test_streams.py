@@ -35,6 +35,32 @@ def test_a_reader_that_goes_away_stops_nothing(stream, tmp_path):
     assert (tmp_path / "file").read_text() == "done"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no such device")
+@pytest.mark.parametrize(("stream", "code"), [("stderr", 3), ("stdout", 2)])
+def test_a_full_disk_under_the_log_stops_nothing_and_one_under_results_does(stream, code, tmp_path):
+    with open("/dev/full", "wb") as full:
+        process = subprocess.run([sys.executable, "-c", PROGRAM, stream, str(tmp_path / "file")], **{stream: full})
+    assert process.returncode == code
+    assert (tmp_path / "file").exists() == (stream == "stderr")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+def test_a_log_goes_on_once_there_is_room_again(tmp_path):
+    program = (
+        "import resource, sys\nfrom sfumato.cli import run\n"
+        "def work(argv):\n"
+        "    before = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))\n"
+        "    print('lost', file=sys.stderr)\n    print('lost', file=sys.stderr)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, before)\n"
+        "    print('kept', file=sys.stderr)\n"
+        "run(work)"
+    )
+    with (tmp_path / "log").open("wb") as log:
+        assert subprocess.run([sys.executable, "-c", program], stderr=log).returncode == 0
+    assert (tmp_path / "log").read_text().endswith("kept\n")
+
+
 def test_help_that_nobody_reads_is_no_failure():
     reading, writing = os.pipe()
     os.close(reading)
