@@ -17,11 +17,12 @@ from sfumato.cli import run
 from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
 from sfumato.command_line.base_options import DrawingBaseOptions
 from sfumato.command_line.pictures import parse_size
-from sfumato.command_line.specs import checked_folder, parse_adapters, parse_embedding, public_embedding, without_tags
+from sfumato.command_line.specs import parse_adapters, parse_embedding, public_embedding, without_tags
 from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
 from sfumato.drawing.cells import Cell, Setup, check_drawable, digest_of, filled, prepared
 from sfumato.errors import ConfigError, DataError
+from sfumato.files.atomic import checked_folder
 from sfumato.numerals import pluralize
 from sfumato.prompts.syntax import Syntax, checked_syntax
 from sfumato.weighting.adapter import Adapter, Weight, checked_weight, with_unet_scaled

@@ -3,9 +3,12 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
+from sfumato import cli
 from sfumato.errors import ConfigError, FileError
 from sfumato.files import atomic
 from sfumato.files.atomic import atomic_folder, atomic_path, beside, check_free, write_text
@@ -173,3 +176,26 @@ def test_a_file_under_another_name_is_not_written_over(tmp_path):
     (tmp_path / "b").hardlink_to(tmp_path / "a")
     with pytest.raises(ConfigError, match="is what it would be made of"):
         check_free(tmp_path / "a", True, read=[tmp_path / "b"])
+
+
+@pytest.mark.parametrize("command", ["merge", "extract", "resize", "convert", "clash"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(command, tmp_path, monkeypatch, capsys):
+    """Nor is said that what it would be made of is no adapter."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x": np.zeros(1)}, tmp_path / name)
+    words = {
+        "merge": ["a.safetensors", "b.safetensors"],
+        "extract": ["--tuned", "a.safetensors", "--base", "b.safetensors", "--rank", "4"],
+        "resize": ["a.safetensors", "--rank", "4"],
+        "convert": ["a.safetensors", "--to", "kohya"],
+        "clash": ["a.safetensors", "b.safetensors"],
+    }[command]
+    suffix = ".png" if command == "clash" else ".safetensors"
+    beneath = f"file/out{suffix}"
+    assert cli.main([command, *words, "-o", beneath]) == 2
+    assert f"--output {beneath}: file is a file, not a folder; name another place." in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_: False)  # a superuser may write everywhere
+    assert cli.main([command, *words, "-o", f"new/out{suffix}"]) == 2
+    assert f"nothing can be written to {tmp_path}; see to its permissions." in capsys.readouterr().err

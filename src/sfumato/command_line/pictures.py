@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.command_line.axes import CHECKS
-from sfumato.command_line.specs import checked_folder, without_tags
+from sfumato.command_line.specs import without_tags
 from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
+from sfumato.files.atomic import checked_folder
 from sfumato.limits import checked_area
 from sfumato.prompts.tags import LETTERS
 

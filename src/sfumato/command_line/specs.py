@@ -205,14 +205,3 @@ def parse_sweep(text: str, adapters: Sequence[Adapter]) -> tuple[str, tuple[floa
     except AdapterError as error:
         raise ConfigError(f"--sweep {text}: {error}") from None
     return label, numbers
-
-
-def checked_folder(folder: Path, where: str) -> Path:
-    """The folder, which there need not be yet. Raises ConfigError where it can be neither made nor written to."""
-    for part in (folder, *folder.parents):
-        if part.exists() and not part.is_dir():
-            raise ConfigError(f"{where}: {part} is a file, not a folder; name another place.")
-    nearest = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
-    if not os.access(nearest, os.W_OK):
-        raise ConfigError(f"{where}: nothing can be written to {nearest}; see to its permissions.")
-    return folder

@@ -103,8 +103,8 @@ def beside(path: Path, suffix: str = "") -> Path:
 def check_free(
     output: Path, overwrite: bool, suffix: str | None = None, *, folder: bool = False, read: Iterable[object] = ()
 ) -> None:
-    """Raises ConfigError, naming the option, where an --output exists and --overwrite was not said, or where its name
-    does not end in `suffix`.
+    """Raises ConfigError, naming the option, where an --output exists and --overwrite was not said, where its name does
+    not end in `suffix`, or where nothing can be written.
 
     folder: it will be one, and these are not written over. read: what it is made of and is to stay, whatever was said:
     paths, or names that are none.
@@ -120,6 +120,18 @@ def check_free(
             raise ConfigError(
                 f"--output {output}: is what it would be made of, {source}, which is to stay; name another place."
             )
+    checked_folder(output.parent, f"--output {output}")
+
+
+def checked_folder(folder: Path, where: str) -> Path:
+    """The folder, which there need not be yet. Raises ConfigError where it can be neither made nor written to."""
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"{where}: {part} is a file, not a folder; name another place.")
+    nearest = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"{where}: nothing can be written to {nearest}; see to its permissions.")
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:
