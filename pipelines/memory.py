@@ -63,7 +63,7 @@ class Config:
     """Number format of the frozen base model. auto: bf16 on a GPU, fp32 on a CPU; but adapters train in bf16 on a CPU
     that multiplies bf16."""
     quantize: Literal["int8"] | None = None
-    """Format of the frozen U-Net's large weights beside adapters and new words, as for training."""
+    """Format of the U-Net's large weights, as for training beside adapters and new words, and for generating."""
     within: float | None = None
     """Memory that you have, in GiB. What takes more is marked. In JSON its name is listed, judged by a step without
     gradient checkpointing."""
@@ -96,7 +96,7 @@ def check_ranks(base: Base, kind: Kind, rank: int, conv_rank: int | None, by_lay
 def rows_of(base: Base, frozen: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str, list[float]]]:
     """Each task, and the GiB that it takes; for a training step also with checkpointing. Each row takes seconds.
 
-    frozen: the base as it is beside adapters and new words. adapting: the setting for training those. alone: the
+    frozen: the base as it is where its own weights do not learn. adapting: the setting for training those. alone: the
     setting for generating, and for training a whole model; its precision may differ.
     """
     from sfumato import forecast
@@ -111,10 +111,10 @@ def rows_of(base: Base, frozen: Base, adapting: Setting, alone: Setting) -> Iter
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, alone.device) / GIB for step in steps]
     yield "encoding images, before the first step", [forecast.encoding_memory(base, adapting) / GIB]
-    yield "drawing an image", [forecast.drawing_memory(base, alone) / GIB]
+    yield "drawing an image", [forecast.drawing_memory(frozen, alone) / GIB]
     if alone.device == "gpu":
-        yield "drawing an image with --offload", [forecast.drawing_memory(base, alone, offload=True) / GIB]
-    if (count := forecast.samples_at_once(base, adapting)) > 1 or frozen is not base:
+        yield "drawing an image with --offload", [forecast.drawing_memory(frozen, alone, offload=True) / GIB]
+    if (count := forecast.samples_at_once(base, adapting)) > 1:
         yield (
             f"drawing samples of a training, {count} at once",
             [forecast.drawing_memory(frozen, adapting, count) / GIB],

@@ -21,7 +21,7 @@ from sfumato.forecast import (
     step_memory,
 )
 from sfumato.precision import choices, decide, forecast_precision
-from sfumato.precision.int8 import quantize
+from sfumato.precision.int8 import QuantizedLinear, quantize
 from sfumato.precision.lean import save_activation_memory
 
 ON_CPU = Setting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
@@ -186,21 +186,31 @@ def test_int8_saves_a_byte_of_two_of_each_large_weight(shapes):
     assert all(each.codes.is_meta for each in layers)
 
 
+def noted(work, eight):
+    """The work, of which it is noted whether its base is in int8."""
+
+    def noting(base, *given, **named):
+        eight.append(any(isinstance(each, QuantizedLinear) for each in base.unet.modules()))
+        return work(base, *given, **named)
+
+    return noting
+
+
 @pytest.mark.slow
 def test_the_table_beside_int8_tells_what_it_takes(pocket_folder, monkeypatch, capsys):
-    full = "finetune --fused --optimizer adafactor"
+    full, drawing = "finetune --fused --optimizer adafactor", "drawing an image"
     monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"], BY_OPTIONS[full]])
-    monkeypatch.setattr(forecast, "samples_at_once", lambda *_: 1)
+    monkeypatch.setattr(forecast, "step_memory", noted(forecast.step_memory, frozen := []))
+    monkeypatch.setattr(forecast, "drawing_memory", noted(forecast.drawing_memory, drawn := []))
     words = ["memory", "--base", str(pocket_folder), "--device", "cpu", "--precision", "fp32", "--json"]
     found = []
     for more in ([], ["--quantize", "int8"]):
         assert cli.main([*words, *more]) == 0
         found.append(json.loads(capsys.readouterr().out)["gib"])
     plain, ours = found
-    assert ours.pop("drawing samples of a training, 1 at once")
-    assert plain.keys() == ours.keys()
-    assert ours[full] == plain[full]
-    assert ours["drawing an image"] == plain["drawing an image"]
+    assert plain.keys() == ours.keys() >= {"lora", full, drawing}
+    assert frozen == [False] * 4 + [True, True, False, False]
+    assert drawn == [False, False, True, True]
 
 
 @pytest.mark.slow

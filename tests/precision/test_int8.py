@@ -3,16 +3,19 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sfumato.trainers import dreambooth, finetune, lora, textual_inversion
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from sfumato import Adapter, cli, compose
 from sfumato.adapters import attach, target_layers
 from sfumato.bases import load_base
-from sfumato.errors import ConfigError, PrecisionError
+from sfumato.errors import AdapterError, ConfigError, PrecisionError
 from sfumato.files import read_tensors
 from sfumato.precision import decide
 from sfumato.precision.int8 import QuantizedConv2d, QuantizedLinear, dequantized, quantize, quantized, stored_weights
@@ -228,3 +231,57 @@ def test_where_all_weights_learn_it_is_refused(asked):
     assert str(ended.value) == said
     with pytest.raises(ConfigError, match="--quantize has no effect without --method lora"):
         dreambooth.train(dreambooth.Config(**asked, class_name="square", quantize="int8"))
+
+
+# Drawing, and mixing
+
+
+@pytest.fixture
+def drawn_by(pocket_folder, tmp_path):
+    """Pixels of an image that `sfumato generate` draws with these words."""
+
+    def draw(*words):
+        path = tmp_path / f"{len(list(tmp_path.glob('*.png')))}.png"
+        at = ["--base", str(pocket_folder), "--device", "cpu", "--precision", "fp32", "--size", "64", "--steps", "3"]
+        assert cli.main(["generate", "a square", *at, "-o", str(path), *map(str, words)]) == 0
+        return torch.from_numpy(np.array(Image.open(path))).float()
+
+    return draw
+
+
+def test_an_image_is_drawn_nearly_as_before_and_says_so(drawn_by, tmp_path, capsys):
+    plain, ours = drawn_by(), drawn_by("--quantize", "int8")
+    assert 0 < (plain - ours).abs().mean() < 4
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "1.png")]) == 0
+    assert "--quantize int8" in capsys.readouterr().out
+
+
+@pytest.fixture
+def adapter(asked, tmp_path):
+    """One of all layers, strong enough to be seen."""
+    config = lora.Config(**asked | {"rank": 2, "targets": "everything", "learning_rate": 0.05})
+    return lora.train(config)
+
+
+def test_an_adapter_is_drawn_beside_it(adapter, drawn_by):
+    alone, plain, ours = drawn_by(), drawn_by("--lora", adapter), drawn_by("--lora", adapter, "--quantize", "int8")
+    assert (plain - alone).abs().mean() > 10
+    assert (plain - ours).abs().mean() < 0.2 * (plain - alone).abs().mean()
+
+
+def test_a_mix_is_beside_the_layers_and_leaves_the_codes(adapter, pocket_folder):
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu", quantized="int8"))
+    before = {name: buffer.clone() for name, buffer in base.unet.named_buffers()}
+    x = normal(1, 4, 16, 16), torch.tensor([500]), base.encode_text(["a square"])
+    with torch.no_grad():
+        alone = base.predict(*x)
+        mix = compose(base, Adapter(adapter, 1.0))
+        mixed = base.predict(*x)
+        mix.undo()
+        again = base.predict(*x)
+    assert (mixed - alone).norm() > 0.05 * alone.norm()
+    assert torch.equal(again, alone)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in base.unet.named_buffers())
+    with pytest.raises(AdapterError, match="quantised"):
+        compose(base, Adapter(adapter, 1.0), way="baked")

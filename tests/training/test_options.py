@@ -371,12 +371,11 @@ def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
     assert (given["flip"], given["cache"], given["crop"]) == (False, None, "random")
 
 
-def test_every_option_of_the_base_reaches_what_loads_it(recorded, monkeypatch):
+def test_every_option_of_the_base_reaches_what_loads_it(recorded):
     made = SimpleNamespace(unet=SimpleNamespace(config={}))
     learned = []
     precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), prepare_for_training=learned.append)
-    given, quantized = recorded("sfumato.bases.load_base", made), []
-    monkeypatch.setattr("sfumato.precision.int8.quantize", quantized.append)
+    given = recorded("sfumato.bases.load_base", made)
     assert ALL_GIVEN.load_base(precision) is made
     assert given == {
         "first": ("tiny",),
@@ -388,7 +387,7 @@ def test_every_option_of_the_base_reaches_what_loads_it(recorded, monkeypatch):
         "zero_terminal_snr": True,
         "unet": False,
     }
-    assert learned == quantized == [made.unet]
+    assert learned == [made.unet]
 
 
 @pytest.mark.parametrize(("processes", "device"), [(1, "cuda:1"), (2, "cuda:0")])

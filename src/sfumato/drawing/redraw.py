@@ -39,6 +39,7 @@ _LEFT = ("regions", "sweep", "before_after", "density", "rank")
 _OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "precision": ("fp32", "fp16", "bf16"),
+        "quantize": ("int8",),
         "prediction_type": ("epsilon", "v_prediction"),
         "zero_terminal_snr": (True,),
         "max_tokens": (75, 150, 225),
@@ -52,7 +53,8 @@ keep a line together, and what joins letters and emoji or keeps them apart."""
 _OF_GRID = (
     *("x", "y", "lora", "method", "density", "rank", "embedding", "adapter_weight", "prompt", "prompt_syntax"),
     *("seed", "base", "negative", "steps", "guidance", "adapter_guidance", "sampler", "partial", "clip_skip", "vae"),
-    *("prediction_type", "zero_terminal_snr", "max_tokens", "precision", "attention", "size"),
+    *("prediction_type", "zero_terminal_snr", "max_tokens", "precision", "quantize"),
+    *("attention", "size"),
 )
 """Settings of a sheet that may come from a picture: where files are written to is not for a stranger to say."""
 _NOT_UNDERSTOOD = (

@@ -26,7 +26,7 @@ _KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedd
 """Parts of the U-Net that stay as they are."""
 
 
-class _Quantized(nn.Module):
+class Quantized(nn.Module):
     """A layer whose weight is `codes` times the scale of each output. Its `weight` is made anew each time it is asked
     for, in the dtype of that which it took.
 
@@ -64,11 +64,11 @@ class _Quantized(nn.Module):
         return None
 
 
-class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[misc, override]
+class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[misc, override]
     """A linear layer in int8."""
 
 
-class QuantizedConv2d(_Quantized, nn.Conv2d):  # type: ignore[misc, override]
+class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]
     """A convolution in int8."""
 
     def geometry(self) -> tuple[Any, ...]:
@@ -139,18 +139,18 @@ def quantize(unet: nn.Module) -> int:
     return found
 
 
-_KINDS: dict[type[nn.Module], type[_Quantized]] = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}
+_KINDS: dict[type[nn.Module], type[Quantized]] = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}
 
 
 def stored_weights(module: nn.Module) -> dict[str, torch.Size]:
     """The module's own weights as files have them: their names and shapes."""
     shapes = {name: weight.shape for name, weight in module.named_parameters(recurse=False)}
-    return {"weight": module.codes.shape, **shapes} if isinstance(module, _Quantized) else shapes
+    return {"weight": module.codes.shape, **shapes} if isinstance(module, Quantized) else shapes
 
 
 def take_weight(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a module one of its weights, frozen."""
-    if name == "weight" and isinstance(module, _Quantized):
+    if name == "weight" and isinstance(module, Quantized):
         module.take(value)
     else:
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -160,5 +160,5 @@ def empty(module: nn.Module) -> None:
     """Leave the module's own weights without memory."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
-    if isinstance(module, _Quantized):
+    if isinstance(module, Quantized):
         module.codes, module.scale_bits = module.codes.to("meta"), module.scale_bits.to("meta")

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from sfumato.precision.int8 import Quantized
+
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """The module's tensor of this name, to be read and written; None if it has none.
@@ -14,6 +16,8 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     Where accelerate has switched on sequential offload, the module itself is empty (on the device `meta`) between its
     calls, and each call takes the weight from a map in main memory: then that one is meant.
     """
+    if name == "weight" and isinstance(module, Quantized):
+        return module.codes  # what it gives as its weight is nobody's to write into
     tensor = getattr(module, name, None)
     if not isinstance(tensor, Tensor):
         return None

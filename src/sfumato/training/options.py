@@ -245,10 +245,6 @@ class BaseOptions:
             zero_terminal_snr=self.zero_terminal_snr,
             unet=False,
         )
-        if self.quantize:
-            from sfumato.precision.int8 import quantize
-
-            quantize(base.unet)
         if base.unet.config.get("time_cond_proj_dim"):
             raise ConfigError(
                 f"--base {self.base}: distilled for few steps (LCM), its U-Net takes the guidance as an input. Train "
