@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import pytest
 from cyclopts import Parameter
+from sfumato.trainers import lora
 
 from sfumato.command_line.base_options import DrawingBaseOptions
 from sfumato.config import _panels, at_home, fill, parse, to_dict, to_toml
@@ -114,7 +115,8 @@ def test_toml_and_back_is_identity(tmp_path):
         ),
         (["my-dogs"], ["--images is needed, and 'my-dogs' belongs to no option."]),
         ([], ["--images"]),
-        (["nowhere.toml"], ["nowhere.toml", "no such config file"]),
+        (["nowhere.toml"], ["nowhere.toml", "no such config file; name an existing one, or give options alone."]),
+        (["lora-stile.toml"], ["lora-stile.toml: there is no such config file; did you mean lora-style.toml?"]),
         (["away/lora-style.toml"], ["no such config file; sfumato's own is /", "/trainers/configs/lora-style.toml."]),
     ],
 )
@@ -124,6 +126,16 @@ def test_what_does_not_fit_is_one_line(argv, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["--images", "d", "--output", "o"], []])
+def test_a_recipe_without_its_ending_is_told_it(words):
+    with pytest.raises(ConfigError) as error:
+        parse(lora.Config, ["lora-style", *words], program="train lora")
+    end = "the config's name ends in .toml; write lora-style.toml. See sfumato train lora --help."
+    assert str(error.value) == f"lora-style: {end}"
+    with pytest.raises(ConfigError, match="'my-style' belongs to no option"):
+        parse(lora.Config, ["my-style"], program="train lora")
 
 
 def test_an_unknown_key_names_its_neighbour(tmp_path):

@@ -250,13 +250,13 @@ def _reason(error: Exception) -> str:
 
 def _on_memory(error: Exception) -> str:
     advice = (
-        "Close what else takes some; draw at a smaller --size, on a GPU with --offload, or with --precision fp16. "
-        "`sfumato memory` tells what drawing takes."
+        "Close what else takes some; draw at a smaller --size, with --quantize int8, on a GPU with --offload, or with "
+        "--precision fp16. `sfumato memory` tells what drawing takes."
     )
     if "sfumato.runs.run" in sys.modules:  # which only a program that trains has loaded
         advice = (
-            "Train at a smaller --resolution, or with --gradient-checkpointing and --micro-batch 1 if that was not "
-            "tried. `sfumato memory` tells what each way to train takes."
+            "Train at a smaller --resolution, an adapter or words with --quantize int8, or with --gradient-checkpointing "
+            "and --micro-batch 1 if that was not tried. `sfumato memory` tells what each takes."
         )
     return f"there is not enough memory ({_reason(error)[:100] or 'of this machine'}). {advice}"
 

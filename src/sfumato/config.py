@@ -7,6 +7,7 @@ defaults. Parsing is cyclopts'; this module adds the file, the one-line errors a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import itertools
 import json
@@ -156,6 +157,8 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
     options."""
     import cyclopts
 
+    if file is None and words and "learning_rate" in known and _shipped(f"{words[0]}.toml"):
+        return f"{words[0]}: the config's name ends in .toml; write {words[0]}.toml."
     if isinstance(error, cyclopts.UnknownOptionError) and error.token is not None:
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if here := called_here(option.lstrip("-"), known):
@@ -329,7 +332,9 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
         values = read_toml(path)
     except FileNotFoundError:
         shipped = _shipped(path.name)
-        advice = f"sfumato's own is {shipped}." if shipped else "name an existing one, or give options alone."
+        near = difflib.get_close_matches(path.stem, [each.stem for each in _shipped_configs()], n=1)
+        advice = f"did you mean {near[0]}.toml?" if near else "name an existing one, or give options alone."
+        advice = f"sfumato's own is {shipped}." if shipped else advice
         raise ConfigError(f"{path}: there is no such config file; {advice}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). See to its permissions.") from None
@@ -414,9 +419,14 @@ def _shipped_instead(file: Path | None) -> Path | None:
 
 def _shipped(name: str) -> Path | None:
     """The config of this name that comes with the trainers, which another folder than the clone's has no path to."""
+    return next((path for path in _shipped_configs() if path.name == name), None)
+
+
+def _shipped_configs() -> list[Path]:
+    """Those that come with the trainers."""
     trainers = importlib.util.find_spec("sfumato.trainers")
-    found = [Path(place) / "configs" / name for place in (trainers and trainers.submodule_search_locations) or ()]
-    return next((path for path in found if path.is_file()), None)
+    places = (trainers and trainers.submodule_search_locations) or ()
+    return sorted(path for place in places for path in Path(place).glob("configs/*.toml"))
 
 
 def to_dict(config: DataclassInstance, *, public: bool = False) -> dict[str, Any]:

@@ -121,6 +121,11 @@ def test_under_autocast_the_product_is_in_its_dtype(kind):
 # A base
 
 
+def test_other_formats_are_refused():
+    with pytest.raises(PrecisionError, match="--quantize int4: unknown; wanted int8"):
+        decide("fp32", device="cpu", quantized="int4")
+
+
 def test_small_layers_and_those_that_all_of_the_picture_passes_stay(pocket_folder):
     base = load_base(str(pocket_folder), precision=CPU, unet=False)
     found = quantize(base.unet)

@@ -63,7 +63,7 @@ class DrawingBaseOptions(Settled):
         computed: dict[str, Any] = {"device": self.device, "attention": self.attention, "offload": self.offload}
         return load_base(
             self.base,
-            precision=decide(self.precision, **computed, quantized=self.quantize or ""),
+            precision=decide(self.precision, **computed, quantized=self.quantize),
             clip_skip=self.clip_skip,
             max_tokens=self.max_tokens,
             vae=self.vae,

@@ -52,7 +52,7 @@ class Precision:
     optimizer_state: str
     reasons: Mapping[str, str]
     offload: Offload | None = None
-    quantized: str = ""
+    quantized: Literal["int8"] | None = None
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, decision, reason) for each part of the decision."""
@@ -172,17 +172,19 @@ def decide(
     optimizer: str = "adamw",
     adapting: bool = False,
     offload: bool = False,
-    quantized: str = "",
+    quantized: Literal["int8"] | None = None,
 ) -> Precision:
     """Decide on the precision for this machine.
 
     requested: `--precision`. device: `auto` takes CUDA, then MPS, then the CPU. optimizer: its name; the optimizer's
     state depends on it. adapting: whether something small is trained beside frozen weights; many CPUs do this faster in
-    bf16. offload: `--offload`, the parts of a base model take turns on a GPU. Raises PrecisionError, one line, for what
-    this machine cannot do.
+    bf16. offload: `--offload`, the parts of a base model take turns on a GPU. quantized: `--quantize`, what the large
+    weights of a frozen U-Net are kept in. Raises PrecisionError, one line, for what this machine cannot do.
     """
     if requested not in ("auto", *DTYPES):
         raise PrecisionError(f"--precision {requested}: unknown; wanted auto, fp32, fp16 or bf16.")
+    if quantized not in (None, "int8"):
+        raise PrecisionError(f"--quantize {quantized!s:.40}: unknown; wanted int8.")
     reasons: dict[str, str] = {"trained weights": "bf16 would lose most of the optimizer's small updates"}
     place, reasons["device"] = choices.device_of(device)
     compute, reasons["compute"] = choices.compute_of(requested, place, adapting)

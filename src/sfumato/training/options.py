@@ -217,7 +217,7 @@ class BaseOptions:
             gradient_checkpointing=bool(self.gradient_checkpointing),
             optimizer=optimizer,
             adapting=adapting,
-            quantized=self.quantize or "",
+            quantized=self.quantize,
         )
         names = {dtype: name for name, dtype in DTYPES.items()}
         # Of fp16 the gradients are scaled, and summed with bf16's they would be 65,536 times theirs.
