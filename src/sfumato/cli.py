@@ -255,8 +255,8 @@ def _on_memory(error: Exception) -> str:
     )
     if "sfumato.runs.run" in sys.modules:  # which only a program that trains has loaded
         advice = (
-            "Train at a smaller --resolution, an adapter or words with --quantize int8, or with --gradient-checkpointing "
-            "and --micro-batch 1 if that was not tried. `sfumato memory` tells what each takes."
+            "Train at a smaller --resolution, an adapter or words with --quantize int8, or with "
+            "--gradient-checkpointing and --micro-batch 1 if that was not tried. `sfumato memory` tells what it takes."
         )
     return f"there is not enough memory ({_reason(error)[:100] or 'of this machine'}). {advice}"
 
