@@ -30,6 +30,7 @@ from sfumato.command_line.specs import (
 )
 from sfumato.command_line.terminal import say
 from sfumato.config import parse
+from sfumato.drawing.hires import Hires
 from sfumato.drawing.placement import AdapterPlacement, RegionSpec
 from sfumato.drawing.request import PictureRequest
 from sfumato.errors import ConfigError
@@ -113,6 +114,13 @@ class Config(DrawingBaseOptions):
     mask: Path | None = None
     """Image that is white where --image is to be redrawn (inpainting). The rest stays the same to the pixel, at the
     size of the result."""
+    hires: float | None = None
+    """Enlarge each image by this factor and redraw it in part (hires fix): the composition is that of --size, the
+    detail that of the larger size. 2 is usual."""
+    hires_strength: float | None = None
+    """How much of the enlarged image is redrawn (denoising strength), above 0 to 1. Unset: 0.4."""
+    hires_steps: int | None = None
+    """Number of sampling steps of the enlarged image. Unset: as many as --steps."""
     prompt_syntax: Syntax = "plain"
     """Syntax for weighted words and prompts of any length (pip install "sfumato[prompts]"). a1111 reads (words:1.3),
     and words that change between the steps: [crab:otter:0.4] and [crab|otter]. compel reads (words)1.3."""
@@ -166,6 +174,7 @@ def plan(config: Config) -> Plan:
     if config.before_after and not (adapters or regions):
         raise ConfigError("--before-after: there is no adapter to draw with; give --lora, or <lora:...> in a prompt.")
     check_start(config.image, config.mask, config.strength)
+    hires = _hires(config)
     embeddings = tuple(parse_embedding(spec) for spec in config.embedding)
     if config.overwrite and config.skip_existing:
         raise ConfigError("--overwrite and --skip-existing: images that exist are replaced or left; give one of them.")
@@ -173,7 +182,20 @@ def plan(config: Config) -> Plan:
     files = picture_files(config.output, pictures, is_sheet=is_sheet, may_exist=may_exist, given=config.prompts)
     size = None if config.size is None else parse_size(config.size)
     negative = config.negative or ""
-    return Plan(pictures, negative, adapters, strengths, embeddings, size, files, sweep, placement)
+    return Plan(pictures, negative, adapters, strengths, embeddings, size, hires, files, sweep, placement)
+
+
+def _hires(config: Config) -> Hires | None:
+    """The second pass. Raises ConfigError, also for what does not go with it."""
+    if config.hires is None:
+        if config.hires_strength is not None or config.hires_steps is not None:
+            name = "steps" if config.hires_strength is None else "strength"
+            raise ConfigError(f"--hires-{name}: there is no second pass; give --hires 2, too.")
+        return None
+    if config.image is not None:
+        raise ConfigError("--hires and --image do not go together: --image is enlarged by a larger --size.")
+    strength = Hires.strength if config.hires_strength is None else config.hires_strength
+    return Hires(config.hires, strength, config.hires_steps)
 
 
 def _prompts(config: Config) -> list[str]:
@@ -320,19 +342,22 @@ def generate(config: Config) -> tuple[Path, ...]:
     for to in (settings, *in_full):  # all, before the first is drawn
         checked_area(to["width"], to["height"])
         check_steps(to["steps"], scheduler)
+        if wanted.hires is not None:
+            checked_area(*wanted.hires.size(to["width"], to["height"]))
+            check_steps(wanted.hires.scheduled_steps(to["steps"]), scheduler)
         if start is not None:
             check_strength(to["steps"], start)
     for to in in_full:
         wanted.placement.check_turns(taken_steps(to["steps"], start))
     sampler = sampler_label(config.sampler, base)
-    say(_summary(in_full, sampler, base))
+    say(_summary(in_full, wanted.hires, sampler, base))
     asked = any(wanted.strengths.values())
     say(*unguided((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
         settings, pictures, placement = _with_asked(config, wanted, mix, regional, settings)
         say(*_out_of_steps(config, placement, base, start, {to["steps"] for to in in_full}))
         allowed = {"partial": config.partial, "verify": config.verify}
-        session = DrawingSession(base, mix, pictures, settings, start, placement, allowed)
+        session = DrawingSession(base, mix, pictures, settings, start, wanted.hires, placement, allowed)
         for file, size in zip(wanted.files, session.sizes(wanted.sweep, before_after=config.before_after), strict=True):
             check_size(file, size)
         drawn = _drawn(session, wanted.sweep, before_after=config.before_after)
@@ -522,7 +547,7 @@ def _against(
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:
     """What all images of this call share, with defaults filled in."""
     from sfumato.drawing.drawn import of_base
-    from sfumato.drawing.start import size_like
+    from sfumato.drawing.sizes import size_like
 
     defaults = base.defaults
     width, height = wanted.size or size_like(start.picture.size if start else (1, 1), defaults.resolution)
@@ -543,16 +568,25 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
     }
 
 
-def _summary(pictures: Sequence[Mapping[str, Any]], sampler: tuple[str, str | None], base: Base) -> str:
+def _summary(
+    pictures: Sequence[Mapping[str, Any]], hires: Hires | None, sampler: tuple[str, str | None], base: Base
+) -> str:
     """How the images with these settings are generated, without what differs between them."""
     said = (
         {f"{pluralize(each['steps'], 'step')} of {' '.join(filter(None, sampler))}" for each in pictures},
         {f"guidance {each['guidance']:g}" for each in pictures},
         {f"{each['width']}x{each['height']}" for each in pictures},
+        {f"then {_second(hires, each)}" for each in pictures if hires is not None},
         {f"on {base.precision.device}"},
     )
-    same = ", ".join(words for (words, *others) in said if not others)
+    same = ", ".join(next(iter(words)) for words in said if len(words) == 1)
     return f"{base.name} ({base.family.title}): {same}"
+
+
+def _second(hires: Hires, first: Mapping[str, Any]) -> str:
+    """The second pass after a first of these settings."""
+    wide, high = hires.size(first["width"], first["height"])
+    return f"{wide}x{high} in {pluralize(hires.taken_steps(first['steps']), 'step')} of strength {hires.strength:g}"
 
 
 def _start(config: Config) -> Start | None:

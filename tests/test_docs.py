@@ -81,7 +81,7 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         write_lora(tmp_path / f"{name}.safetensors", modules, family="pocket")
     for seed, name in enumerate(("painter", "photographer"), 1):
         tiny_pocket_folder(tmp_path / name, seed)
-    assert len(COMMANDS) == 17
+    assert len(COMMANDS) == 19
     more = {"merge": ["--family", "pocket"], "extract": []}
     for command in COMMANDS:
         program, *words = shlex.split(command)
@@ -97,6 +97,8 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         "regions.png",
         "mix.safetensors",
         "pairs.png",
+        "large.png",
+        "closer.png",
         "share.png",
         "difference.safetensors",
     )

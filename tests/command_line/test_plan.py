@@ -40,5 +40,5 @@ def region(weight):
 def test_an_adapter_counts_where_a_step_a_row_or_a_region_gives_it_a_weight(weight, tags, placement, sweep, counted):
     picture = PictureRequest("a crab", 0, tags, {})
     adapters, where = (Adapter("line.safetensors", weight),), AdapterPlacement(**placement)
-    plan = Plan((picture,), "", adapters, {}, (), None, (), sweep, where)
+    plan = Plan((picture,), "", adapters, {}, (), None, None, (), sweep, where)
     assert plan.counted == plan.counted_in(picture) == counted

@@ -79,7 +79,7 @@ def test_a_word_is_loaded_whatever_its_capitals_and_zero_layers_are_a_setting(ba
 def test_on_a_sheet_seeds_are_told_where_there_are_several():
     def labels(*seeds):
         pictures = [PictureRequest("a crab", seed, None, {}) for seed in seeds]
-        return DrawingSession(None, None, pictures, {}, None, AdapterPlacement(), {}).labels()
+        return DrawingSession(None, None, pictures, {}, None, None, AdapterPlacement(), {}).labels()
 
     assert labels(1, 2) == ["a crab (1)", "a crab (2)"]
     assert labels(1, 1) == ["a crab"] * 2

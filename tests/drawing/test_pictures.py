@@ -34,7 +34,7 @@ from sfumato.data.images import open_image
 from sfumato.drawing.call import Call
 from sfumato.drawing.decoding import decoded_at_once, image_of
 from sfumato.drawing.pictures import Start, check_steps, draw, draw_each, drawn_at_once
-from sfumato.drawing.start import near_side, size_like
+from sfumato.drawing.sizes import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.precision import decide
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
@@ -83,11 +83,11 @@ def test_fewer_are_drawn_at_once_where_memory_does_not_hold_them(pocket, monkeyp
     seeds = [1, 2, 3, 4, 5, 6, 7]
     together, draw_call, sizes = draw(pocket, "a cat", seeds, steps=2), Call.draw, []
 
-    def limited(call, texts, noises):
+    def limited(call, texts, noises, starts):
         sizes.append(len(texts))
         if len(texts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return draw_call(call, texts, noises)
+        return draw_call(call, texts, noises, starts)
 
     monkeypatch.setattr(Call, "draw", limited)
     found = draw(pocket, "a cat", seeds, steps=2)
@@ -101,7 +101,7 @@ def test_fewer_are_drawn_at_once_where_memory_does_not_hold_them(pocket, monkeyp
 def test_one_that_does_not_fit_and_other_errors_end(pocket, monkeypatch, error, count):
     calls = []
 
-    def broken(call, texts, noises):
+    def broken(call, texts, noises, starts):
         calls.append(len(texts))
         raise error
 

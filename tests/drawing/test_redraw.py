@@ -51,9 +51,33 @@ def test_the_strength_of_a_high_resolution_fix_is_none_of_a_picture_to_begin_fro
     text = "a crab\nSteps: 4, Seed: 1, RNG: CPU, Denoising strength: 0.4"
     alone = parse(Config, redraw(picture_with(text, tmp_path / "a.png")).words[2:], program="generate")
     assert (str(alone.image), alone.strength) == ("PICTURE", 0.4)
-    found = redraw(picture_with(f"{text}, Hires upscale: 2", tmp_path / "b.png"))
+    found = redraw(picture_with(f"{text}, Hires resize: 96x96", tmp_path / "b.png"))
     assert parse(Config, found.words[2:], program="generate").image is None
-    assert dict(found.left_out) == {"Denoising strength": "0.4", "Hires upscale": "2"}
+    assert dict(found.left_out) == {"Denoising strength": "0.4", "Hires resize": "96x96"}
+
+
+@pytest.mark.parametrize(
+    ("said", "steps", "left"),
+    [
+        ("Hires upscale: 1.5, Hires upscaler: Lanczos", None, {}),
+        ("Hires upscale: 1.5, Hires steps: 9, Hires upscaler: Latent", 9, {"Hires upscaler": "Latent"}),
+    ],
+)
+def test_a_high_resolution_fix_is_told_as_a_second_pass(said, steps, left, tmp_path):
+    text = f"a crab\nSteps: 4, Seed: 1, RNG: CPU, Denoising strength: 0.7, {said}"
+    found = redraw(picture_with(text, tmp_path / "a.png"))
+    config = parse(Config, found.words[2:], program="generate")
+    assert (config.hires, config.hires_strength, config.hires_steps) == (1.5, 0.7, steps)
+    assert (config.image, config.strength) == (None, None)
+    assert dict(found.left_out) == left
+
+
+def test_a_second_pass_that_enlarges_too_much_or_nothing_is_left_out(tmp_path):
+    for factor in ("1", "9", "x"):
+        text = f"a crab\nSteps: 4, Seed: 1, RNG: CPU, Hires upscale: {factor}"
+        found = redraw(picture_with(text, tmp_path / "a.png"))
+        assert "--hires" not in found.words
+        assert dict(found.left_out) == {"Hires upscale": factor}
 
 
 def test_a_clip_skip_of_sdxls_own_layer_is_told_and_not_taken(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.drawing.start import size_like
+from sfumato.drawing.sizes import size_like
 
 
 def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(generate):

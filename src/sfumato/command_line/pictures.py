@@ -15,6 +15,7 @@ from typing import Any
 from sfumato.command_line.axes import CHECKS
 from sfumato.command_line.specs import without_tags
 from sfumato.drawing.request import PictureRequest
+from sfumato.drawing.sizes import near_side
 from sfumato.errors import ConfigError
 from sfumato.files.atomic import checked_folder
 from sfumato.limits import checked_area
@@ -34,8 +35,6 @@ def checked_flags(flags: Mapping[str, Any], *, sheet: bool) -> dict[str, Any]:
     without_tags(flags.get("negative", ""), "--n")
     for letter, name in (("w", "width"), ("h", "height")):
         if name in flags and (flags[name] <= 0 or flags[name] % 8):
-            from sfumato.drawing.start import near_side
-
             near = near_side(flags[name])
             raise ConfigError(f"--{letter} {flags[name]} in a prompt: wanted a multiple of 8; the nearest is {near}.")
     checked_area(flags.get("width", 8), flags.get("height", 8))
@@ -54,8 +53,6 @@ def parse_size(text: str) -> tuple[int, int]:
         raise ConfigError(f"--size {text}: wanted WIDTHxHEIGHT in pixels, such as 512x768.")
     width, height = int(found[1]), int(found[2] or found[1])
     if width % 8 or height % 8 or not width or not height:
-        from sfumato.drawing.start import near_side
-
         near = "x".join(str(near_side(side)) for side in (width, height))
         raise ConfigError(f"--size {text}: both sides are multiples of 8; the nearest is {near}.")
     checked_area(width, height)

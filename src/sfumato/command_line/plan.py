@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 
+from sfumato.drawing.hires import Hires
 from sfumato.drawing.placement import AdapterPlacement
 from sfumato.drawing.request import PictureRequest
 from sfumato.weighting.adapter import Adapter, Weight, is_idle
@@ -18,7 +19,8 @@ class Plan:
     """The images to generate, what they are generated with, and where they are saved.
 
     negative: negative prompt of every image that has none of its own. strengths: the adapter guidance that was asked
-    for, by label. embeddings: (token, file) of each new word. size: (width, height) in pixels, or unset. files: one for
+    for, by label. embeddings: (token, file) of each new word. size: (width, height) in pixels, or unset. hires: the
+    second pass, or none. files: one for
     each image, or the one of the sheet. sweep: (label, weights). placement: weights by step, and regions; the adapters
     of regions are not in `adapters`.
     """
@@ -29,6 +31,7 @@ class Plan:
     strengths: Mapping[str, float]
     embeddings: tuple[tuple[str | None, Path], ...]
     size: tuple[int, int] | None
+    hires: Hires | None
     files: tuple[Path, ...]
     sweep: tuple[str, tuple[float, ...]] | None
     placement: AdapterPlacement

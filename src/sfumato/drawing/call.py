@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import draw_call
-from sfumato.drawing.decoding import check_all, checked_safe, image_of, in_fp32, pixels_of
+from sfumato.drawing.decoding import (
+    check_all,
+    checked_safe,
+    fits_in_tiles,
+    image_of,
+    in_fp32,
+    in_tiles,
+    pixels_a_latent,
+    pixels_of,
+)
+from sfumato.drawing.hires import Hires
 from sfumato.drawing.start import Start, check_strength
 from sfumato.drawing.tagged import TaggedPrompts, reading_tags
 from sfumato.errors import ConfigError
@@ -36,7 +46,7 @@ class Call:
     """How all pictures of a call of `draw_each` are drawn.
 
     base: None for a pipeline that encodes its prompts itself. options: those of the pipeline's own call that are given.
-    start: at the drawing's size.
+    strength: of the images that `draw` starts from; None where it starts from noise.
     """
 
     pipe: Any
@@ -44,62 +54,69 @@ class Call:
     negative: str
     syntax: Syntax
     options: Mapping[str, Any]
-    start: Start | None
+    strength: float | None
 
     @property
     def steps(self) -> int:
-        """As they are asked for, of which a start leaves out some."""
+        """As they are asked for, of which a strength leaves out some."""
         return int(self.options.get("num_inference_steps", _STEPS))
+
+    def enlarging(self, hires: Hires, width: int, height: int) -> Call:
+        """The second pass, which starts from the images of this one, at its size in pixels."""
+        options = {"num_inference_steps": hires.scheduled_steps(self.steps), "width": width, "height": height}
+        return replace(self, options={**self.options, **options}, strength=hires.strength)
 
     @property
     def drawn_steps(self) -> int:
         """How many of them are drawn."""
-        return self.steps if self.start is None else max(1, int(self.steps * self.start.strength))
+        return self.steps if self.strength is None else max(1, int(self.steps * self.strength))
 
-    def draw(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        """The pictures of one batch; what is not finite or black is tried once more in fp32."""
-        pipe, base, start = self.pipe, self.base, self.start
+    def draw(self, prompts: list[str], seeds: list[int], starts: Sequence[Start]) -> list[Image.Image]:
+        """The pictures of one batch; what is not finite or black is tried once more in fp32.
+
+        starts: one for each picture, at its size, all or none with a mask; empty to start from noise.
+        """
+        pipe, base = self.pipe, self.base
         own = _drawing(base) if base else nullcontext()
         with own, drawn_flat(pipe.unet), draw_call.step_count(self.drawn_steps):
-            latents = self._latents(prompts, seeds)
+            latents = self._latents(prompts, seeds, starts)
         in_half = pipe.unet.dtype != torch.float32 or (base is not None and base.precision.compute != torch.float32)
         parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
         is_quantised = any(getattr(part, "is_quantized", False) for part in parts)
         if in_half and not is_quantised and not torch.isfinite(latents).all():
             with in_fp32(*parts), draw_call.step_count(self.drawn_steps):
-                latents = self._latents(prompts, seeds)
+                latents = self._latents(prompts, seeds, starts)
         complaint = "not finite" if is_quantised else "not finite, even in fp32"
         check_all(latents.isfinite(), seeds, f"{complaint}. {self._where_to_look()}")
         pictures = [image_of(picture) for picture in pixels_of(pipe, latents, seeds)]
-        if start is not None and start.mask is not None:
-            # The VAE's reconstruction of what was to stay is not what was to stay.
-            pictures = [Image.composite(picture, start.picture, start.mask) for picture in pictures]
+        for place, start in enumerate(starts):
+            if start.mask is not None:  # the VAE's reconstruction of what was to stay is not what was to stay
+                pictures[place] = Image.composite(pictures[place], start.picture, start.mask)
         return checked_safe(pictures, pipe, seeds)
 
-    def _latents(self, prompts: list[str], seeds: list[int]) -> Tensor:
+    def _latents(self, prompts: list[str], seeds: list[int], starts: Sequence[Start]) -> Tensor:
         if self.base is None:
-            return self._denoise(_as_arguments(prompts, self.negative), seeds)
+            return self._denoise(_as_arguments(prompts, self.negative), seeds, starts)
         told = self._stages_of(self.base, prompts, self.drawn_steps)
         with staged_prompts(self.pipe.unet, told, self.pipe.scheduler) if len(told) > 1 else nullcontext():
-            return self._denoise(_embedded(told[0]), seeds)
+            return self._denoise(_embedded(told[0]), seeds, starts)
 
     @torch.no_grad()
-    def _denoise(self, text: dict[str, Any], seeds: list[int]) -> Tensor:
+    def _denoise(self, text: dict[str, Any], seeds: list[int], starts: Sequence[Start]) -> Tensor:
         """Scaled latents, (batch, channels, height/f, width/f)."""
-        pipe, start = self.pipe, self.start
+        pipe = self.pipe
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         options = {**text, **self.options, "generator": generators, "output_type": "latent"}
-        if start is not None:
-            count = len(seeds)
-            options |= {"image": [start.picture] * count, "strength": start.strength}
-            if start.mask is None:
+        if starts:
+            options |= {"image": [start.picture for start in starts], "strength": self.strength}
+            if starts[0].mask is None:
                 pipe = _variant(pipe, "AutoPipelineForImage2Image")
                 del options["width"], options["height"]  # the picture's own
             else:
                 pipe = _variant(pipe, "AutoPipelineForInpainting")
-                options |= {"mask_image": [start.mask] * count}
-            check_strength(options.setdefault("num_inference_steps", _STEPS), start)
-        with _itself(pipe.vae) if start is not None else nullcontext():
+                options |= {"mask_image": [start.mask for start in starts]}
+            check_strength(options.setdefault("num_inference_steps", _STEPS), starts[0])
+        with _itself(pipe.vae) if starts else nullcontext():
             latents: Tensor = pipe(**options).images
         return latents
 
@@ -126,7 +143,7 @@ class Call:
             text, other = encode(base, prompts, negative, syntax)
         return [Stage(steps, text, other)]
 
-    def of_one_length(self, prompts: list[str], places: Sequence[int]) -> Iterable[Sequence[int]]:
+    def of_one_length(self, prompts: Sequence[str], places: Sequence[int]) -> Iterable[Sequence[int]]:
         """The places, of a batch of the prompts, together those whose embeddings, each by itself, have as many tokens.
 
         In one batch a shorter one is filled up with empty prompts, which draw another picture than none.
@@ -171,7 +188,7 @@ _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 
 @contextmanager
 def _itself(vae: Any) -> Iterator[None]:
-    """The VAE encodes in its own dtype, and is itself after the block.
+    """The VAE encodes in its own dtype, in tiles where memory does not hold one image, and is itself after the block.
 
     Pipelines that begin with a picture give and take it in the U-Net's dtype, and SDXL's leave an fp32 VAE in half
     precision.
@@ -185,9 +202,18 @@ def _in_own_dtype(vae: Any) -> Iterator[None]:
     held = {tensor: tensor.data for tensor in (*vae.parameters(), *vae.buffers())}
     encode, own = vae.encode, vae.__dict__.get("encode")
 
+    def as_it_fits(pixels: Tensor, *args: Any, **options: Any) -> Any:
+        try:
+            return encode(pixels, *args, **options)
+        except RuntimeError as error:
+            if len(pixels) > 1 or not fits_in_tiles(vae, error):  # of several, fewer may fit
+                raise
+        with in_tiles(vae, max(pixels.shape[2:]) // pixels_a_latent(vae)):
+            return encode(pixels, *args, **options)
+
     def in_own_dtype(pixels: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(pixels.device.type, enabled=False):
-            encoded = encode(pixels.to(vae.dtype), *args, **options)
+            encoded = as_it_fits(pixels.to(vae.dtype), *args, **options)
         found = getattr(encoded, "latent_dist", None)
         if found is not None and found.parameters.dtype != pixels.dtype:  # SD's pipelines pass it on as it is
             encoded.latent_dist = type(found)(found.parameters.to(pixels.dtype))

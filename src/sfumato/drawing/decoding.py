@@ -46,26 +46,38 @@ def _decode(pipe: Any, latents: Tensor) -> Tensor:
         some = torch.split(latents, decoded_at_once(latents))
         return torch.cat([_decode_at_once(pipe, each) for each in some])
     except RuntimeError as error:
-        can_tile = hasattr(pipe.vae, "tile_latent_min_size") and not getattr(pipe.vae, "use_tiling", False)
-        if not (can_tile and is_out_of_memory(error)):
+        if not fits_in_tiles(pipe.vae, error):
             raise
     # Here, where the error is gone, and what its frames held.
-    give_back_freed_memory()
-    with _tiling(pipe.vae, min(_TILE, -(-max(latents.shape[2:]) // 2))):
+    with in_tiles(pipe.vae, max(latents.shape[2:])):
         return torch.cat([_decode_at_once(pipe, each) for each in torch.split(latents, 1)])
 
 
+def fits_in_tiles(vae: Any, error: BaseException) -> bool:
+    """Whether what the VAE failed at may fit into memory in tiles."""
+    can_tile = hasattr(vae, "tile_latent_min_size") and not getattr(vae, "use_tiling", False)
+    return can_tile and is_out_of_memory(error)
+
+
 @contextmanager
-def _tiling(vae: Any, side: int) -> Iterator[None]:
-    """The VAE decodes what is larger than this many latent pixels in overlapping tiles of that side."""
-    own = latent_side, pixel_side = vae.tile_latent_min_size, vae.tile_sample_min_size
-    vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * round(pixel_side / latent_side)
+def in_tiles(vae: Any, longest: int) -> Iterator[None]:
+    """The VAE works in overlapping tiles, of at most half of the image's longest side, which is in latent pixels."""
+    give_back_freed_memory()
+    side = min(_TILE, -(-longest // 2))
+    own = vae.tile_latent_min_size, vae.tile_sample_min_size
+    vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * pixels_a_latent(vae)
     vae.enable_tiling()
     try:
         yield
     finally:
         vae.disable_tiling()
         vae.tile_latent_min_size, vae.tile_sample_min_size = own
+
+
+def pixels_a_latent(vae: Any) -> int:
+    """Pixels on the side of a latent pixel of a VAE that tiles."""
+    ratio: int = round(vae.tile_sample_min_size / vae.tile_latent_min_size)
+    return ratio
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import sfumato
 from sfumato.data.checksums import file_digest
 from sfumato.drawing import pnginfo
+from sfumato.drawing.hires import UPSCALER
 from sfumato.merging.sources import adapter_hash
 from sfumato.merging.whole_model import is_whole_model
 from sfumato.numerals import exact
@@ -54,9 +55,9 @@ def save_drawn(
     """Write the picture with its settings as A1111 has them, and beside them as our own JSON, which loses nothing.
 
     used: the adapters with their weights; those at 0 are in our JSON alone. settings: prompt, negative, seed, steps,
-    guidance, adapter_guidance by label, width, height, base, vae, clip_skip, strength and what else there is. sampler:
-    A1111's "Sampler" and "Schedule type". words: files of new words and what they are called, of which the hashes are
-    told that the prompts hold.
+    guidance, adapter_guidance by label, width, height, base, vae, clip_skip, strength, hires and what else there is.
+    sampler: A1111's "Sampler" and "Schedule type". words: files of new words and what they are called, of which the
+    hashes are told that the prompts hold.
     """
     # Other programs know whole models as bases alone, and have no tag for a share of one.
     named = [each for each in used if not is_idle(each.weight) and not is_whole_model(each.path)]
@@ -104,6 +105,7 @@ def _pairs(
         "Model": settings["base"],
         "VAE": settings["vae"],
         "Denoising strength": settings.get("strength"),
+        **_hires_pairs(settings.get("hires")),
         "Clip skip": _clip_skip(settings),
         "Merge method": settings.get("method"),
         "Adapter guidance": strengths or None,
@@ -112,6 +114,18 @@ def _pairs(
         "RNG": "CPU",  # where our noise comes from; A1111 takes a GPU's where a picture names none
         "Prompt syntax": syntax if syntax == "compel" else None,  # which A1111 has no way to write
         "Version": f"sfumato-{sfumato.__version__}",
+    }
+
+
+def _hires_pairs(hires: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A second pass, as A1111 tells it."""
+    if hires is None:
+        return {}
+    return {
+        "Denoising strength": hires["strength"],
+        "Hires upscale": hires["scale"],
+        "Hires steps": hires["steps"],
+        "Hires upscaler": UPSCALER,
     }
 
 

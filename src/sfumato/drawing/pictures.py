@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from operator import index
 from typing import Any
@@ -15,7 +17,9 @@ from PIL import Image
 
 from sfumato import draw_call, schedulers
 from sfumato.drawing.call import Call
-from sfumato.drawing.start import Start, check_strength, near_side
+from sfumato.drawing.hires import Hires
+from sfumato.drawing.sizes import near_side
+from sfumato.drawing.start import Start, check_strength
 from sfumato.drawing.tagged import TaggedPrompts
 from sfumato.errors import ConfigError, is_out_of_memory
 from sfumato.limits import checked_area, checked_guidance, checked_seed
@@ -26,6 +30,7 @@ from sfumato.prompts.tags import refuse_tags
 
 __all__ = [
     "LATENTS_AT_ONCE",
+    "Hires",
     "Start",
     "check_steps",
     "check_strength",
@@ -57,6 +62,7 @@ def draw(
     sampler: str | None = None,
     batch: int | None = None,
     start: Start | None = None,
+    hires: Hires | None = None,
     syntax: Syntax = "plain",
 ) -> list[Image.Image]:
     """Generate one image for each prompt and its seed, in order. One prompt serves many seeds, one seed many prompts.
@@ -65,8 +71,9 @@ def draw(
     defaults of the base family or of the pipeline. sampler: a name from `sfumato.schedulers`; unset, a pipeline keeps
     its own scheduler, and a Base uses its family's (`base.defaults.sampler`), whatever its folder names. batch: images
     generated at once; unset, chosen by their size; fewer where memory does not hold them. start: an image to start
-    from, as `Start(image)` of this module; with a mask, only a part of it changes. syntax: how weighted words are
-    written, see `sfumato.prompts.syntax`; it needs a Base.
+    from, as `Start(image)` of this module; with a mask, only a part of it changes. hires: `Hires(2)` of this module
+    enlarges each image in a second pass; it does not go with a start. syntax: how weighted words are written, see
+    `sfumato.prompts.syntax`; it needs a Base.
 
     An image's noise comes from `torch.Generator().manual_seed(seed)` on the CPU, whatever its place and the device. So
     plain diffusers with this generator and scheduler generates the same image. An image that is not finite, or all
@@ -89,6 +96,7 @@ def draw(
         sampler=sampler,
         batch=batch,
         start=start,
+        hires=hires,
         syntax=syntax,
     )
     return list(pictures)
@@ -107,6 +115,7 @@ def draw_each(
     sampler: str | None = None,
     batch: int | None = None,
     start: Start | None = None,
+    hires: Hires | None = None,
     syntax: Syntax = "plain",
 ) -> Iterator[Image.Image]:
     """The images of `draw` with the same settings, each batch when it is wanted. All of a prompt is text, also a
@@ -114,7 +123,7 @@ def draw_each(
     prompts, seeds = _pairs(prompts, seeds)
     steps, batch = _whole("steps", steps), _whole("batch", batch)
     width, height = _whole("width", width), _whole("height", height)
-    _check_kinds(guidance, negative, syntax, sampler, start)
+    _check_kinds(guidance, negative, syntax, sampler, start, hires)
     is_base = hasattr(source, "encode_text")
     pipe = source.pipeline() if is_base else source
     _check_pipeline(pipe, start)
@@ -131,34 +140,64 @@ def draw_each(
         start = start.sized(width, height)
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     given = {name: value for name, value in options.items() if value is not None}
-    if batch is None:
-        batch = drawn_at_once(width * height // pipe.vae_scale_factor**2)
-    elif batch < 1:
+    if batch is not None and batch < 1:
         raise ConfigError(f"batch {batch}: wanted at least 1 image at once.")
     if guidance is not None:
         checked_guidance(guidance)
     other = None if sampler is None else schedulers.scheduler(sampler, pipe.scheduler.config)
     given |= {} if sampler is None else schedulers.find(sampler).options
     check_steps(steps, other or pipe.scheduler)
-    call = Call(pipe, source if is_base else None, negative, syntax, given, start)
+    call = Call(pipe, source if is_base else None, negative, syntax, given, None if start is None else start.strength)
+    asked, everything = _Asked(prompts, seeds, other), range(len(prompts))
+    own_batch = batch or drawn_at_once(width * height // pipe.vae_scale_factor**2)
+    if hires is None:
+        starts = {} if start is None else dict.fromkeys(everything, start)
+        yield from asked.images(call, everything, starts, own_batch)
+        return
+    wide, high = hires.size(width, height)
+    checked_area(wide, high)
+    second = call.enlarging(hires, wide, high)
+    check_steps(second.steps, other or pipe.scheduler)
+    larger_batch = batch or drawn_at_once(wide * high // pipe.vae_scale_factor**2)
 
-    def drawn_together(some: range) -> list[Image.Image]:
+    def in_two_passes(some: range) -> list[Image.Image]:
+        small = asked.at_once(call, {}, some)
+        starts = {
+            place: Start(image, hires.strength).sized(wide, high) for place, image in zip(some, small, strict=True)
+        }
+        return list(asked.images(second, some, starts, larger_batch))
+
+    yield from _as_many_as_fit(in_two_passes, everything, own_batch)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The prompts and seeds of all images of a call, by place. scheduler: unset, the pipeline's own."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    scheduler: Any | None
+
+    def images(self, call: Call, some: range, starts: Mapping[int, Start], batch: int) -> Iterator[Image.Image]:
+        """The images of these places, in batches. starts: the images that they start from, by place; empty for none."""
+        yield from _as_many_as_fit(partial(self.at_once, call, starts), some, batch)
+
+    def at_once(self, call: Call, starts: Mapping[int, Start], some: range) -> list[Image.Image]:
+        """The images of these places, in one batch where their prompts allow it."""
         drawn: dict[int, Image.Image] = {}
-        for places in call.of_one_length(prompts, some):
-            texts, noises = [prompts[place] for place in places], [seeds[place] for place in places]
-            with _as_asked(pipe, other), draw_call.at_once(places, len(prompts)):
-                pictures = call.draw(texts, noises)
-            drawn |= zip(places, pictures, strict=True)
+        for places in call.of_one_length(self.prompts, some):
+            texts, noises = [self.prompts[place] for place in places], [self.seeds[place] for place in places]
+            with _as_asked(call.pipe, self.scheduler), draw_call.at_once(places, len(self.prompts)):
+                images = call.draw(texts, noises, [starts[place] for place in places if starts])
+            drawn |= zip(places, images, strict=True)
         return [drawn[place] for place in some]
 
-    yield from _as_many_as_fit(drawn_together, len(prompts), batch)
 
-
-def _as_many_as_fit(draw: Callable[[range], list[Image.Image]], count: int, batch: int) -> Iterator[Image.Image]:
-    """The images 0 to `count`, so many at once, or half as many from where memory does not hold them."""
-    first = 0
-    while first < count:
-        some = range(first, min(first + batch, count))
+def _as_many_as_fit(draw: Callable[[range], list[Image.Image]], wanted: range, batch: int) -> Iterator[Image.Image]:
+    """The images of these places, so many at once, or half as many from where memory does not hold them."""
+    first = wanted.start
+    while first < wanted.stop:
+        some = range(first, min(first + batch, wanted.stop))
         try:
             images = draw(some)
         except (RuntimeError, MemoryError) as error:
@@ -189,7 +228,7 @@ def draw_against(
     return [found[place] for place in range(len(prompts))]
 
 
-def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start: Any) -> None:
+def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start: Any, hires: Any) -> None:
     """Raises ConfigError for a setting of another type."""
     if guidance is not None and not isinstance(guidance, Real):
         raise ConfigError(f"guidance {guidance!r:.40}: wanted a number; 3 to 9 is usual.")
@@ -202,6 +241,12 @@ def _check_kinds(guidance: Any, negative: Any, syntax: Any, sampler: Any, start:
     if start is not None and not isinstance(start, Start):
         kind = type(start).__name__
         raise ConfigError(f"a start that is a {kind}; wanted sfumato.drawing.pictures.Start(image).")
+    if hires is not None and not isinstance(hires, Hires):
+        raise ConfigError(f"hires {hires!r:.40}: wanted sfumato.drawing.pictures.Hires(2).")
+    if hires is not None and start is not None:
+        raise ConfigError(
+            "start and hires do not go together; an image that is there is enlarged by a start of its own size."
+        )
 
 
 def check_steps(steps: int | None, scheduler: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any, get_args
 from sfumato import schedulers, shell
 from sfumato.drawing import pnginfo
 from sfumato.drawing.comfy_graph import read_graph
+from sfumato.drawing.hires import UPSCALER, Hires
 from sfumato.drawing.invoke_metadata import read_invoke
 from sfumato.drawing.pnginfo import Parameters, read_picture_info
 from sfumato.errors import AdapterError, ConfigError, DataError
@@ -156,6 +157,7 @@ def _words(about: Parameters, own: Mapping[str, Any], left: dict[str, str]) -> I
         yield from ("--size", size)
     is_known = is_ours or prod(map(int, size.split("x") if size else ())) < _LEAST_SDXL
     yield from _clip_skip(settings, own.get("clip_skip"), left, is_known=is_known)
+    yield from _hires(settings)
     yield from _start(settings, own)
     if (source := settings.pop("RNG", "GPU")) != "CPU":  # a web interface that names none takes a GPU's noise
         left["RNG"] = source
@@ -187,6 +189,22 @@ def _clip_skip(settings: dict[str, str], told: object, left: dict[str, str], *, 
         yield from ("--clip-skip", skip)
     else:
         left["Clip skip"] = f"{layer} (SDXL has its own layer; for SD 1.x add --clip-skip {skip})"
+
+
+def _hires(settings: dict[str, str]) -> Iterator[str]:
+    """A second pass that enlarges by a factor; one to a size of its own has no option."""
+    factor = settings.get("Hires upscale", "")
+    try:
+        Hires(float(factor) if _NUMBER.fullmatch(factor) else 0)
+    except ConfigError:
+        return
+    yield from _option("--hires", settings.pop("Hires upscale"))
+    if _NUMBER.fullmatch(settings.get("Denoising strength", "")):
+        yield from _option("--hires-strength", settings.pop("Denoising strength"))
+    if _WHOLE.fullmatch(settings.get("Hires steps", "")):
+        yield from _option("--hires-steps", settings.pop("Hires steps"))
+    if settings.get("Hires upscaler") == UPSCALER:
+        settings.pop("Hires upscaler")
 
 
 def _start(settings: dict[str, str], own: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from sfumato.bases import Base
 from sfumato.compose import Mix
 from sfumato.compose.guided import adapter_guidance
 from sfumato.drawing.drawn import used_in
-from sfumato.drawing.pictures import Start, draw_each
+from sfumato.drawing.pictures import Hires, Start, draw_each
 from sfumato.drawing.placement import AdapterPlacement, applied
 from sfumato.drawing.request import PictureRequest
 from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, sheet_size
@@ -28,8 +28,8 @@ Drawn = tuple[Image, tuple[Adapter, ...], dict[str, Any]]
 class DrawingSession:
     """What the pictures of one call are drawn from and with.
 
-    settings: what all pictures share, defaults filled in. start: a picture to begin from. allowed: partial and verify,
-    as of `compose`, for the adapters of regions.
+    settings: what all pictures share, defaults filled in. start: a picture to begin from. hires: the second pass, if
+    there is one. allowed: partial and verify, as of `compose`, for the adapters of regions.
     """
 
     base: Base
@@ -37,6 +37,7 @@ class DrawingSession:
     pictures: Sequence[PictureRequest]
     settings: Mapping[str, Any]
     start: Start | None
+    hires: Hires | None
     placement: AdapterPlacement
     allowed: Mapping[str, bool]
 
@@ -58,9 +59,8 @@ class DrawingSession:
             adapter_guidance(self.mix, settings["adapter_guidance"], guidance=guidance),
             applied(self.base, self.mix, asked, syntax=settings["prompt_syntax"], **self.allowed),
         ):
-            yield from draw_each(
-                self.base, prompts, seeds, start=self.start, syntax=settings["prompt_syntax"], **chosen
-            )
+            chosen |= {"start": self.start, "hires": self.hires, "syntax": settings["prompt_syntax"]}
+            yield from draw_each(self.base, prompts, seeds, **chosen)
 
     def with_adapters(self) -> Iterator[Drawn]:
         """Each picture, with the weights that its prompt's tags give it; neighbours of one setting in one batch."""
@@ -71,8 +71,12 @@ class DrawingSession:
                 self.mix.set_weights({each.label: each.weight for each in self.mix.adapters.values()})
             used, same = used_in(self.mix), list(run)
             for picture, each in zip(self.draw(same), same, strict=True):
-                told = {**self.settings, **each.overrides, "prompt": each.prompt, "seed": each.seed}
+                told = self._with_hires({**self.settings, **each.overrides, "prompt": each.prompt, "seed": each.seed})
                 yield picture, used, self._without_other_tags(told, used)
+
+    def _with_hires(self, told: dict[str, Any]) -> dict[str, Any]:
+        """A picture's settings with what the second pass had."""
+        return told if self.hires is None else {**told, "hires": self.hires.told(told["steps"])}
 
     def _without_other_tags(self, told: dict[str, Any], used: Sequence[Adapter]) -> dict[str, Any]:
         """A picture's settings without the weights by step of adapters that other prompts' tags alone name."""
@@ -91,12 +95,14 @@ class DrawingSession:
         """The settings of a sheet of all pictures, where they differ those of the first."""
         prompts, seeds = [each.prompt for each in self.pictures], [each.seed for each in self.pictures]
         first = {**self.settings, **self.pictures[0].overrides}
-        return {**first, "prompt": prompts[0], "seed": seeds[0], **more, "prompts": prompts, "seeds": seeds}
+        first = self._with_hires({**first, "prompt": prompts[0], "seed": seeds[0]})
+        return {**first, **more, "prompts": prompts, "seeds": seeds}
 
     def sizes(self, sweep: tuple[str, Sequence[float]] | None, *, before_after: bool) -> list[tuple[int, int]]:
         """The pixels of each picture that will be drawn, or of the sheet: of a sweep, or before and after."""
         each = [{**self.settings, **picture.overrides} for picture in self.pictures]
         sizes = [(settings["width"], settings["height"]) for settings in each]
+        sizes = sizes if self.hires is None else [self.hires.size(*size) for size in sizes]
         if sweep is None and not before_after:
             return sizes
         rows, columns = self._pair_labels() if sweep is None else self._sweep_labels(*sweep)
