@@ -134,6 +134,7 @@ def train(config: Config) -> Path:
 
     from sfumato import randomness
     from sfumato.runs.processes import Processes
+    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
     from sfumato.training.adapting import adapted_layers, new_adapter
@@ -210,7 +211,7 @@ def train(config: Config) -> Path:
     run.every(config.measure_every, limit.watching(run, metrics, processes))
     run.every(config.sample_every, samples.draw)
     if learned:
-        run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
+        run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
     prior = prior_of(config, base, dataset, class_set, preserved, noising, pristine)
     steps = run.steps_to_come(config.steps)
     if isinstance(prior, BasePrediction) and config.method == "full" and steps:

@@ -112,6 +112,7 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato.runs.processes import Processes
+    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
     from sfumato.training.adapting import adapted_layers, new_adapter
@@ -163,7 +164,7 @@ def train(config: Config) -> Path:
     learned = trained_adapter_of(config, base, lora, dataset, samples, average)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
-    run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
+    run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
     lora.train()
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)

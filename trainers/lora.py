@@ -146,6 +146,7 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato.runs.processes import Processes
+    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
     from sfumato.training import optimizers
     from sfumato.training.adapting import adapted_layers, new_adapter
@@ -218,7 +219,7 @@ def train(config: Config) -> Path:
     learned = trained_adapter_of(config, base, lora, words, dataset, samples, trigger, average)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
-    run.every(config.save_every, lambda step: learned.keep(run, config.name, step))
+    run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
     noising = config.noising(base)
     priors = priors_of(config, base, dataset, class_set, noising, lora)
     crossing = crossing_of(config, base, dataset, processes, lora, global_batch)

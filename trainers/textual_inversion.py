@@ -106,6 +106,7 @@ def train(config: Config) -> Path:
     import torch
 
     from sfumato.runs.processes import Processes
+    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
     from sfumato.runs.samples import Samples
     from sfumato.training import optimizers
@@ -171,7 +172,7 @@ def train(config: Config) -> Path:
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     about = partial(describe_run, config, base, dataset, samples, trigger=config.placeholder)
-    run.every(config.save_every, partial(keep, words, config, about, run, average))
+    run.every(config.save_every, partial(keep, words, config, about, run, average), on=Request.SAVE)
     noising = config.noising(base)
     for step in run.steps(config.steps):
         schedule.set(step.number, step.rate_factor)

@@ -54,6 +54,7 @@ PIPELINES = {
     "clash": ("sfumato.pipelines.clash", "show where adapters conflict, from their files alone"),
     "extract": ("sfumato.pipelines.extract", "make an adapter from a fine-tuned model and its base model"),
     "resize": ("sfumato.pipelines.resize", "reduce the rank of a LoRA"),
+    "ask": ("sfumato.pipelines.ask", "ask a training under way for samples, its adapter so far, or to end"),
     "runs": ("sfumato.pipelines.runs", "compare trainings: steps, measurements, settings, and what they draw"),
     "env": ("sfumato.pipelines.env", "show versions, extras, devices, and the precision that follows from them"),
     "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, make a sheet"),

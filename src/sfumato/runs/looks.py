@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sfumato.errors import RunError, SfumatoError, is_out_of_memory, unusable_package
 from sfumato.precision.memory import give_back_freed_memory
 from sfumato.runs import plot
+from sfumato.runs.request import Request
 
 if TYPE_CHECKING:
     from sfumato.runs.claim import Claim
@@ -27,20 +28,23 @@ class Looks:
 
     def __init__(self, claim: Claim, log: Log, say: Callable[..., None], *, is_main: bool):
         self._claim, self._log, self._say, self._is_main = claim, log, say, is_main
-        self._looks: list[tuple[int, Callable[[int], None]]] = []
+        self._looks: list[tuple[int, Callable[[int], None], Request]] = []
         self._plotted_s = time.monotonic()
 
-    def add(self, every: int, look: Callable[[int], None]) -> None:
-        """Have `look(step)` called every so many steps, and at the last."""
-        self._looks.append((every, look))
+    def add(self, every: int, look: Callable[[int], None], on: Request) -> None:
+        """Have `look(step)` called every so many steps, and at the last, if that is not 0; and where `on` is asked."""
+        self._looks.append((every, look, on))
 
-    def at(self, step: int, count: int) -> bool:
+    def at(self, step: int, count: int, asked: Request = Request.NOTHING) -> bool:
         """Look, after `step` of `count`. Returns whether there was anything to look at."""
-        return self._look(step, [look for every, look in self._looks if step % every == 0 or step == count])
+        due = [
+            look for every, look, on in self._looks if (every and (step % every == 0 or step == count)) or on in asked
+        ]
+        return self._look(step, due)
 
     def at_end(self, step: int) -> None:
         """Look at the step that a run ends with before its last, as far as `at` has not."""
-        self._look(step, [look for every, look in self._looks if step % every])
+        self._look(step, [look for every, look, _ in self._looks if every and step % every])
 
     def _look(self, step: int, due: Sequence[Callable[[int], None]]) -> bool:
         for look in due:

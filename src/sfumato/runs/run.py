@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from sfumato.runs.looks import Looks
 from sfumato.runs.options import settled
 from sfumato.runs.progress import Progress
 from sfumato.runs.recovery import Recovery
+from sfumato.runs.request import Request, Requests
 from sfumato.runs.signals import Stop
 from sfumato.runs.step import Step
 from sfumato.runs.wandb_run import WandbRun
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from sfumato.runs.options import FolderOptions
     from sfumato.runs.processes import Processes
 
+_ABOVE_SIGNALS = 256
 _WANDB = "wandb"
 """The fact by which the run at W&B is known again."""
 
@@ -69,6 +72,7 @@ class Run:
             warn=progress.say,
         )
         self._claim = Claim(folder, config, say, is_main=self.is_main)
+        self._requests = Requests(folder)
         self._recovery = Recovery(folder, config, self._processes, self.log_file, say)
         self._looks = Looks(self._claim, self.log_file, say, is_main=self.is_main)
         self._progress = Progress(shown=self.is_main)
@@ -128,6 +132,8 @@ class Run:
                         f"{self.folder} has made no step yet, so nothing is learned; resume it without --finish."
                     )
                 self._refuse_fewer_steps()
+            if self.is_main:
+                self._requests.forget()
             self._processes.wait()  # before the main process changes what the others have looked at
             self._claim.name_program(program, writes)
             if self.is_main and not self._claim.replaces:
@@ -185,13 +191,14 @@ class Run:
         """What a checkpoint holds: modules, optimizers, anything with `state_dict` and `load_state_dict`."""
         self._recovery.kept.parts.update(parts)
 
-    def every(self, steps: int | None, look: Callable[[int], None]) -> None:
-        """Call `look(step)` every so many steps and at both ends; never for 0.
+    def every(self, steps: int | None, look: Callable[[int], None], *, on: Request = Request.SAMPLES) -> None:
+        """Call `look(step)` every so many steps and at both ends, for 0 only where `sfumato ask` asks for `on`.
 
         A look that a full disk or a broken picture stops is said and does not end a training that has begun.
         """
-        if steps:
-            self._looks.add(steps, look if self.dry is None else self.dry.timed(steps, look))
+        if steps is None:
+            return
+        self._looks.add(steps, self.dry.timed(steps, look) if self.dry and steps else look, on)
 
     def show(self, step: int, images: Sequence[Image], captions: Sequence[str]) -> None:
         """Sample images of a step, for whoever looks at the log elsewhere."""
@@ -236,8 +243,9 @@ class Run:
         """The optimizer steps up to count - 1, with progress, loss and time left on stderr.
 
         Resumes where the checkpoint stands. After SIGINT or SIGTERM the step is finished and saved, and SystemExit
-        (130, 143) raised. Numbers that are not finite in three steps in a row send the run back to its last checkpoint
-        with half the learning rate, once; then RunError. A dry run ends with DryRunOver.
+        (130, 143) raised; `sfumato ask RUN --stop` is like SIGTERM. Numbers that are not finite in three steps in a row
+        send the run back to its last checkpoint with half the learning rate, once; then RunError. A dry run ends with
+        DryRunOver.
         """
         steps = self._steps(count)
         if self.dry is not None:
@@ -269,10 +277,10 @@ class Run:
                 if not health.broken:
                     self.step += 1
                     self._progress.step()
-                    stopped = self._agreed(stop.signal)
+                    stopped, asked = self._heard(stop.signal)
                     # Before the looks, which may take longer than many steps: who is killed in them loses none.
-                    self._checkpoint(self.step, count, due=stopped is not None or self._ends)
-                    if stopped is None and not health.broken and self._looks.at(self.step, count):
+                    self._checkpoint(self.step, count, due=stopped is not None or self._ends or Request.SAVE in asked)
+                    if stopped is None and not health.broken and self._looks.at(self.step, count, asked):
                         stopped = self._agreed(stop.signal)
                         self._checkpoint(self.step, count, due=stopped is not None or self._ends)
                     if stopped is not None:
@@ -302,6 +310,17 @@ class Run:
     def end(self) -> None:
         """Let the loop end before its next step, with a checkpoint of the last; all processes call it, or none."""
         self._ends = True
+
+    def _heard(self, signalled: int | None) -> tuple[int | None, Request]:
+        """The signal that any process got, and what else is asked of the run; the same in all of them."""
+        asked = self._requests.take() if self.is_main else Request.NOTHING
+        # In one message: what is asked is above every signal's number, which its process has still after the next step.
+        agreed = self._processes.largest(asked.value * _ABOVE_SIGNALS + (signalled or 0))
+        asked, signalled = Request(agreed // _ABOVE_SIGNALS), agreed % _ABOVE_SIGNALS
+        if asked:
+            self.say(f"step {self.step}: asked for {asked}")
+        self._ends |= Request.FINISH in asked
+        return (signalled or (signal.SIGTERM if Request.STOP in asked else None)), asked
 
     def _agreed(self, signalled: int | None) -> int | None:
         """The signal that any process got: all of them stop after the same step."""
@@ -408,6 +427,7 @@ class Run:
     def unlock(self) -> None:
         """Let the folder go, whether or not all is written."""
         if self.is_main:
+            self._requests.forget()
             self.log_file.close()
             if self.log_file.wandb is not None:
                 self.log_file.wandb.finish(is_whole=self._is_whole)
@@ -425,6 +445,8 @@ class Run:
     def withdraw(self) -> None:
         """Let the folder go, and remove what opening it wrote, if it held no run before."""
         self.log_file.close()
+        if self._claim.is_held:
+            self._requests.forget()
         self._claim.withdraw()
         if self.dry is not None:
             self.dry.remove()
