@@ -62,7 +62,7 @@ class Config:
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Number format of the frozen base model. auto: bf16 on a GPU, fp32 on a CPU; but adapters train in bf16 on a CPU
     that multiplies bf16."""
-    quantize: Literal["int8"] | None = None
+    quantize: Literal["int8", "nf4"] | None = None
     """Format of the U-Net's large weights, as for training beside adapters and new words, and for generating."""
     within: float | None = None
     """Memory that you have, in GiB. What takes more is marked. In JSON its name is listed, judged by a step without
@@ -139,10 +139,10 @@ def main(argv: Sequence[str]) -> int:
     setting = forecast.Setting(config.device, beside, side, config.batch, rank, config.conv_rank, kind, by_layer)
     frozen = base
     if config.quantize:
-        from sfumato.precision.int8 import quantize
+        from sfumato.precision.quantized import quantize
 
         frozen = copy.deepcopy(base)
-        quantize(frozen.unet)
+        quantize(frozen.unet, config.quantize)
     rows = rows_of(base, frozen, setting, replace(setting, precision=alone))
     if config.json:
         about = {"base": base.name, "family": base.family.title, "resolution": side, "batch": config.batch}

@@ -21,8 +21,8 @@ from sfumato.forecast import (
     step_memory,
 )
 from sfumato.precision import choices, decide, forecast_precision
-from sfumato.precision.int8 import QuantizedLinear, quantize
 from sfumato.precision.lean import save_activation_memory
+from sfumato.precision.quantized import QuantizedLinear, quantize
 
 ON_CPU = Setting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in TRAININGS}
@@ -175,13 +175,15 @@ def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
     assert "--factor 0: must be a number above 0" in capsys.readouterr().err
 
 
-def test_int8_saves_a_byte_of_two_of_each_large_weight(shapes):
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_of_each_large_weight_its_format_s_bytes_are_counted_instead_of_two(shapes, name):
     frozen = copy.deepcopy(shapes)
-    quantize(frozen.unet)
+    quantize(frozen.unet, name)
     setting = replace(ON_CPU, precision=forecast_precision("bf16", "gpu", adapting=True))
     plain, ours = (step_memory(base, BY_OPTIONS["lora"], setting) for base in (shapes, frozen))
     layers = [each for each in frozen.unet.modules() if hasattr(each, "codes")]
-    assert plain.weights - ours.weights == sum(each.codes.numel() - 4 * each.scale_bits.numel() for each in layers)
+    held = sum(tensor.nbytes for each in layers for tensor in each.held)
+    assert plain.weights - ours.weights == sum(2 * each.shape.numel() for each in layers) - held
     assert ours.trained == plain.trained
     assert all(each.codes.is_meta for each in layers)
 

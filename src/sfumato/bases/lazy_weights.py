@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sfumato.precision.int8 import empty
 from sfumato.precision.memory import give_back_freed_memory
+from sfumato.precision.quantized import empty
 
 if TYPE_CHECKING:
     from sfumato.bases.weights import LazyModel

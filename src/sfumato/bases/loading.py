@@ -25,7 +25,7 @@ from sfumato.errors import BaseModelError
 from sfumato.files.header import read_header
 from sfumato.limits import MOST_CHUNKS
 from sfumato.precision import Part, Precision, decide
-from sfumato.precision.int8 import quantize
+from sfumato.precision.quantized import quantize
 
 POCKET_VARIABLE = "SFUMATO_POCKET"
 """Names a diffusers folder to use for `pocket` instead of the one in the package."""
@@ -113,7 +113,7 @@ def base_skeleton(
         forced = family or ("pocket" if name == "pocket" else None)
         parts = _from_folder(path, precision, prediction_type, forced, vae)
     if precision.quantized:
-        quantize(parts.unet.model)
+        quantize(parts.unet.model, precision.quantized)
     if zero_terminal_snr:
         parts.scheduler.update(single_file.ZERO_TERMINAL_SNR)
     _check(parts, name, clip_skip, max_tokens)

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sfumato.errors import BaseModelError, FileError, unusable_package
 from sfumato.files.header import DTYPE_BYTES, Header
 from sfumato.files.read import DTYPES, Stamp, check_stamp, read_copies, stamp
-from sfumato.precision.int8 import stored_weights, take_weight
+from sfumato.precision.quantized import stored_weights, take_weight
 
 _PAGE = 4096
 """Bytes of a weight that a fingerprint sees, in the dtype that it is taken in: 2,048 values in half precision."""

@@ -20,9 +20,10 @@ class DrawingBaseOptions(Settled):
     """Number format to compute in."""
     device: str = "auto"
     """Device to generate on: `auto`, `cuda`, `cuda:1`, `mps` or `cpu`. auto takes CUDA, then MPS, then the CPU."""
-    quantize: Literal["int8"] | None = None
-    """Keep the large weights of the U-Net in int8: half the memory of bf16 or fp16, for a little more time and a small
-    error. Adapters are then beside the layers, and not summed into the weights. Unset: not."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Keep the large weights of the U-Net in fewer bits, for a little more time: int8 takes half the memory of bf16 or
+    fp16, for a small error; nf4 little more than a quarter, for a larger one. Adapters are then beside the layers, and
+    not summed into the weights. Unset: neither."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention to compute with: torch's own (sdpa) or xformers (pip install "sfumato[xformers]")."""
     offload: bool = False

@@ -40,7 +40,7 @@ _LEFT = ("regions", "sweep", "before_after", "density", "rank")
 _OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "precision": ("fp32", "fp16", "bf16"),
-        "quantize": ("int8",),
+        "quantize": ("int8", "nf4"),
         "prediction_type": ("epsilon", "v_prediction"),
         "zero_terminal_snr": (True,),
         "max_tokens": (75, 150, 225),

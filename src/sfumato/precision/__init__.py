@@ -18,6 +18,7 @@ from torch import nn
 from sfumato.errors import PrecisionError
 from sfumato.precision import choices, layer_norms, products
 from sfumato.precision.dtypes import DTYPES, NAMES, Requested
+from sfumato.precision.formats import FORMATS, Quantization
 from sfumato.precision.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Precision:
     optimizer_state: str
     reasons: Mapping[str, str]
     offload: Offload | None = None
-    quantized: Literal["int8"] | None = None
+    quantized: Quantization | None = None
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, decision, reason) for each part of the decision."""
@@ -172,7 +173,7 @@ def decide(
     optimizer: str = "adamw",
     adapting: bool = False,
     offload: bool = False,
-    quantized: Literal["int8"] | None = None,
+    quantized: Quantization | None = None,
 ) -> Precision:
     """Decide on the precision for this machine.
 
@@ -183,8 +184,8 @@ def decide(
     """
     if requested not in ("auto", *DTYPES):
         raise PrecisionError(f"--precision {requested}: unknown; wanted auto, fp32, fp16 or bf16.")
-    if quantized not in (None, "int8"):
-        raise PrecisionError(f"--quantize {quantized!s:.40}: unknown; wanted int8.")
+    if quantized not in (None, *FORMATS):
+        raise PrecisionError(f"--quantize {quantized!s:.40}: unknown; wanted {' or '.join(FORMATS)}.")
     reasons: dict[str, str] = {"trained weights": "bf16 would lose most of the optimizer's small updates"}
     place, reasons["device"] = choices.device_of(device)
     compute, reasons["compute"] = choices.compute_of(requested, place, adapting)
@@ -198,7 +199,8 @@ def decide(
     reasons["channels last"] = choices.channels_last_reason(channels_last, place)
     reasons["checkpointing"] = "asked for: less memory, more time" if gradient_checkpointing else "not asked for"
     if quantized:
-        reasons["large weights"] = "asked for, of the frozen U-Net: one byte each, made again for each product"
+        size = FORMATS[quantized].a_weight
+        reasons["large weights"] = f"asked for, of the frozen U-Net: {size}, made again for each product"
     if offload:
         reasons["offload"] = "asked for: each part is on the GPU only while it computes"
     return Precision(

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from sfumato.precision.int8 import Quantized
+from sfumato.precision.quantized import Quantized
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -17,7 +17,7 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     calls, and each call takes the weight from a map in main memory: then that one is meant.
     """
     if name == "weight" and isinstance(module, Quantized):
-        return module.codes  # what it gives as its weight is nobody's to write into
+        return module.held[0]  # what it gives as its weight is nobody's to write into
     tensor = getattr(module, name, None)
     if not isinstance(tensor, Tensor):
         return None

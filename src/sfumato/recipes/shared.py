@@ -167,10 +167,11 @@ def precision(asked: Asked, recipe: Recipe) -> None:
 
 
 def quantize(recipe: Recipe, key: str, kind: str) -> None:
-    """The format of a frozen U-Net's weights, of which there is one here. kind: what it is called there."""
-    recipe.say("quantize", "int8")
-    if not kind.startswith("int8"):
-        recipe.notes.append(f"{key} = {kind:.40}: int8 takes its place")
+    """The format of a frozen U-Net's weights, of which there are two here. kind: what it is called there."""
+    ours = "nf4" if re.search("(?:nf|fp|int|float)4", kind) else "int8"
+    recipe.say("quantize", ours)
+    if not kind.startswith(ours):
+        recipe.notes.append(f"{key} = {kind:.40}: {ours} takes its place")
 
 
 def resolution(asked: Asked, recipe: Recipe, usual: int | None) -> None:

@@ -178,9 +178,10 @@ class BaseOptions:
     """Number format of the frozen base model. The weights that are trained are always fp32."""
     device: str = "auto"
     """Device to train on: auto, cpu, cuda, cuda:1 or mps. auto takes CUDA, then MPS, then the CPU."""
-    quantize: Literal["int8"] | None = None
-    """Keep the large weights of the frozen U-Net in int8: half the memory of bf16 or fp16, for a little more time and a
-    small error. For adapters and new words; what is learned fits the unquantized base model. Unset: not."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Keep the large weights of the frozen U-Net in fewer bits, for a little more time: int8 takes half the memory of
+    bf16 or fp16, for a small error; nf4 (QLoRA) little more than a quarter, for a larger one. For adapters and new
+    words; what is learned fits the unquantized base model. Unset: neither."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention of the U-Net: torch's own (sdpa) or xformers (pip install "sfumato[xformers]")."""
     gradient_checkpointing: bool | None = None

@@ -1,9 +1,7 @@
-"""A frozen U-Net's large weights in int8: half the memory of bf16, a quarter of fp32's.
+"""A frozen U-Net's large weights in few bits: in int8 half the memory of bf16, in nf4 little more than a quarter.
 
-Each output of a layer has a scale of its own, the largest of its weights divided by 127 (symmetric quantization per
-channel; Jacob et al. 2018, Nagel et al. 2021, sections 2.2 and 2.4). The weight is made again for each product, in the
-product's dtype, and nothing of its size is kept between the forward and the backward pass. `bench/int8.py` measures the
-rounding, beside that of fp8 at the same size.
+The weight is made again for each product, in the product's dtype, and nothing of its size is kept between the forward
+and the backward pass. `bench/quantized.py` measures the rounding, beside that of fp8.
 
 Normalisations, biases, time embeddings and the first and the last convolution stay as they are: they are small, and
 what they compute is in all of the picture.
@@ -11,6 +9,7 @@ what they compute is in all of the picture.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.errors import PrecisionError
+from sfumato.precision.formats import FORMATS, Quantization
 
-_LEVELS = 127
 _LEAST = 4096
 """Numbers of a weight below which it stays as it is."""
 _KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding")
@@ -27,36 +26,42 @@ _KEPT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedd
 
 
 class Quantized(nn.Module):
-    """A layer whose weight is `codes` times the scale of each output. Its `weight` is made anew each time it is asked
-    for, in the dtype of that which it took.
+    """A layer whose weight is held as its format has it. Its `weight` is made anew each time it is asked for, in the
+    dtype of that which it took.
 
-    scale_bits: of the fp32 scales, as whole numbers, which no `to` of a model in half precision rounds.
+    format: the format's name. shape: of the weight. The tensors that hold it are buffers, by the format's names.
     """
 
-    codes: Tensor
-    scale_bits: Tensor
+    format: Quantization
+    shape: torch.Size
     bias: Tensor | None
     dtype: torch.dtype
 
     @property
-    def scale(self) -> Tensor:
-        """(out, 1, ...), fp32."""
-        return self.scale_bits.view(torch.float32)
+    def held(self) -> tuple[Tensor, ...]:
+        """What holds the weight."""
+        return tuple(getattr(self, name) for name in FORMATS[self.format].names)
 
     @property
     def weight(self) -> Tensor:
-        return dequantized(self.codes, self.scale, self.dtype)
+        return FORMATS[self.format].made(self.held, self.shape, self.dtype)
 
     def take(self, weight: Tensor) -> None:
         """Hold this weight from now on, rounded."""
-        codes, scale = quantized(weight)
-        self.codes, self.scale_bits, self.dtype = codes, scale.view(torch.int32), weight.dtype
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self.hold(FORMATS[self.format].held(weight))
+
+    def hold(self, held: Iterable[Tensor]) -> None:
+        """Hold what these tensors stand for, instead."""
+        for name, tensor in zip(FORMATS[self.format].names, held, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        made: Tensor = _Product.apply(x.to(dtype), self.codes, self.scale, bias, self.geometry())  # type: ignore[no-untyped-call]
+        how = self.format, self.shape, self.geometry()
+        made: Tensor = _Product.apply(x.to(dtype), bias, how, *self.held)  # type: ignore[no-untyped-call]
         return made
 
     def geometry(self) -> tuple[Any, ...] | None:
@@ -65,57 +70,44 @@ class Quantized(nn.Module):
 
 
 class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[misc, override]
-    """A linear layer in int8."""
+    """A linear layer."""
 
 
 class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]
-    """A convolution in int8."""
+    """A convolution."""
 
     def geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scale) of a weight (out, ...): int8 of its shape, and fp32 (out, 1, ...)."""
-    largest = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.ndim - 1))
-    scale = (largest.float() / _LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weight.float() / scale).round().clamp(-_LEVELS, _LEVELS).to(torch.int8), scale
-
-
-def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in this dtype, rounded once."""
-    return (codes * scale).to(dtype)
-
-
 class _Product(torch.autograd.Function):
-    """Keeps codes and scales, and neither the weight nor the input."""
+    """Keeps what holds the weight, and neither the weight nor the input."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, geometry: tuple[Any, ...] | None
-    ) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        ctx.shape, ctx.geometry = x.shape, geometry
-        weight = dequantized(codes, scale, x.dtype)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, how: tuple[Any, ...], *held: Tensor) -> Tensor:
+        ctx.save_for_backward(*held)
+        ctx.input, ctx.how = x.shape, how
+        format_, shape, geometry = how
+        weight = FORMATS[format_].made(held, shape, x.dtype)
         return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (codes, scale) = grads, ctx.saved_tensors
-        weight = dequantized(codes, scale, grad.dtype)
-        if ctx.geometry is None:
-            return grad @ weight, None, None, None, None
-        stride, padding, dilation, groups = ctx.geometry
-        shape_only = grad.new_empty(1).expand(ctx.shape)
+        (grad,), (format_, shape, geometry), held = grads, ctx.how, ctx.saved_tensors
+        weight, others = FORMATS[format_].made(held, shape, grad.dtype), [None] * (2 + len(held))
+        if geometry is None:
+            return grad @ weight, *others
+        stride, padding, dilation, groups = geometry
+        shape_only = grad.new_empty(1).expand(ctx.input)
         mask = [True, False, False]
         found, _, _ = torch.ops.aten.convolution_backward(
             grad, shape_only, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
         )
-        return found, None, None, None, None
+        return found, *others
 
 
-def quantize(unet: nn.Module) -> int:
-    """Let a U-Net's large layers hold their weights in int8, from when they are read; how many do.
+def quantize(unet: nn.Module, format_: Quantization) -> int:
+    """Let a U-Net's large layers hold their weights in this format, from when they are read; how many do.
 
     Raises PrecisionError for a U-Net whose weights are there already.
     """
@@ -128,12 +120,11 @@ def quantize(unet: nn.Module) -> int:
             continue
         weight: Tensor = module.weight  # type: ignore[assignment]
         if not weight.is_meta:
-            raise PrecisionError("int8 is for a base whose U-Net is not read yet; load it with unet=False.")
+            raise PrecisionError(f"{format_} is for a base whose U-Net is not read yet; load it with unet=False.")
         vars(module).pop("forward", None)  # what computes in its place reads the weight
         del module.weight
         module.__class__ = kind
-        for name in ("codes", "scale_bits"):
-            module.register_buffer(name, None, persistent=False)
+        module.format = format_
         module.take(weight)
         found += 1
     return found
@@ -145,7 +136,7 @@ _KINDS: dict[type[nn.Module], type[Quantized]] = {nn.Linear: QuantizedLinear, nn
 def stored_weights(module: nn.Module) -> dict[str, torch.Size]:
     """The module's own weights as files have them: their names and shapes."""
     shapes = {name: weight.shape for name, weight in module.named_parameters(recurse=False)}
-    return {"weight": module.codes.shape, **shapes} if isinstance(module, Quantized) else shapes
+    return {"weight": module.shape, **shapes} if isinstance(module, Quantized) else shapes
 
 
 def take_weight(module: nn.Module, name: str, value: Tensor) -> None:
@@ -161,4 +152,4 @@ def empty(module: nn.Module) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
     if isinstance(module, Quantized):
-        module.codes, module.scale_bits = module.codes.to("meta"), module.scale_bits.to("meta")
+        module.hold(tensor.to("meta") for tensor in module.held)

@@ -1,4 +1,4 @@
-"""A frozen U-Net's weights in int8: what they are rounded to, what is kept, what is learned beside them."""
+"""A frozen U-Net's weights in few bits: what is kept, what is learned and drawn beside them."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,8 @@ from sfumato.bases import load_base
 from sfumato.errors import AdapterError, ConfigError, PrecisionError
 from sfumato.files import read_tensors
 from sfumato.precision import decide
-from sfumato.precision.int8 import QuantizedConv2d, QuantizedLinear, dequantized, quantize, quantized, stored_weights
+from sfumato.precision.formats import FORMATS
+from sfumato.precision.quantized import Quantized, quantize, stored_weights
 from tests.runs.said import lines
 
 CPU = decide("fp32", device="cpu")
@@ -28,70 +29,30 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# The numbers
-
-
-@pytest.mark.parametrize("shape", [(64, 96), (32, 16, 3, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_weight_is_rounded_by_half_a_level_of_its_own_row_at_most(shape, dtype):
-    weight = (normal(*shape) * torch.logspace(-3, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
-    codes, scale = quantized(weight)
-    assert (codes.dtype, codes.shape, scale.dtype) == (torch.int8, weight.shape, torch.float32)
-    assert scale.shape == (shape[0], *[1] * (len(shape) - 1))
-    again = dequantized(codes, scale, torch.float32)
-    assert ((again - weight.float()).abs() <= scale * 0.501).all()
-    assert (codes.abs().flatten(1).amax(1) == 127).all()
-
-
-def test_of_normal_weights_the_rounding_is_less_than_a_hundredth():
-    weight = normal(512, 2048)
-    codes, scale = quantized(weight)
-    error = (dequantized(codes, scale, torch.float32) - weight).norm() / weight.norm()
-    eight = (weight.to(torch.float8_e4m3fn).float() - weight).norm() / weight.norm()
-    assert 0.007 < error < 0.01
-    assert eight > 2.5 * error
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_it_is_rounded_once_more_and_not_twice(dtype):
-    codes, scale = quantized(normal(64, 96).to(dtype))
-    assert torch.equal(dequantized(codes, scale, dtype), dequantized(codes, scale, torch.float32).to(dtype))
-    model = nn.ModuleDict({"layer": nn.Linear(96, 64, bias=False).to("meta")})
-    quantize(model)
-    model["layer"].take(normal(64, 96).to(dtype))
-    model.to(dtype)  # as a base is placed
-    assert torch.equal(model["layer"].weight, dequantized(codes, scale, dtype))
-
-
-def test_a_row_of_zeros_stays_one():
-    codes, scale = quantized(torch.zeros(4, 8))
-    assert (dequantized(codes, scale, torch.float32) == 0).all()
-    assert scale.isfinite().all()
-
-
 # A layer
 
 
-def layers(kind):
-    """A layer in int8, and an ordinary one with the weight that it stands for."""
+def layers(kind, name):
+    """A layer in this format, and an ordinary one with the weight that it stands for."""
     plain = nn.Linear(96, 64) if kind is nn.Linear else nn.Conv2d(16, 32, 3, stride=2, padding=1)
     weight = plain.weight.detach()
-    eight = copy.deepcopy(plain)
-    model = nn.ModuleDict({"layer": eight.to("meta")})
-    assert quantize(model) == 1
-    eight.take(weight)
-    eight.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
-    plain.weight.data = dequantized(eight.codes, eight.scale, torch.float32)
-    return eight, plain.requires_grad_(False), (5, 96) if kind is nn.Linear else (2, 16, 9, 9)
+    ours = copy.deepcopy(plain)
+    model = nn.ModuleDict({"layer": ours.to("meta")})
+    assert quantize(model, name) == 1
+    ours.take(weight)
+    ours.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
+    plain.weight.data = FORMATS[name].made(FORMATS[name].held(weight), weight.shape, torch.float32)
+    return ours, plain.requires_grad_(False), (5, 96) if kind is nn.Linear else (2, 16, 9, 9)
 
 
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
-def test_a_layer_computes_with_the_weight_that_it_stands_for(kind):
-    eight, plain, shape = layers(kind)
-    assert isinstance(eight, kind)
-    assert torch.equal(eight.weight, plain.weight)
+def test_a_layer_computes_with_the_weight_that_it_stands_for(kind, name):
+    layer, plain, shape = layers(kind, name)
+    assert isinstance(layer, kind)
+    assert torch.equal(layer.weight, plain.weight)
     x, y = normal(*shape).requires_grad_(), normal(*shape).requires_grad_()
-    ours, theirs = eight(x), plain(y)
+    ours, theirs = layer(x), plain(y)
     assert_close(ours, theirs)
     grad = normal(*ours.shape, seed=1)
     ours.backward(grad)
@@ -99,21 +60,23 @@ def test_a_layer_computes_with_the_weight_that_it_stands_for(kind):
     assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
-def test_nothing_of_the_weight_s_size_is_kept_for_the_way_back_but_its_codes(kind):
-    eight, _, shape = layers(kind)
+def test_nothing_of_the_weight_s_size_is_kept_for_the_way_back_but_its_codes(kind, name):
+    layer, _, shape = layers(kind, name)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        eight(normal(*shape).requires_grad_())
-    assert sum(each.nbytes for each in kept) == eight.codes.nbytes + eight.scale_bits.nbytes
+        layer(normal(*shape).requires_grad_())
+    assert sum(each.nbytes for each in kept) == sum(each.nbytes for each in layer.held)
 
 
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
-def test_under_autocast_the_product_is_in_its_dtype(kind):
-    eight, plain, shape = layers(kind)
+def test_under_autocast_the_product_is_in_its_dtype(kind, name):
+    layer, plain, shape = layers(kind, name)
     x = normal(*shape)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = eight(x), plain(x)
+        ours, theirs = layer(x), plain(x)
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
@@ -122,72 +85,72 @@ def test_under_autocast_the_product_is_in_its_dtype(kind):
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(PrecisionError, match="--quantize int4: unknown; wanted int8"):
+    with pytest.raises(PrecisionError, match="--quantize int4: unknown; wanted int8 or nf4"):
         decide("fp32", device="cpu", quantized="int4")
 
 
 def test_small_layers_and_those_that_all_of_the_picture_passes_stay(pocket_folder):
     base = load_base(str(pocket_folder), precision=CPU, unet=False)
-    found = quantize(base.unet)
-    eight = [
-        name for name, module in base.unet.named_modules() if isinstance(module, QuantizedLinear | QuantizedConv2d)
-    ]
-    assert len(eight) == found > 0
-    assert not any(name.startswith(("conv_in", "conv_out", "time_embedding")) for name in eight)
-    sizes = {name: module.codes.numel() for name, module in base.unet.named_modules() if name in eight}
-    assert min(sizes.values()) >= 4096
+    found = quantize(base.unet, "int8")
+    layers = {name: module for name, module in base.unet.named_modules() if isinstance(module, Quantized)}
+    assert len(layers) == found > 0
+    assert not any(name.startswith(("conv_in", "conv_out", "time_embedding")) for name in layers)
+    assert min(module.codes.numel() for module in layers.values()) >= 4096
 
 
-def test_the_weights_come_from_the_files_and_come_again_after_a_rest(pocket_folder):
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_weights_come_from_the_files_and_come_again_after_a_rest(name, pocket_folder):
     plain = load_base(str(pocket_folder), precision=CPU)
     base = load_base(str(pocket_folder), precision=CPU, unet=False)
-    quantize(base.unet)
+    quantize(base.unet, name)
     names = {f"{path}.{name}" for path, module in base.unet.named_modules() for name in stored_weights(module)}
     assert names == {f"{path}.{name}" for path, module in plain.unet.named_modules() for name in stored_weights(module)}
     base.lazy_weights.load("unet")
-    first = {name: module for name, module in base.unet.named_modules() if isinstance(module, QuantizedLinear)}
-    held = {name: module.codes.clone() for name, module in first.items()}
-    for name, module in first.items():
-        whole = plain.unet.get_submodule(name).weight
-        assert_close(module.weight, whole, rtol=0, atol=float(whole.abs().max()) / 250)
+    layers = {path: module for path, module in base.unet.named_modules() if isinstance(module, Quantized)}
+    weights = {path: module.weight for path, module in layers.items()}
+    for path, weight in weights.items():
+        whole = plain.unet.get_submodule(path).weight
+        assert_close(weight, whole, rtol=0, atol=float(whole.abs().max()) / (250 if name == "int8" else 6))
     base.lazy_weights.load_only("vae")
-    assert all(module.codes.is_meta and module.scale_bits.is_meta for module in first.values())
+    assert all(tensor.is_meta for module in layers.values() for tensor in module.held)
     base.lazy_weights.load("unet")
-    assert all(torch.equal(module.codes, held[name]) for name, module in first.items())
+    assert all(torch.equal(module.weight, weights[path]) for path, module in layers.items())
 
 
 def test_a_u_net_that_is_read_already_is_refused(pocket_folder):
     with pytest.raises(PrecisionError, match="not read yet"):
-        quantize(load_base(str(pocket_folder), precision=CPU).unet)
+        quantize(load_base(str(pocket_folder), precision=CPU).unet, "int8")
 
 
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.05), ("nf4", 0.25)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_the_u_net_predicts_is_nearly_the_same(pocket_folder, precision):
+def test_what_the_u_net_predicts_is_nearly_the_same(pocket_folder, precision, name, most):
     found = []
-    for eight in (False, True):
+    for is_quantized in (False, True):
         base = load_base(str(pocket_folder), precision=decide(precision, device="cpu", adapting=True), unet=False)
-        if eight:
-            quantize(base.unet)
+        if is_quantized:
+            quantize(base.unet, name)
         text = base.encode_text(["a square"])
         latents = normal(1, 4, 16, 16)
         with torch.no_grad():
             found.append(base.predict(latents, torch.tensor([500]), text).float())
-    assert 0 < (found[1] - found[0]).norm() / found[0].norm() < 0.05
+    assert 0 < (found[1] - found[0]).norm() / found[0].norm() < most
 
 
-def test_an_adapter_beside_it_has_nearly_the_same_gradients(pocket_folder):
+@pytest.mark.parametrize(("name", "least"), [("int8", 0.99), ("nf4", 0.9)])
+def test_an_adapter_beside_it_has_nearly_the_same_gradients(pocket_folder, name, least):
     found = []
-    for eight in (False, True):
+    for is_quantized in (False, True):
         base = load_base(str(pocket_folder), precision=CPU, unet=False)
-        if eight:
-            quantize(base.unet)
+        if is_quantized:
+            quantize(base.unet, name)
         base.lazy_weights.load("unet")
         adapter = attach(target_layers(base.parts(text=False), "everything"), rank=2, alpha=2.0)
         F.mse_loss(
             base.predict(normal(1, 4, 16, 16), torch.tensor([500]), base.encode_text(["a"])), normal(1, 4, 16, 16)
         ).backward()
         found.append(torch.cat([weight.grad.flatten() for weight in adapter.parameters() if weight.grad is not None]))
-    assert F.cosine_similarity(*found, dim=0) > 0.99
+    assert F.cosine_similarity(*found, dim=0) > least
 
 
 # A training
@@ -200,21 +163,23 @@ def asked(pocket_folder, pictures, tmp_path):
     return {**where, **quiet, "steps": 3, "batch": 2, "caption": "a square", "learning_rate": 1e-3}
 
 
+@pytest.mark.parametrize(("name", "least"), [("int8", 0.98), ("nf4", 0.75)])
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"algo": "lokr"}, {"algo": "loha"}, {"algo": "oft", "rank": 4}])
-def test_adapters_of_every_kind_learn_nearly_the_same_beside_it(kind, asked, tmp_path, capsys):
+def test_adapters_of_every_kind_learn_nearly_the_same_beside_it(kind, name, least, asked, tmp_path, capsys):
     plain = lora.Config(**asked | {"rank": 2} | kind)
-    ours = replace(plain, quantize="int8", output=tmp_path / "eight", sample_every=3)
-    whole, eight = (read_tensors(lora.train(config)) for config in (plain, ours))
-    assert any(line.startswith("large weights    int8") for line in lines(capsys))
-    assert whole.keys() == eight.keys()
-    both = [torch.cat([tensors[name].float().flatten() for name in whole]) for tensors in (whole, eight)]
-    assert F.cosine_similarity(*both, dim=0) > 0.98
+    ours = replace(plain, quantize=name, output=tmp_path / "ours", sample_every=3)
+    whole, beside = (read_tensors(lora.train(config)) for config in (plain, ours))
+    assert any(line.startswith(f"large weights    {name}") for line in lines(capsys))
+    assert whole.keys() == beside.keys()
+    both = [torch.cat([tensors[each].float().flatten() for each in whole]) for tensors in (whole, beside)]
+    assert F.cosine_similarity(*both, dim=0) > least
     assert not torch.equal(*both)
-    assert (tmp_path / "eight/samples/000003/0.png").is_file()
+    assert (tmp_path / "ours/samples/000003/0.png").is_file()
 
 
-def test_a_run_that_goes_on_has_the_same_bits_and_needs_the_same_weights(asked, tmp_path):
-    config = lora.Config(**asked | {"rank": 2, "quantize": "int8", "checkpoint_every": 1})
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_run_that_goes_on_has_the_same_bits_and_needs_the_same_weights(name, asked, tmp_path):
+    config = lora.Config(**asked | {"rank": 2, "quantize": name, "checkpoint_every": 1})
     whole = read_tensors(lora.train(config))
     again = read_tensors(lora.train(replace(config, resume=True)))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
@@ -254,12 +219,13 @@ def drawn_by(pocket_folder, tmp_path):
     return draw
 
 
-def test_an_image_is_drawn_nearly_as_before_and_says_so(drawn_by, tmp_path, capsys):
-    plain, ours = drawn_by(), drawn_by("--quantize", "int8")
-    assert 0 < (plain - ours).abs().mean() < 4
+@pytest.mark.parametrize(("name", "most"), [("int8", 4), ("nf4", 20)])
+def test_an_image_is_drawn_nearly_as_before_and_says_so(name, most, drawn_by, tmp_path, capsys):
+    plain, ours = drawn_by(), drawn_by("--quantize", name)
+    assert 0 < (plain - ours).abs().mean() < most
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / "1.png")]) == 0
-    assert "--quantize int8" in capsys.readouterr().out
+    assert f"--quantize {name}" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -275,9 +241,10 @@ def test_an_adapter_is_drawn_beside_it(adapter, drawn_by):
     assert (plain - ours).abs().mean() < 0.2 * (plain - alone).abs().mean()
 
 
-def test_a_mix_is_beside_the_layers_and_leaves_the_codes(adapter, pocket_folder):
-    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu", quantized="int8"))
-    before = {name: buffer.clone() for name, buffer in base.unet.named_buffers()}
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_mix_is_beside_the_layers_and_leaves_the_codes(name, adapter, pocket_folder):
+    base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu", quantized=name))
+    before = {path: buffer.clone() for path, buffer in base.unet.named_buffers()}
     x = normal(1, 4, 16, 16), torch.tensor([500]), base.encode_text(["a square"])
     with torch.no_grad():
         alone = base.predict(*x)
@@ -287,6 +254,6 @@ def test_a_mix_is_beside_the_layers_and_leaves_the_codes(adapter, pocket_folder)
         again = base.predict(*x)
     assert (mixed - alone).norm() > 0.05 * alone.norm()
     assert torch.equal(again, alone)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in base.unet.named_buffers())
+    assert all(torch.equal(buffer, before[path]) for path, buffer in base.unet.named_buffers())
     with pytest.raises(AdapterError, match="quantised"):
         compose(base, Adapter(adapter, 1.0), way="baked")

@@ -1,11 +1,12 @@
-"""What --quantize int8 costs: how far the frozen U-Net's weights and predictions move, and what is learned beside it.
+"""What --quantize costs: how far the frozen U-Net's weights and predictions move, and what is learned beside it.
 
-    python -m bench.int8 --images datasets/line-style
+    python -m bench.quantized --images datasets/line-style
 
-Of the weights that become int8 the relative rounding error, beside that of bf16 and of fp8 (e4m3 without scales, as
-sd-scripts' fp8_base has it); of the predictions of the U-Net with each the relative change, over timesteps and prompts.
-Then the shipped recipe of a style is trained with and without int8, in one process: the loss at the end of the run, the
-fit and drift that it measures there, and the seconds of a step with their ratio. Prints JSON.
+Of the weights that are quantized the relative rounding error in each format, beside that of bf16 and of fp8 (e4m3
+without scales, as sd-scripts' fp8_base has it); of the predictions of the U-Net with each the relative change, over
+timesteps and prompts. Then the shipped recipe of a style is trained without and with each format, in one process: the
+loss at the end of the run, the fit and drift that it measures there, and the seconds of a step with their ratio to
+those of a step without. Prints JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from bench.real import print_report
 from sfumato import cli, load_base, randomness
 from sfumato.bases import Base
 from sfumato.config import parse
-from sfumato.precision import decide
-from sfumato.precision.int8 import QuantizedConv2d, QuantizedLinear, dequantized, quantize, quantized
+from sfumato.precision import decide, formats
+from sfumato.precision.quantized import Quantized, quantize
 from sfumato.runs.overview import look_at
 from sfumato.runs.step import Step
 from sfumato.training.unrelated import UNRELATED
@@ -36,7 +37,8 @@ from sfumato.training.unrelated import UNRELATED
 _RECIPE = Path(__file__).parents[1] / "trainers/configs/lora-style.toml"
 _TIMESTEPS = (50, 250, 500, 750, 950)
 FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
-    "int8": lambda weight: dequantized(*quantized(weight), torch.float32),
+    "int8": lambda weight: _rounded(weight, "int8"),
+    "nf4": lambda weight: _rounded(weight, "nf4"),
     "fp8": lambda weight: weight.to(torch.float8_e4m3fn).float(),
     "bf16": lambda weight: weight.bfloat16().float(),
 }
@@ -44,7 +46,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Compare the formats of frozen weights, and a training beside int8 with one beside what it stands for."""
+    """Compare the formats of frozen weights, and trainings beside them with one beside what they stand for."""
 
     images: Path
     """Folder of images of a style, with captions by their names."""
@@ -72,18 +74,26 @@ def measure(config: Config) -> dict[str, Any]:
     report: dict[str, Any] = {"base": config.base, "weights": len(plain), "relative_change": formats}
     if config.steps:
         trained = {name: _trained(config, *words) for name, words in _WAYS.items()}
-        report |= {"trainings": trained, "step_ratio": round(trained["int8"]["step_s"] / trained["plain"]["step_s"], 3)}
+        whole_s = trained["plain"]["step_s"]
+        ratios = {name: round(each["step_s"] / whole_s, 3) for name, each in trained.items() if name != "plain"}
+        report |= {"trainings": trained, "step_ratio": ratios}
     return report
 
 
-_WAYS: dict[str, tuple[str, ...]] = {"plain": (), "int8": ("--quantize", "int8")}
+_WAYS: dict[str, tuple[str, ...]] = {"plain": (), **{name: ("--quantize", name) for name in formats.FORMATS}}
+
+
+def _rounded(weight: Tensor, name: formats.Quantization) -> Tensor:
+    """What a format makes of a weight."""
+    format_ = formats.FORMATS[name]
+    return format_.made(format_.held(weight), weight.shape, torch.float32)
 
 
 def _large(source: str, base: Base) -> dict[str, Tensor]:
-    """The weights of the base that would become int8."""
+    """The weights of the base that would be quantized."""
     shell = load_base(source, precision=base.precision, unet=False)
-    quantize(shell.unet)
-    found = [path for path, each in shell.unet.named_modules() if isinstance(each, QuantizedLinear | QuantizedConv2d)]
+    quantize(shell.unet, "int8")
+    found = [path for path, each in shell.unet.named_modules() if isinstance(each, Quantized)]
     return {path: base.unet.get_submodule(path).weight.detach() for path in found}
 
 
@@ -123,7 +133,7 @@ def _trained(config: Config, *words: str) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Run the program; prints JSON."""
-    print_report(Config, measure, argv, "bench.int8")
+    print_report(Config, measure, argv, "bench.quantized")
 
 
 if __name__ == "__main__":
