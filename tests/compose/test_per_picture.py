@@ -5,7 +5,6 @@ import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +17,7 @@ from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError
 from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
+from tests.pixels import difference
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
 
 
@@ -174,10 +174,6 @@ def test_a_pipeline_that_draws_another_number_of_pictures_is_refused(called, wri
         with pytest.raises(AdapterError, match=said):
             called(prompts, num_inference_steps=1, guidance_scale=guidance, output_type="latent")
         called(["a", "b"], num_inference_steps=1, guidance_scale=guidance, output_type="latent")
-
-
-def difference(one: Any, other: Any) -> int:
-    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
 @pytest.mark.slow

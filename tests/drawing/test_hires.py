@@ -2,31 +2,20 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 from sfumato import draw_call
-from sfumato.bases import load_base
 from sfumato.drawing.call import Call
 from sfumato.drawing.hires import Hires
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import ConfigError
-from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
+from tests.pixels import difference
+from tests.tiny import tiny_pipeline
 
 FULL = torch.OutOfMemoryError("CUDA out of memory.")
-
-
-@pytest.fixture(scope="module")
-def pocket(tmp_path_factory) -> Any:
-    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=CPU)
-
-
-def difference(one: Any, other: Any) -> int:
-    """The largest difference between two pictures, in 255ths."""
-    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -37,22 +37,13 @@ from sfumato.drawing.pictures import Start, check_steps, draw, draw_each, drawn_
 from sfumato.drawing.sizes import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.precision import decide
-from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder
+from tests.pixels import difference
+from tests.tiny import CPU, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return tiny_pipeline("sd1", shallow=True)
-
-
-@pytest.fixture(scope="module")
-def pocket(tmp_path_factory) -> Any:
-    return load_base(tiny_pocket_folder(tmp_path_factory.mktemp("pocket")), precision=CPU)
-
-
-def difference(one: Any, other: Any) -> int:
-    """The largest difference between two pictures, in 255ths."""
-    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

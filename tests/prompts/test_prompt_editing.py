@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +17,7 @@ from sfumato.files.write_kohya import write_lora
 from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.prompt_editing import Stage, concat_stages, has_edits, staged_prompts, stages
 from sfumato.prompts.syntax import emphasised
+from tests.pixels import difference
 from tests.tiny import CPU
 
 
@@ -115,11 +115,6 @@ def pocket(pocket_folder):
 def sdxl(family_folder):
     pytest.importorskip("compel")
     return load_base(family_folder("sdxl"), precision=CPU)
-
-
-def difference(one, other):
-    """The largest difference between two pictures, in 255ths."""
-    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
 def theirs(base, before, after, *, last, steps, sampler="ddim", negative=("", "")):

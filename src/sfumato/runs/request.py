@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from enum import Flag, auto
 from pathlib import Path
@@ -49,15 +48,15 @@ class Requests:
         if time.monotonic() - self._looked_s < _PAUSE_S:
             return Request.NOTHING
         self._looked_s = time.monotonic()
-        return self._taken(Request)
+        return self._taken()
 
     def forget(self) -> None:
         """Take nothing up of what was asked of a run that is over."""
-        self._taken(Request)
+        self._taken()
 
-    def _taken(self, any_of: Iterable[Request]) -> Request:
+    def _taken(self) -> Request:
         found = Request.NOTHING
-        for each in any_of:
+        for each in Request:
             with suppress(OSError):  # there is none, or the folder is out of reach for a while
                 _file(self._folder, each).unlink()
                 found |= each
