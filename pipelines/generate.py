@@ -110,10 +110,11 @@ class Config(DrawingBaseOptions):
     image: Path | None = None
     """Image to start from instead of noise (img2img). Without --size the result has its proportions."""
     strength: float | None = None
-    """How much of --image is redrawn (denoising strength), above 0 to 1. Unset: 0.6."""
+    """How much of --image is redrawn (denoising strength), above 0 to 1. Unset: 0.6; with --mask and an inpainting base
+    model 1."""
     mask: Path | None = None
     """Image that is white where --image is to be redrawn (inpainting). The rest stays the same to the pixel, at the
-    size of the result."""
+    size of the result. Any base model can; an inpainting one also sees the rest, and draws what fits to it."""
     hires: float | None = None
     """Enlarge each image by this factor and redraw it in part (hires fix): the composition is that of --size, the
     detail that of the larger size. 2 is usual."""
@@ -334,8 +335,8 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.drawing.start import taken_steps
 
     config = _with_asked_sampling(config, wanted)
-    start = _start(config)
     base = config.load_base()
+    start = _start(config, inpaints=base.inpaints)
     settings = _settings(config, wanted, start, base)
     in_full = [{**settings, **picture.overrides} for picture in wanted.pictures]
     scheduler = schedulers.scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
@@ -589,16 +590,17 @@ def _second(hires: Hires, first: Mapping[str, Any]) -> str:
     return f"{wide}x{high} in {pluralize(hires.taken_steps(first['steps']), 'step')} of strength {hires.strength:g}"
 
 
-def _start(config: Config) -> Start | None:
-    """The image to start from, read as training would read it, whatever its aspect ratio."""
+def _start(config: Config, *, inpaints: bool) -> Start | None:
+    """The image to start from, read as training would read it, whatever its aspect ratio. inpaints: as of the base."""
     if config.image is None:
         return None
     from sfumato.data import open_image
     from sfumato.data.images import open_mask
     from sfumato.drawing.pictures import Start
 
-    strength = Start.strength if config.strength is None else config.strength
     mask = None if config.mask is None else open_mask(config.mask, any_ratio=True)
+    usual = 1.0 if inpaints and mask is not None else Start.strength
+    strength = usual if config.strength is None else config.strength
     return Start(open_image(config.image, any_ratio=True), strength, mask)
 
 

@@ -81,7 +81,9 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         write_lora(tmp_path / f"{name}.safetensors", modules, family="pocket")
     for seed, name in enumerate(("painter", "photographer"), 1):
         tiny_pocket_folder(tmp_path / name, seed)
-    assert len(COMMANDS) == 19
+    for name in ("park", "place"):
+        Image.new("RGB", (64, 64), "white").save(tmp_path / f"{name}.png")
+    assert len(COMMANDS) == 20
     more = {"merge": ["--family", "pocket"], "extract": []}
     for command in COMMANDS:
         program, *words = shlex.split(command)
@@ -99,6 +101,7 @@ def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch
         "pairs.png",
         "large.png",
         "closer.png",
+        "filled.png",
         "share.png",
         "difference.safetensors",
     )

@@ -61,12 +61,19 @@ encoders two."""
 
 
 def tiny_pipeline(
-    family: str, seed: int = 0, *, shallow: bool = False, whole_vocabulary: bool = False, **scheduler: Any
+    family: str,
+    seed: int = 0,
+    *,
+    shallow: bool = False,
+    whole_vocabulary: bool = False,
+    inpainting: bool = False,
+    **scheduler: Any,
 ) -> Any:
     """A diffusers pipeline of `sd1`, `sd2` or `sdxl`, from the published configs with few channels.
 
     shallow: see `SHALLOW`. whole_vocabulary: with all of CLIP's tokens, as the reader of a single file takes for given.
-    scheduler: keys of the scheduler's config to change, such as prediction_type.
+    inpainting: with the U-Net and the pipeline of an inpainting model. scheduler: keys of the scheduler's config to
+    change, such as prediction_type.
     """
     tokenizer, tokens = (clip_tokenizer, 49408) if whole_vocabulary else (few_words, MERGES + 514)
     with torch.random.fork_rng(devices=[]):
@@ -76,6 +83,7 @@ def tiny_pipeline(
             | WIDTHS[family]
             | (SHALLOW[family] if shallow else {})
             | {"sample_size": SAMPLE_SIZE}
+            | ({"in_channels": 9} if inpainting else {})
         )
         vae = diffusers.AutoencoderKL.from_config(
             shipped(family, "vae/config.json") | VAE_WIDTHS | ({"layers_per_block": 1} if shallow else {})
@@ -94,11 +102,11 @@ def tiny_pipeline(
         "scheduler": getattr(diffusers, config["_class_name"]).from_config(config),
     }
     if second is None:
-        return diffusers.StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        kind = diffusers.StableDiffusionInpaintPipeline if inpainting else diffusers.StableDiffusionPipeline
+        return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     parts |= {"text_encoder_2": second.eval(), "tokenizer_2": tokenizer(pad_token="!", positions=77)}
-    return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    kind = diffusers.StableDiffusionXLInpaintPipeline if inpainting else diffusers.StableDiffusionXLPipeline
+    return kind(**parts, add_watermarker=False)
 
 
 def few_words(*, pad_token: str, positions: int) -> Any:

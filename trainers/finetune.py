@@ -54,6 +54,9 @@ class Config(FullOptions):
     Example: `sfumato train finetune trainers/configs/finetune-style.toml --images datasets/line-style --output runs/me`
     """
 
+    inpainting: bool = False
+    """Make an inpainting model of the base model: its U-Net gets inputs for the mask and for what the mask leaves of an
+    image, and learns to use them. For a base model that is none."""
     prior_weight: float | None = None
     """Weight of class images (`class = true` in a dataset.toml) in the loss; the training images have weight 1. Each
     batch is joined by as many class images, so that an unset --batch is half of its default. Unset: 1."""
@@ -70,7 +73,7 @@ def train(config: Config) -> Path:
     from sfumato.training import optimizers
     from sfumato.training.ema import Ema
     from sfumato.training.finish import describe_run
-    from sfumato.training.full import decide_precision, unfreeze
+    from sfumato.training.full import decide_precision, make_inpainting, unfreeze
     from sfumato.training.fused import FusedStep
     from sfumato.training.metrics import DriftLimit, Metrics
     from sfumato.training.noising import draw_noised, per_sample_losses
@@ -84,6 +87,8 @@ def train(config: Config) -> Path:
     subjects, of_class = examples.in_group("instance"), examples.in_group("class")
     precision = decide_precision(config, processes)
     base = config.load_base(precision)
+    if config.inpainting:
+        make_inpainting(base)
     config, filled = resolve(config, base, examples, processes.count)
     run = Run.start(config, program="finetune", processes=processes, writes=written(config))
     run.say(precision.table())
@@ -176,6 +181,11 @@ def check(config: Config) -> None:
     checks.refuse_given(config, "is for frozen weights, and here all learn; leave it out, or train a LoRA", "quantize")
     if config.save in (None, "folder"):
         checks.check_name(config, folder=True)
+    elif config.inpainting:
+        raise ConfigError(
+            f"--inpainting with --save {config.save}: the base has no such inputs, to which a difference could be "
+            "added; leave --save out, for a whole folder."
+        )
     if config.save != "lora":
         checks.only_with(config, "--save lora", "rank", "keep_energy")
 

@@ -166,7 +166,7 @@ def step_memory(base: Base, way: Training, setting: Setting) -> StepMemory:
             with _norms_in_fp32(base.unet, setting):
                 alive = _step(base, way, setting, learned)
             return StepMemory(
-                weights=_bytes_of(base.unet, *texts, *([adapter] if adapter else [])),
+                weights=_bytes_of(base.unet, *texts, *([adapter] if adapter else [])) + _vae_in_loop(base, setting),
                 alive=alive.peak_with_gradients,
                 fused=alive.peak,
                 trained=tuple(p.shape for p in learned),
@@ -176,6 +176,12 @@ def step_memory(base: Base, way: Training, setting: Setting) -> StepMemory:
         base.unet.disable_gradient_checkpointing()
         if adapter is not None:
             adapter.detach()
+
+
+def _vae_in_loop(base: Base, setting: Setting) -> int:
+    """Bytes of the VAE beside a training of an inpainting model, which hides another part of an image at each step."""
+    with _all([base.vae], setting.precision.vae):
+        return _bytes_of(base.vae) if base.inpaints else 0
 
 
 def encoding_memory(base: Base, setting: Setting) -> int:
@@ -239,7 +245,8 @@ def _norms_in_fp32(unet: nn.Module, setting: Setting) -> Iterator[None]:
 def _predict(base: Base, setting: Setting, count: int, text: tuple[Tensor, Tensor | None]) -> Tensor:
     hidden, pooled = text
     added = None if pooled is None else {"time_ids": _zeros(count, 6), "text_embeds": pooled}
-    latents, times = _latents(base, setting, count), _zeros(count, dtype=torch.long)
+    side = setting.side // base.vae_factor
+    latents, times = _zeros(count, base.unet.config.in_channels, side, side), _zeros(count, dtype=torch.long)
     output: Tensor = base.unet(latents, times, hidden, added_cond_kwargs=added, return_dict=False)[0]
     return output
 

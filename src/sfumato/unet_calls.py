@@ -14,6 +14,11 @@ def sample_of(args: Sequence[Any], options: Mapping[str, Any]) -> Any:
     return options["sample"] if "sample" in options else args[0]
 
 
+def inpaints(unet: Any, vae: Any) -> bool:
+    """Whether it is an inpainting model's: one that takes a mask and latents of the rest beside noised latents."""
+    return bool(unet.config.in_channels == 2 * vae.config.latent_channels + 1)
+
+
 def timestep_of(args: Sequence[Any], options: Mapping[str, Any]) -> float:
     """The timestep of a call of the U-Net with these arguments."""
     import torch

@@ -33,7 +33,8 @@ class FakeBase:
     vae_factor = 4
     token_limit = 8
     precision = SimpleNamespace(device=torch.device("cpu"))
-    unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8), in_channels=3))
+    inpaints = False
+    unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8), out_channels=3))
 
     def __init__(self, deviation=0.0):
         self.deviation = deviation

@@ -224,10 +224,14 @@ def test_the_sheet_shows_what_the_steps_learn_from(prior, asked, tmp_path, monke
         assert np.abs(np.asarray(cell.picture, dtype=float) - wanted).max() <= 1
 
 
-def test_what_a_mask_leaves_out_is_shaded(asked, pictures):
+def test_what_a_mask_leaves_out_is_white_and_what_is_hidden_grey():
     data = SimpleNamespace(decode=lambda latents: -torch.ones(1, 3, 4, 4))
     mask = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    seen = dry_run._Seen(data, "a", "a", torch.zeros(1, 4, 2, 2), mask)
+    hidden = np.asarray(dry_run._decoded(dry_run._Seen(data, "a", "a", torch.zeros(1, 4, 2, 2), None, mask)))[..., 0]
+    assert (80 < hidden[:2, :2]).all()
+    assert (hidden[:2, :2] < 128).all()
+    assert (hidden[2:] == 0).all()
+    seen = dry_run._Seen(data, "a", "a", torch.zeros(1, 4, 2, 2), mask, None)
     shown = np.asarray(dry_run._decoded(seen))[..., 0]
     assert (shown[:2, :2] == 0).all()
     assert (shown[2:] > 200).all()

@@ -43,6 +43,7 @@ ALL_GIVEN = replace(
     tag_dropout=0.5,
     cache=Path("cache"),
     mask="alpha",
+    inpaint_whole_share=0.5,
     validation_split=0.25,
     skip_bad=True,
     base="tiny",
@@ -350,11 +351,12 @@ def test_every_option_of_the_pictures_reaches_what_reads_them(recorded):
 def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
     given = recorded("sfumato.data.prepare", "prepared")
     draws = (3, 10, 4)
-    assert ALL_GIVEN.prepare("examples", "base", embed_text=False, will_draw=draws, drawn_over=True) == "prepared"
+    base = SimpleNamespace(inpaints=True)
+    assert ALL_GIVEN.prepare("examples", base, embed_text=False, will_draw=draws, drawn_over=True) == "prepared"
     assert given.pop("progress") is not None
     assert given.pop("say") is not None
     assert given == {
-        "first": ("examples", "base"),
+        "first": ("examples", base),
         "resolution": 96,
         "flip": True,
         "crop": "random",
@@ -363,11 +365,12 @@ def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
         "keep_tags": 2,
         "tag_dropout": 0.5,
         "cache": Path("cache"),
+        "inpaint_whole_share": 0.5,
         "embed_text": False,
         "will_draw": draws,
         "drawn_over": True,
     }
-    ALL_GIVEN.prepare("examples", "base", flip=False, cache=None)
+    ALL_GIVEN.prepare("examples", base, flip=False, cache=None)
     assert (given["flip"], given["cache"], given["crop"]) == (False, None, "random")
 
 

@@ -26,6 +26,7 @@ from sfumato.limits import more_tokens
 from sfumato.numerals import shortened
 from sfumato.precision import NAMES, Precision
 from sfumato.schedulers import scheduler
+from sfumato.unet_calls import inpaints
 
 Pairs = Tensor | Sequence[Sequence[int]]
 
@@ -67,6 +68,7 @@ class Base:
     zeros_for_empty_prompt: bool = False
     files: tuple[Path, ...] = ()
     lazy_weights: LazyWeights = field(default_factory=lambda: LazyWeights({}, lambda *_: None))
+    _hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         """One line: a model's own repr has a line for each of its layers."""
@@ -82,6 +84,11 @@ class Base:
     def vae_factor(self) -> int:
         """Pixels per latent value, on a side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether this is an inpainting model: one whose U-Net also takes what `known` gives."""
+        return inpaints(self.unet, self.vae)
 
     @property
     def resolution(self) -> int:
@@ -212,6 +219,25 @@ class Base:
         shift, scale = latent_scale(self.vae, self.precision.device)
         return (encoded.mean.float() - shift) * scale, encoded.std.float() * scale
 
+    def known(self, pixels: Tensor, hidden: Tensor) -> Tensor:
+        """What an inpainting U-Net takes beside noised latents, fp32, (batch, 1 + channels, height/f, width/f): the
+        mask, and the latents of the images with grey where it hides them, as diffusers' inpainting pipelines have it.
+
+        pixels: as of `encode_pixels`. hidden: (batch, 1, height, width), 1 where an image is hidden, else 0.
+        """
+        f = self.vae_factor
+        latents, _ = self.encode_pixels(pixels * (1 - hidden.to(pixels)))
+        return torch.cat([hidden[..., ::f, ::f].to(latents), latents], dim=1)
+
+    def _nothing_known(self, latents: Tensor) -> Tensor:
+        """`known` of images that are hidden as a whole, for latents of this shape: then the prompt alone counts."""
+        height, width = (side * self.vae_factor for side in latents.shape[2:])
+        if (height, width) not in self._hidden:
+            with self.lazy_weights.restored_after():
+                grey = torch.zeros(1, 3, height, width)
+                self._hidden[height, width] = self.known(grey, torch.ones_like(grey[:, :1]))
+        return self._hidden[height, width].expand(len(latents), -1, -1, -1)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents to pixels, fp32, (batch, 3, height, width) in [-1, 1].
@@ -261,23 +287,34 @@ class Base:
         return {"time_ids": torch.cat(pairs, dim=1).to(device), "text_embeds": text.pooled.to(device)}
 
     def predict(
-        self, latents: Tensor, timesteps: Tensor, text: TextEmbedding, added: Mapping[str, Tensor] | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextEmbedding,
+        added: Mapping[str, Tensor] | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """The U-Net's raw output, in the dtype of the latents: noise or v, see `prediction_type`.
 
-        latents: (batch, channels, height/f, width/f), noised. timesteps: (batch,) integers below T.
+        latents: (batch, channels, height/f, width/f), noised. timesteps: (batch,) integers below T. known: for an
+        inpainting model, what `known` gives of the images; None hides them as a whole.
         """
         self.lazy_weights.load("unet")
+        seen = latents
+        if self.inpaints:
+            known = self._nothing_known(latents) if known is None else known
+            seen = torch.cat([latents, known.to(latents)], dim=1)
         with self.precision.autocast():
             output = self.unet(
-                latents, timesteps, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False
+                seen, timesteps, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False
             )[0]
         return cast(Tensor, output.to(latents.dtype))
 
     # Whole
 
     def pipeline(self, sampler: str | None = None) -> Any:
-        """A diffusers pipeline that shares these modules; no safety checker, no network access.
+        """A diffusers pipeline that shares these modules; no safety checker, no network access. For an inpainting
+        model it is one that inpaints.
 
         sampler: a name from `sfumato.schedulers`. Unset: the family's; `base.scheduler` is the folder's own. With
         clip_skip, give the pipeline prompts from `encode_text`, or `clip_skip=` as well. If VAE and U-Net have
@@ -296,9 +333,9 @@ class Base:
             parts |= {encoder.folder: text_encoder, encoder.tokenizer: tokenizer}
         if self.family.name == "sdxl":
             zeros = self.zeros_for_empty_prompt
-            kind = _pipeline_class("StableDiffusionXLPipeline")
+            kind = _pipeline_class(f"StableDiffusionXL{'Inpaint' * self.inpaints}Pipeline")
             return kind(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-        kind = _pipeline_class("StableDiffusionPipeline")
+        kind = _pipeline_class(f"StableDiffusion{'Inpaint' * self.inpaints}Pipeline")
         return kind(**parts, safety_checker=None, requires_safety_checker=False)
 
     # By what it is known again

@@ -340,8 +340,8 @@ def _check(parts: _Parts, name: str, clip_skip: int | None, max_tokens: int | No
     """Raises BaseModelError where the parts do not belong together."""
     unet, vae = parts.unet.model.config, parts.vae.model.config
     texts = [shell.model.config for shell in parts.text_encoders]
-    if unet.in_channels != vae.latent_channels:
-        what = " (9 is an inpainting model, 8 an editing one)" if unet.in_channels in (8, 9) else ""
+    if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):  # the latter inpaints
+        what = " (8 is an editing model)" if unet.in_channels == 8 else ""
         raise BaseModelError(
             f"{name}: the U-Net takes {unet.in_channels} channels{what}, the VAE gives {vae.latent_channels}. "
             "Name another base or VAE."

@@ -283,7 +283,7 @@ _USUAL: Mapping[str, Any] = MappingProxyType(
         "caption_lines": False, "wildcards": False, "flip": False, "crop": "center", "mask": "none",
         "validation_split": 0.0, "prior_weight": 1.0, "init_from": None, "train_words": [], "initial_words": [],
         "word_vectors": None, "word_learning_rate": None, "words_first": 0, "keep_scale": True, "drift_limit": None,
-        "keep_energy": None, "quantize": None,
+        "keep_energy": None, "quantize": None, "inpaint_whole_share": None, "inpainting": False,
     }
 )  # fmt: skip
 """Settings that a card tells only where they are not so."""

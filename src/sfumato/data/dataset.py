@@ -13,12 +13,15 @@ import torch
 from sfumato import randomness
 from sfumato.data.batches import Batch, pairs
 from sfumato.data.buckets import Size
-from sfumato.data.latents import Decoder, Encoder, Noise, PreparedPicture, sampled
+from sfumato.data.holes import Holes
+from sfumato.data.latents import Decoder, Encoder, Noise, PreparedPicture, pixels_of, sampled
 from sfumato.data.order import Order
 from sfumato.data.tags import vary
 from sfumato.data.texts import CaptionEmbeddings
 from sfumato.errors import DataError
 
+Known = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""As `Base.known`."""
 View = tuple[int, int]
 """A picture, and which of its crops and whether mirrored."""
 
@@ -28,7 +31,8 @@ class Dataset:
 
     notes: one line each, for the person. fingerprint: sha256 over file bytes, captions, masks, crops and options, hex.
     contents: by picture's name, digests of its files and of its caption and options, to tell two fingerprints apart.
-    together: how many samples of a batch are of one size; unset, all.
+    together: how many samples of a batch are of one size; unset, all. holes, known: of an inpainting model, what is
+    hidden of its samples, and what it is told of them; None for others.
     """
 
     def __init__(
@@ -43,11 +47,13 @@ class Dataset:
         contents: Mapping[str, str],
         notes: Sequence[str],
         together: int | None = None,
+        holes: Holes | None = None,
+        known: Known | None = None,
     ):
         self.fingerprint, self.contents, self.notes = fingerprint, contents, list(notes)
         self._items, self._device, self._encoder, self._decoder = list(items), device, encoder, decoder
         self._samples = [i for i, count in enumerate(repeats) for _ in range(count)]
-        self._together = together
+        self._together, self._holes, self._known = together, holes, known
         self._orders: dict[tuple[int, int], Order] = {}
         self._texts: CaptionEmbeddings | None = None
         self._heard: Callable[[int, Batch], None] | None = None
@@ -125,7 +131,8 @@ class Dataset:
 
         drawn = zip(indices, places, strict=True)
         captions = [self._caption(self._items[index], seed, step, place) for index, place in drawn]
-        batch = self._batch(indices, variants, captions, noise, embed_text=embed_text)
+        lots = [(seed, step, place) for place in places]
+        batch = self._batch(indices, variants, captions, noise, lots, embed_text=embed_text)
         if self._heard and embed_text:
             self._heard(batch_size, batch)
         return batch
@@ -144,31 +151,36 @@ class Dataset:
         """Each picture once, and once mirrored where it may be, or those of them that are wanted; by sizes, at most so
         many pixels at once.
 
-        The latents are the posteriors' means, the captions whole, without embeddings. Raises DataError for pictures
-        that are cut at random places.
+        The latents are the posteriors' means, the captions whole, without embeddings; an inpainting model is shown
+        nothing of the pictures. Raises DataError for pictures that are cut at random places.
         """
         if any(item.crop.positions > 1 for item in self._items):
             raise crops_move()
         turns = [(0, 1) if item.flip else (0,) for item in self._items]
         views = [(index, variant) for index, own in enumerate(turns) for variant in own]
-        return self._by_size([view for view in views if wanted is None or view in wanted], pixels)
+        for some in self._by_size([view for view in views if wanted is None or view in wanted], pixels):
+            yield self._batch([index for index, _ in some], [variant for _, variant in some], embed_text=False)
 
     def middles(self, count: int, pixels: int) -> Iterator[Batch]:
         """So many of the pictures, drawn by lot and always the same, in turns if there are fewer; each cut in its
-        middle, else as `views`."""
+        middle, else as `views`, and of each a part hidden from an inpainting model."""
         indices = middles_of(len(self), count)
-        return self._by_size([(index, self._middle(self._items[index])) for index in indices], pixels)
+        place = 0
+        for some in self._by_size([(index, self._middle(self._items[index])) for index in indices], pixels):
+            lots = [(0, 0, place + row) for row in range(len(some))]
+            place += len(some)
+            indices, variants = [index for index, _ in some], [variant for _, variant in some]
+            yield self._batch(indices, variants, lots=lots, embed_text=False)
 
-    def _by_size(self, views: Sequence[View], pixels: int) -> Iterator[Batch]:
-        """Batches of these views, each of one size."""
+    def _by_size(self, views: Sequence[View], pixels: int) -> Iterator[Sequence[View]]:
+        """The views in lots, each of one size."""
         of_size: dict[Size, list[View]] = {}
         for index, variant in views:
             of_size.setdefault(self._items[index].crop.size, []).append((index, variant))
         for (width, height), alike in of_size.items():
             most = max(1, pixels // (width * height))
             for start in range(0, len(alike), most):
-                indices, variants = zip(*alike[start : start + most], strict=True)
-                yield self._batch(list(indices), list(variants), embed_text=False)
+                yield alike[start : start + most]
 
     def _batch(
         self,
@@ -176,10 +188,12 @@ class Dataset:
         variants: list[int],
         captions: list[str] | None = None,
         noise: Noise | None = None,
+        lots: Sequence[tuple[int, int, int]] | None = None,
         *,
         embed_text: bool,
     ) -> Batch:
-        """These pictures: under their own captions, and as the posteriors' means, where nothing else is given."""
+        """These pictures: under their own captions, and as the posteriors' means, where nothing else is given. lots: of
+        each (seed, step, place), by which a part is hidden from an inpainting model; None hides all."""
         items = [self._items[index] for index in indices]
         captions = [item.said[0] for item in items] if captions is None else captions
         latents, mask = sampled(items, variants, noise, self._encoder)
@@ -195,7 +209,23 @@ class Dataset:
             indices,
             variants,
             torch.tensor([item.options.weight for item in items], device=self._device),
+            None if lots is None else self._known_of(items, variants, mask, lots),
         )
+
+    def _known_of(
+        self,
+        items: Sequence[PreparedPicture],
+        variants: Sequence[int],
+        mask: torch.Tensor | None,
+        lots: Sequence[tuple[int, int, int]],
+    ) -> torch.Tensor | None:
+        """What an inpainting model is told of these pictures. mask: the batch's."""
+        if self._holes is None or self._known is None:
+            return None
+        masks = [mask[row] if mask is not None and "mask" in item.load() else None for row, item in enumerate(items)]
+        told = zip(items, masks, lots, strict=True)
+        hidden = [self._holes.draw(item.crop.size, own, *lot) for item, own, lot in told]
+        return self._known(pixels_of(items, variants), torch.stack(hidden))
 
     def _middle(self, item: PreparedPicture) -> int:
         return item.crop.middle * (2 if item.flip else 1)

@@ -183,7 +183,10 @@ def _tensors(
         shown,
     )
     found = dict(zip(now, encoded, strict=True))
-    return [found[place] if place in found else keep_pixels(cropped[place]) for place in range(len(cropped))]
+    kept = [
+        keep_pixels(each) if plan.keeps_pixels or is_late else {} for each, is_late in zip(cropped, late, strict=True)
+    ]
+    return [{**pixels, **found.get(place, {})} for place, pixels in enumerate(kept)]
 
 
 def _learned(done: _Done, crop: Crop) -> tuple[Any, ...]:

@@ -33,10 +33,10 @@ class PreparedPicture:
     """One picture's share of the data set. options: none unset. flip: whether it has mirrored variants. further:
     captions of which a sample takes one as often as `caption`. kept_tags: as of `Example`.
 
-    tensors, or the entry of the cache that holds them: mean and deviation, (variants, channels, height/f, width/f), or
-    `pixels`, (3, height, width) uint8 of all positions, where they are encoded in the loop; mask: (1, height/f,
-    width/f) of all positions, uint8, if there is one. A picture that nothing asks for has neither. Variant p is the
-    crop at position p; with flip, 2 p and 2 p + 1 are the crop and its mirror image.
+    tensors, or the entry of the cache that holds them: mean and deviation, (variants, channels, height/f, width/f),
+    unless they are encoded in the loop; `pixels`, (3, height, width) uint8 of all positions, where they are, and for an
+    inpainting model; mask: (1, height/f, width/f) of all positions, uint8, if there is one. A picture that nothing asks
+    for has none. Variant p is the crop at position p; with flip, 2 p and 2 p + 1 are the crop and its mirror image.
     """
 
     name: str
@@ -134,7 +134,7 @@ def encode(
 
 
 def keep_pixels(cropped: Cropped) -> dict[str, Tensor]:
-    """A crop's pixels over all positions and its mask, to be encoded in the loop."""
+    """A crop's pixels over all positions and its mask."""
     return {"pixels": torch.from_numpy(to_array(cropped.image)), **mask_of(cropped)}
 
 
@@ -162,18 +162,14 @@ def sampled(
 ) -> tuple[Tensor, Tensor | None]:
     """(latents of the items' variants, masks or None), on the CPU; without noise the means."""
     loaded = [item.load() for item in items]
-    in_loop = [row for row, tensors in enumerate(loaded) if "pixels" in tensors]
+    in_loop = [row for row, tensors in enumerate(loaded) if "mean" not in tensors]
     means: dict[int, tuple[Tensor, Tensor]] = {}
     if in_loop:
-        places = [items[row].place_of(variants[row]) for row in in_loop]
-        views = [
-            view(loaded[row]["pixels"], items[row].crop, position, mirrored)
-            for row, (position, mirrored) in zip(in_loop, places, strict=True)
-        ]
-        most = encoded_at_once(views[0].shape[-1], views[0].shape[-2])
+        views = pixels_of([items[row] for row in in_loop], [variants[row] for row in in_loop])
+        most = encoded_at_once(views.shape[-1], views.shape[-2])
         for start in range(0, len(views), most):
             chunk = in_loop[start : start + most]
-            mean, deviation = encoder(to_floats(torch.stack(views[start : start + most])))
+            mean, deviation = encoder(views[start : start + most])
             check_finite(mean, deviation, [items[row].name for row in chunk])
             means |= {row: (mean[i].float().cpu(), deviation[i].float().cpu()) for i, row in enumerate(chunk)}
     for row, tensors in enumerate(loaded):
@@ -184,6 +180,15 @@ def sampled(
     if all("mask" not in tensors for tensors in loaded):
         return latents, None
     return latents, torch.stack([_mask(items[row], loaded[row], variants[row], latents) for row in rows])
+
+
+def pixels_of(items: Sequence[PreparedPicture], variants: Sequence[int]) -> Tensor:
+    """The items' variants, (batch, 3, height, width) in [-1, 1], of those that keep their pixels."""
+    views = [
+        view(item.load()["pixels"], item.crop, *item.place_of(variant))
+        for item, variant in zip(items, variants, strict=True)
+    ]
+    return to_floats(torch.stack(views))
 
 
 def _sample(row: int, mean: Tensor, deviation: Tensor, noise: Noise | None) -> Tensor:

@@ -39,7 +39,8 @@ Foreseen = Sequence[tuple[Example, Crop]]
 class Plan:
     """How pictures become tensors; what the keys of the cache depend on, besides the files.
 
-    in_loop: whether random crops are left to the loop. weights, dtype: of the VAE.
+    in_loop: whether random crops are left to the loop. weights, dtype: of the VAE. keeps_pixels: whether pixels are
+    kept beside the latents.
     """
 
     sizes: Sizes
@@ -47,6 +48,7 @@ class Plan:
     in_loop: bool
     weights: str
     dtype: str
+    keeps_pixels: bool = False
 
 
 def square_side(base: Base, resolution: int) -> int:
@@ -86,7 +88,8 @@ def plan_of(foreseen: Foreseen, sizes: Sizes, base: Base, store: Cache | None) -
     """The plan for pictures of these sizes. store: the VAE's weights are digested for its keys alone."""
     vae = getattr(base, "vae", None)
     weights = weights_digest([vae]) if store and vae is not None else ""
-    return Plan(sizes, base.vae_factor, _too_many(foreseen), weights, str(getattr(vae, "dtype", None)))
+    dtype = str(getattr(vae, "dtype", None))
+    return Plan(sizes, base.vae_factor, _too_many(foreseen), weights, dtype, keeps_pixels=base.inpaints)
 
 
 def _too_many(foreseen: Foreseen) -> bool:
@@ -140,14 +143,19 @@ def _bytes_of(example: Example, crop: Crop, plan: Plan, base: Base) -> int:
     """What the tensors of a picture take."""
     masked = example.mask is not None or example.alpha_mask or crop.inside is not None
     mask = math.prod(crop.resized) // plan.vae_factor**2 if masked else 0
+    pixels = 3 * math.prod(crop.resized)
     if plan.in_loop and crop.positions > 1:
-        return 3 * math.prod(crop.resized) + mask
-    numbers: int = 2 * base.unet.config.in_channels * math.prod(crop.size) // plan.vae_factor**2
-    return crop.variants(example.options.flip) * numbers * torch.float32.itemsize + mask
+        return pixels + mask
+    numbers: int = 2 * base.unet.config.out_channels * math.prod(crop.size) // plan.vae_factor**2
+    latents = crop.variants(example.options.flip) * numbers * torch.float32.itemsize
+    return latents + mask + pixels * plan.keeps_pixels
 
 
 def latents_key(example: Example, content: Sequence[str], plan: Plan) -> str:
     """The name of an example's latents in the cache. content: digests of its files."""
+    told = asdict(plan) | {"sizes": of_resolution(plan.sizes, example.options.resolution)}
+    if not plan.keeps_pixels:
+        del told["keeps_pixels"]  # as before there was any that does
     return key_of(
         kind="latents",
         files=list(content),
@@ -156,5 +164,5 @@ def latents_key(example: Example, content: Sequence[str], plan: Plan) -> str:
         flip=example.options.flip,
         decoders=decoders(),
         torch=torch.__version__,
-        **asdict(plan) | {"sizes": of_resolution(plan.sizes, example.options.resolution)},
+        **told,
     )

@@ -13,6 +13,7 @@ from sfumato.data.crops import OPAQUE
 from sfumato.data.dataset import Dataset, crops_move, middles_of
 from sfumato.data.folder import Example, ExampleSet, cut_captions, refuse_bad, without_alpha, without_trigger
 from sfumato.data.gathering import Gathered, gather
+from sfumato.data.holes import WHOLE_SHARE, Holes
 from sfumato.data.latents import PreparedPicture
 from sfumato.data.listing import grouped
 from sfumato.data.options import CropMode, Options
@@ -47,6 +48,7 @@ def prepare(
     cache: Path | None = None,
     drawn_over: bool = False,
     measured: int | None = None,
+    inpaint_whole_share: float = WHOLE_SHARE,
     progress: Callable[[str, int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Dataset:
@@ -60,7 +62,8 @@ def prepare(
     for them. together: how many samples of a step must be of one size, those of a call of the U-Net; unset, all.
     cache: a folder for latents and embeddings, where they are found again. drawn_over: whether `views` will be asked
     for, so that what it refuses is refused before anything is decoded. measured: how many pictures `middles` will be
-    asked for, where that is all; of the others only the files are looked at, unless `skip_bad`. progress: called with
+    asked for, where that is all; of the others only the files are looked at, unless `skip_bad`. inpaint_whole_share: of
+    an inpainting model's samples, those whose whole picture is hidden. progress: called with
     "images" or "captions", and how many of how many are done. say: told, before anything is decoded, how many pictures
     come in no step and what memory the latents take; unset, the notes tell.
 
@@ -101,6 +104,8 @@ def prepare(
         contents=gathered.contents,
         notes=notes,
         together=together,
+        holes=Holes(inpaint_whole_share) if base.inpaints else None,
+        known=base.known if base.inpaints else None,
     )
     if embed_text:
         texts = CaptionEmbeddings(base, store)

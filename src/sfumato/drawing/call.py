@@ -32,6 +32,7 @@ from sfumato.precision.flat import drawn_flat
 from sfumato.prompts.encoding import encode, encode_stages
 from sfumato.prompts.prompt_editing import Stage, concat_stages, staged_prompts
 from sfumato.prompts.syntax import Syntax
+from sfumato.unet_calls import inpaints
 from sfumato.weighting.adapter import is_idle
 
 if TYPE_CHECKING:
@@ -109,14 +110,19 @@ class Call:
         options = {**text, **self.options, "generator": generators, "output_type": "latent"}
         if starts:
             options |= {"image": [start.picture for start in starts], "strength": self.strength}
-            if starts[0].mask is None:
-                pipe = _variant(pipe, "AutoPipelineForImage2Image")
-                del options["width"], options["height"]  # the picture's own
-            else:
-                pipe = _variant(pipe, "AutoPipelineForInpainting")
-                options |= {"mask_image": [start.mask for start in starts]}
             check_strength(options.setdefault("num_inference_steps", _STEPS), starts[0])
-        with _itself(pipe.vae) if starts else nullcontext():
+        masks = [start.mask for start in starts if start.mask is not None]
+        if inpaints(pipe.unet, pipe.vae) and not masks:  # the whole picture is to be drawn, by the prompt alone
+            size = options["width"], options["height"]
+            masks = [Image.new("L", size, "white")] * len(seeds)
+            options = {"image": [Image.new("RGB", size, "grey")] * len(seeds), "strength": 1.0} | options
+        if masks:
+            pipe = _variant(pipe, "AutoPipelineForInpainting")
+            options |= {"mask_image": masks}
+        elif starts:
+            pipe = _variant(pipe, "AutoPipelineForImage2Image")
+            del options["width"], options["height"]  # the picture's own
+        with _itself(pipe.vae) if starts or masks else nullcontext():
             latents: Tensor = pipe(**options).images
         return latents
 

@@ -27,6 +27,7 @@ from sfumato.precision.memory import give_back_freed_memory
 from sfumato.prompts.negative import negative_for
 from sfumato.prompts.syntax import Syntax, check_syntax
 from sfumato.prompts.tags import refuse_tags
+from sfumato.unet_calls import inpaints
 
 __all__ = [
     "LATENTS_AT_ONCE",
@@ -268,7 +269,8 @@ def _check_pipeline(pipe: Any, start: Start | None) -> None:
             f"a {type(pipe).__name__} follows an image that draw does not hand on; call it yourself, or draw with a "
             "pipeline that has no controlnet."
         )
-    if start is None and "image" in inspect.signature(type(pipe).__call__).parameters:
+    needs_image = "image" in inspect.signature(type(pipe).__call__).parameters
+    if start is None and needs_image and not inpaints(pipe.unet, pipe.vae):
         raise ConfigError(
             f"a {type(pipe).__name__} draws from an image; give start=Start(image), or a pipeline that needs none."
         )

@@ -38,7 +38,7 @@ STEPS = 4
 _MOST_SHOWN = 16
 _CAPTION_LINES = 5
 _SHADE = 0.85
-"""Of white, over what a mask leaves out."""
+"""Of white over what a mask leaves out, and of grey over what an inpainting model is not shown."""
 
 
 class DryRunOver(Exception):
@@ -63,14 +63,15 @@ class _Look:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """A sample that a step learned from. latents: (1, channels, height/f, width/f). mask: (1, height/f, width/f), or
-    None. Both are on the CPU."""
+    """A sample that a step learned from. latents: (1, channels, height/f, width/f). mask, hidden: (1, height/f,
+    width/f), what is learned of it and what an inpainting model is not shown, or None. All are on the CPU."""
 
     data: Dataset
     label: str
     caption: str
     latents: Tensor
     mask: Tensor | None
+    hidden: Tensor | None
 
 
 class DryRun:
@@ -115,7 +116,8 @@ class DryRun:
         for row, index in enumerate(batch.indices[: _MOST_SHOWN - len(self._seen)]):
             label = data.names[index] if name == "data" else f"{name}: {data.names[index]}"
             mask = None if batch.mask is None else batch.mask[row].cpu()
-            self._seen.append(_Seen(data, label, batch.captions[row], batch.latents[row : row + 1].cpu(), mask))
+            hidden = None if batch.known is None else batch.known[row, :1].cpu()
+            self._seen.append(_Seen(data, label, batch.captions[row], batch.latents[row : row + 1].cpu(), mask, hidden))
 
     def first_of(
         self,
@@ -185,11 +187,13 @@ class DryRun:
 
 
 def _decoded(seen: _Seen) -> Image.Image:
-    """The picture, with a shade over what its mask leaves out."""
+    """The picture, white over what its mask leaves out and grey over what is hidden, in part each."""
     pixels = seen.data.decode(seen.latents)[0].cpu()
-    if seen.mask is not None:
-        mask = torch.nn.functional.interpolate(seen.mask[None], pixels.shape[1:])[0]
-        pixels = pixels + (1 - mask) * _SHADE * (1 - pixels)
+    over = [(1.0, None if seen.mask is None else 1 - seen.mask), (0.0, seen.hidden)]
+    for shade, part in over:
+        if part is not None:
+            large = torch.nn.functional.interpolate(part[None], pixels.shape[1:])[0]
+            pixels = pixels + large * _SHADE * (shade - pixels)
     return image_of(pixels)
 
 

@@ -47,7 +47,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
     (_AT_LEAST_ONE, lambda value: value < 2**31, f"be below {2**31:,}"),  # torch would end in a trace of its C++
     (_POSITIVE, lambda value: 0 < value < math.inf, "be a positive number"),
-    (("caption_dropout", "tag_dropout", "crossed_share", "pyramid_noise"), lambda value: 0 <= value <= 1, "be 0 to 1"),
+    (
+        ("caption_dropout", "tag_dropout", "crossed_share", "pyramid_noise", "inpaint_whole_share"),
+        lambda value: 0 <= value <= 1,
+        "be 0 to 1",
+    ),
     (("validation_split",), lambda value: 0 <= value <= 0.5, "be 0 to 0.5"),
     (("dropout", "rank_dropout", "module_dropout", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "not be negative"),

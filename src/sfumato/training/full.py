@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.bases.portable import make_portable
-from sfumato.errors import AdapterError, FileError
+from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files.kohya import Target
 from sfumato.files.read import is_finite
 from sfumato.files.save import model_folder
@@ -81,6 +81,20 @@ def unfreeze(base: Base, *, text: bool) -> nn.ModuleDict:
             raise AdapterError(f"{name} is held in {halves[0]}; load the base with full_precision() to train it.")
         module.requires_grad_(True)
     return nn.ModuleDict(parts)
+
+
+@torch.no_grad()
+def make_inpainting(base: Base) -> None:
+    """Widen the U-Net's first layer by what `Base.known` gives, with weights of zero: it predicts as before, whatever
+    is known, until it has learned. Raises ConfigError for a base that is an inpainting model already."""
+    if base.inpaints:
+        raise ConfigError(f"--inpainting: {base.name} is an inpainting model already; leave it out.")
+    base.lazy_weights.load("unet")
+    layer, channels = base.unet.conv_in, base.vae.config.latent_channels
+    new = layer.weight.new_zeros(len(layer.weight), channels + 1, *layer.weight.shape[2:])
+    layer.weight = nn.Parameter(torch.cat([layer.weight, new], dim=1), requires_grad=False)
+    layer.in_channels += channels + 1
+    base.unet.register_to_config(in_channels=layer.in_channels)
 
 
 def write_model(path: Path, base: Base, config: FullOptions, run: Run, about: Description) -> None:

@@ -135,7 +135,7 @@ class Distillation:
 
     def _predict(self, noisy: Noisy, timesteps: Tensor, text: TextEmbedding) -> Tensor:
         added = noisy.batch.added(self._base, text)
-        return self._base.predict(noisy.latents, timesteps, text, added).float()
+        return self._base.predict(noisy.latents, timesteps, text, added, noisy.batch.known).float()
 
     def _alpha_bar(self, timesteps: Tensor) -> Tensor:
         return self._base.alpha_bar.to(timesteps.device)[timesteps]

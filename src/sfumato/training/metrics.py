@@ -105,7 +105,8 @@ class Metrics:
         with evaluating(self._modules), self._base.lazy_weights.restored_after():
             for batch, noise, timesteps in self._learned:
                 text = self._base.encode_text([*islice(left, len(batch))])
-                predictions.append(predict(self._base, batch, noise, timesteps, text))
+                untold = dataclasses.replace(batch, known=None)  # an inpainting model has the prompt alone
+                predictions.append(predict(self._base, untold, noise, timesteps, text))
         return torch.cat([each.flatten() for each in predictions])  # which may be of several sizes
 
 

@@ -59,7 +59,7 @@ def predict(base: Base, batch: Batch, noise: Tensor, timesteps: Tensor, text: Te
     """What the base predicts of the batch's latents with this noise; arguments as of `denoising_errors`."""
     alpha_bar = base.alpha_bar.to(batch.latents.device)[timesteps]
     noisy = diffusion.noise_latents(batch.latents, noise, alpha_bar)
-    return base.predict(noisy, timesteps, text, batch.added(base, text))
+    return base.predict(noisy, timesteps, text, batch.added(base, text), batch.known)
 
 
 def denoising_errors(

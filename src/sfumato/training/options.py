@@ -86,6 +86,10 @@ class DataOptions(SizeOptions):
     """Share of the other tags to drop from each sample, 0 to 1."""
     mask: MaskSource = "none"
     """Learn only a part of each image. alpha: where the image is opaque; files: where NAME.mask.png is white."""
+    inpaint_whole_share: float | None = None
+    """With an inpainting base model: share of samples whose whole image is hidden from it, as in generating from the
+    prompt alone. Of the others a random rectangle, ellipse or brush stroke is hidden, or in half of those with a --mask
+    what that shows. Unset: 0.25."""
     validation_split: float = 0.0
     """Hold out this share of the images, 0 to 0.5, to measure the loss on images that are not trained on (`validation`
     in log and plot). A dataset.toml may mark sources with `validation = true` instead. If there are only a few images,
@@ -162,6 +166,13 @@ class DataOptions(SizeOptions):
             "keep_tags": self.keep_tags,
             "tag_dropout": self.tag_dropout,
         }
+        if self.inpaint_whole_share is not None:
+            if not base.inpaints:
+                raise ConfigError(
+                    f"--inpaint-whole-share {self.inpaint_whole_share:g}: is for an inpainting base, and {base.name} "
+                    "is none; leave it out, or name another --base."
+                )
+            chosen["inpaint_whole_share"] = self.inpaint_whole_share
         chosen |= other
         return self.prepare_as(
             examples, base, processes=processes, embed_text=embed_text, will_draw=will_draw, **chosen
