@@ -22,7 +22,7 @@ from sfumato.forecast import (
 )
 from sfumato.precision import choices, decide, forecast_precision
 from sfumato.precision.lean import save_activation_memory
-from sfumato.precision.quantized import QuantizedLinear, quantize
+from sfumato.precision.quantized import Quantized, quantize
 
 ON_CPU = Setting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in TRAININGS}
@@ -185,34 +185,34 @@ def test_of_each_large_weight_its_format_s_bytes_are_counted_instead_of_two(shap
     held = sum(tensor.nbytes for each in layers for tensor in each.held)
     assert plain.weights - ours.weights == sum(2 * each.shape.numel() for each in layers) - held
     assert ours.trained == plain.trained
-    assert all(each.codes.is_meta for each in layers)
+    assert all(tensor.is_meta for each in layers for tensor in each.held)
 
 
-def noted(work, eight):
-    """The work, of which it is noted whether its base is in int8."""
+def noted(work, formats):
+    """The work, of which it is noted what its base is quantized to."""
 
     def noting(base, *given, **named):
-        eight.append(any(isinstance(each, QuantizedLinear) for each in base.unet.modules()))
+        formats.append(next((each.format for each in base.unet.modules() if isinstance(each, Quantized)), None))
         return work(base, *given, **named)
 
     return noting
 
 
 @pytest.mark.slow
-def test_the_table_beside_int8_tells_what_it_takes(pocket_folder, monkeypatch, capsys):
+def test_the_table_beside_a_quantized_u_net_tells_what_it_takes(pocket_folder, monkeypatch, capsys):
     full, drawing = "finetune --fused --optimizer adafactor", "drawing an image"
     monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"], BY_OPTIONS[full]])
     monkeypatch.setattr(forecast, "step_memory", noted(forecast.step_memory, frozen := []))
     monkeypatch.setattr(forecast, "drawing_memory", noted(forecast.drawing_memory, drawn := []))
     words = ["memory", "--base", str(pocket_folder), "--device", "cpu", "--precision", "fp32", "--json"]
     found = []
-    for more in ([], ["--quantize", "int8"]):
+    for more in ([], ["--quantize", "int8"], ["--quantize", "nf4"]):
         assert cli.main([*words, *more]) == 0
         found.append(json.loads(capsys.readouterr().out)["gib"])
-    plain, ours = found
-    assert plain.keys() == ours.keys() >= {"lora", full, drawing}
-    assert frozen == [False] * 4 + [True, True, False, False]
-    assert drawn == [False, False, True, True]
+    plain, eight, four = found
+    assert plain.keys() == eight.keys() == four.keys() >= {"lora", full, drawing}
+    assert frozen == [None] * 4 + ["int8", "int8", None, None] + ["nf4", "nf4", None, None]
+    assert drawn == [None, None, "int8", "int8", "nf4", "nf4"]
 
 
 @pytest.mark.slow

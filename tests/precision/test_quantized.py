@@ -58,6 +58,7 @@ def test_a_layer_computes_with_the_weight_that_it_stands_for(kind, name):
     ours.backward(grad)
     theirs.backward(grad)
     assert_close(x.grad, y.grad)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -72,12 +73,16 @@ def test_nothing_of_the_weight_s_size_is_kept_for_the_way_back_but_its_codes(kin
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
-def test_under_autocast_the_product_is_in_its_dtype(kind, name):
+def test_under_autocast_weight_and_product_are_in_its_dtype(kind, name, monkeypatch):
     layer, plain, shape = layers(kind, name)
-    x = normal(*shape)
+    made, own = [], FORMATS[name].made
+    monkeypatch.setattr(FORMATS[name], "made", lambda *asked: made.append(asked[-1]) or own(*asked))
+    x = normal(*shape).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = layer(x), plain(x)
+    ours.sum().backward()
     assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert made == [torch.bfloat16] * 2
     assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
@@ -96,6 +101,20 @@ def test_small_layers_and_those_that_all_of_the_picture_passes_stay(pocket_folde
     assert len(layers) == found > 0
     assert not any(name.startswith(("conv_in", "conv_out", "time_embedding")) for name in layers)
     assert min(module.codes.numel() for module in layers.values()) >= 4096
+
+
+def test_of_large_layers_those_stay_that_all_of_the_picture_passes_and_those_that_pad_in_other_ways():
+    names = ("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding")
+    model = nn.ModuleDict({name: nn.Linear(64, 64) for name in names})
+    model["circular"] = nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular")
+    model["same"] = nn.Conv2d(64, 64, 3, padding="same")
+    model["mid"] = nn.ModuleDict({"conv_in": nn.Linear(64, 64)})  # of a block, and just large enough
+    ours = model.to("meta")["mid"]["conv_in"]
+    ours.forward = lambda x: x
+    assert quantize(model, "nf4") == 1
+    assert isinstance(ours, Quantized)
+    assert "forward" not in vars(ours)
+    assert "mid.conv_in.codes" not in model.state_dict()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -163,13 +182,14 @@ def asked(pocket_folder, pictures, tmp_path):
     return {**where, **quiet, "steps": 3, "batch": 2, "caption": "a square", "learning_rate": 1e-3}
 
 
-@pytest.mark.parametrize(("name", "least"), [("int8", 0.98), ("nf4", 0.75)])
+@pytest.mark.parametrize(("name", "least", "size"), [("int8", 0.98, "one byte"), ("nf4", 0.75, "half a byte")])
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"algo": "lokr"}, {"algo": "loha"}, {"algo": "oft", "rank": 4}])
-def test_adapters_of_every_kind_learn_nearly_the_same_beside_it(kind, name, least, asked, tmp_path, capsys):
+def test_adapters_of_every_kind_learn_nearly_the_same_beside_it(kind, name, least, size, asked, tmp_path, capsys):
     plain = lora.Config(**asked | {"rank": 2} | kind)
     ours = replace(plain, quantize=name, output=tmp_path / "ours", sample_every=3)
     whole, beside = (read_tensors(lora.train(config)) for config in (plain, ours))
-    assert any(line.startswith(f"large weights    {name}") for line in lines(capsys))
+    said = next(line for line in lines(capsys) if line.startswith(f"large weights    {name}"))
+    assert f": {size} each" in said
     assert whole.keys() == beside.keys()
     both = [torch.cat([tensors[each].float().flatten() for each in whole]) for tensors in (whole, beside)]
     assert F.cosine_similarity(*both, dim=0) > least
@@ -244,6 +264,7 @@ def test_an_adapter_is_drawn_beside_it(adapter, drawn_by):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_mix_is_beside_the_layers_and_leaves_the_codes(name, adapter, pocket_folder):
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu", quantized=name))
+    assert {each.format for each in base.unet.modules() if isinstance(each, Quantized)} == {name}
     before = {path: buffer.clone() for path, buffer in base.unet.named_buffers()}
     x = normal(1, 4, 16, 16), torch.tensor([500]), base.encode_text(["a square"])
     with torch.no_grad():

@@ -263,6 +263,7 @@ def test_a_setting_of_ai_toolkit_means_here(changes, told, usual, home):
         ({"train": {"timestep_type": "one_step"}}, "timestep_type = one_step: has no counterpart here and is left out"),
         ({"network": {"type": "dora"}}, "type = dora: one length is learned for each input here"),
         ({"model": {"quantize": True}}, "quantize = qfloat8: int8 takes its place"),
+        ({"model": {"quantize": True, "qtype": "float4"}}, "quantize = float4: nf4 takes its place"),
         ({"model": {"assistant_lora_path": "a"}}, "assistant_lora_path = a: has no counterpart here and is left out"),
         ({"sample": {"prompts": ["a"], "network_multiplier": 2}}, "network_multiplier = 2: has no counterpart here"),
         ({"train": {"diff_output_preservation": True}}, "diff_output_preservation: what the base predicts for each"),

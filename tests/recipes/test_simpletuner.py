@@ -160,6 +160,16 @@ def test_layers_of_a_lycoris_config(targets, ours, home):
 
 
 @pytest.mark.parametrize(
+    ("kind", "ours"), [("nf4-bnb", "nf4"), ("int4-quanto", "nf4"), ("fp4-bnb", "nf4"), ("int8-quanto", "int8")]
+)
+def test_the_format_of_simpletuner_s_frozen_weights(kind, ours, home):
+    training = of_simpletuner(home, base_model_precision=kind)
+    assert training.recipe.told["quantize"] == ours
+    taken = f"base_model_precision = {kind}: nf4 takes its place"
+    assert training.notes == (() if kind.startswith(ours) else (taken,))
+
+
+@pytest.mark.parametrize(
     ("changes", "note"),
     [
         ({"base_model_precision": "fp8-quanto"}, "base_model_precision = fp8-quanto: int8 takes its place"),
