@@ -44,6 +44,7 @@ CASES: Mapping[str, Sequence[str]] = {
     "lora prodigy": [*_SHARED, "--rank", "2", "--optimizer", "prodigy"],
     "lora muon": [*_SHARED, "--rank", "2", "--optimizer", "muon"],
     "lora int8": [*_SHARED, "--rank", "2", "--quantize", "int8"],
+    "lora nf4": [*_SHARED, "--rank", "2", "--quantize", "nf4"],
     "lora lion": [*_SHARED, "--rank", "2", "--optimizer", "lion"],
     "dreambooth": [*_SHARED, "--class-name", "square", "--prior", "none", "--ema", "0.9"],
     "dreambooth lora": [

@@ -32,6 +32,7 @@ def on_cpu(inputs, tmp_path_factory):
 ON_MPS = (
     "lora",
     "lora int8",
+    "lora nf4",
     "lora with text encoder",
     "dreambooth fused, prior",
     "dreambooth lora",
@@ -71,6 +72,7 @@ def test_each_trainer_learns_in_fp32_what_it_learns_on_the_cpu(kind, case, input
         "lora accumulated, averaged, dropped out",
         "lora with text encoder",
         "lora int8",
+        "lora nf4",
         "dreambooth",
         "dreambooth fused, prior",
         "dreambooth lora",
