@@ -92,6 +92,30 @@ def test_a_setting_of_onetrainer_means_here(changes, told, home):
     assert {key: found.get(key) for key in told} == told
 
 
+@pytest.mark.parametrize(
+    ("changes", "ours", "note"),
+    [
+        ({"unet": {"weight_dtype": "NFLOAT_4"}}, "nf4", None),
+        ({"unet": {"weight_dtype": "INT_8"}}, "int8", None),
+        ({"unet": {"weight_dtype": "FLOAT_8"}}, "int8", "unet.weight_dtype = FLOAT_8: int8 takes its place"),
+        (
+            {"unet": {"weight_dtype": "INT_W8A8_COMPRESSED"}},
+            "int8",
+            "unet.weight_dtype = INT_W8A8_COMPRESSED: int8 takes its place",
+        ),
+        ({"unet": {"weight_dtype": "NONE"}, "weight_dtype": "NFLOAT_4"}, "nf4", None),  # of older versions
+        ({"unet": {"weight_dtype": "BFLOAT_16"}, "weight_dtype": "NFLOAT_4"}, None, None),
+        ({"vae": {"weight_dtype": "NFLOAT_4"}}, None, None),
+        ({"unet": {"weight_dtype": "INT_8"}, "training_method": "EMBEDDING"}, "int8", None),
+        ({"unet": {"weight_dtype": "INT_8"}, "training_method": "FINE_TUNE"}, None, None),  # where all weights learn
+    ],
+)
+def test_the_format_of_onetrainer_s_frozen_u_net(changes, ours, note, home):
+    training = of_onetrainer(home, **changes)
+    assert training.recipe.told.get("quantize") == ours
+    assert [each for each in training.notes if "weight_dtype" in each] == ([note] if note else [])
+
+
 def test_what_onetrainer_s_window_saves_and_has_no_counterpart_is_named_where_it_does_something(home):
     notes = of_onetrainer(home, huber_strength=0.5, timestep_distribution="SIGMOID", mse_strength=1.0).notes
     assert notes[2:] == (

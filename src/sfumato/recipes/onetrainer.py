@@ -21,6 +21,7 @@ _PROGRAMS = {"LORA": "lora", "EMBEDDING": "textual_inversion", "FINE_TUNE": "fin
 _BASES = re.compile(r"STABLE_DIFFUSION_(15|20|20_BASE|21|21_BASE|XL_10_BASE)")
 _TARGETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
 _FORMATS = {"FLOAT_32": "fp32", "TFLOAT_32": "fp32", "FLOAT_16": "fp16", "BFLOAT_16": "bf16"}
+_QUANTIZED = re.compile("NFLOAT_4|INT_8|FLOAT_8|(INT|FLOAT)_W8A8(_COMPRESSED)?")
 _SCHEDULES = {
     "CONSTANT": "constant", "LINEAR": "linear", "COSINE": "cosine", "COSINE_WITH_RESTARTS": "cosine_with_restarts",
     "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts",
@@ -91,6 +92,11 @@ def _of_base(asked: Asked, recipe: Recipe) -> None:
     recipe.say("base", asked.path("base_model_name"), "stable-diffusion-v1-5/stable-diffusion-v1-5")
     recipe.say("vae", asked.part("vae").path("model_name"))
     recipe.say("precision", _FORMATS.get(asked.text("train_dtype") or ""))
+    weights = unet.text("weight_dtype", "NONE") or "NONE"
+    if weights == "NONE":  # as older versions have it for all parts
+        weights = asked.text("weight_dtype") or ""
+    if recipe.program != "finetune" and _QUANTIZED.fullmatch(weights):
+        shared.quantize(recipe, "unet.weight_dtype", {"NFLOAT_4": "nf4", "INT_8": "int8"}.get(weights, weights))
     recipe.say("attention", "xformers" if asked.text("attention_mechanism") == "XFORMERS" else None)
     checkpointed = unet.get(
         "gradient_checkpointing", asked.get("gradient_checkpointing")
