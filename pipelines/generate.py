@@ -196,7 +196,10 @@ def _hires(config: Config) -> Hires | None:
     if config.image is not None:
         raise ConfigError("--hires and --image do not go together: --image is enlarged by a larger --size.")
     strength = Hires.strength if config.hires_strength is None else config.hires_strength
-    return Hires(config.hires, strength, config.hires_steps)
+    try:
+        return Hires(config.hires, strength, config.hires_steps)
+    except ConfigError as error:  # which names scale, strength or steps
+        raise ConfigError(f"--hires-{error}".replace("--hires-scale", "--hires")) from None
 
 
 def _prompts(config: Config) -> list[str]:

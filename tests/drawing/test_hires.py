@@ -152,13 +152,13 @@ def test_what_cannot_be_enlarged_is_refused_before_anything_is_drawn(pocket, mon
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((1,), "hires 1: wanted above 1 and at most 8"),
-        ((8.5,), "hires 8.5"),
-        (("2",), "hires '2'"),
-        ((2, 0), "hires strength 0: wanted above 0"),
-        ((2, 1.1), "hires strength 1.1"),
-        ((2, 0.5, 0), "hires steps 0: wanted a whole number"),
-        ((2, 0.5, 2.5), "hires steps 2.5"),
+        ((1,), "scale 1: wanted above 1 and at most 8"),
+        ((8.5,), "scale 8.5"),
+        (("2",), "scale '2'"),
+        ((2, 0), "strength 0: wanted above 0"),
+        ((2, 1.1), "strength 1.1"),
+        ((2, 0.5, 0), "steps 0: wanted a whole number"),
+        ((2, 0.5, 2.5), "steps 2.5"),
     ],
 )
 def test_a_second_pass_of_other_settings_is_refused(values, message):

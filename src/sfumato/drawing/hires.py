@@ -31,11 +31,11 @@ class Hires:
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, Real) or not 1 < self.scale <= _LARGEST_SCALE:
-            raise ConfigError(f"hires {self.scale!r:.40}: wanted above 1 and at most {_LARGEST_SCALE}; 2 is usual.")
+            raise ConfigError(f"scale {self.scale!r:.40}: wanted above 1 and at most {_LARGEST_SCALE}; 2 is usual.")
         if not isinstance(self.strength, Real) or not 0 < self.strength <= 1:
-            raise ConfigError(f"hires strength {self.strength!r:.40}: wanted above 0 and at most 1; 0.4 is usual.")
+            raise ConfigError(f"strength {self.strength!r:.40}: wanted above 0 and at most 1; 0.4 is usual.")
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
-            raise ConfigError(f"hires steps {self.steps!r:.40}: wanted a whole number, at least 1.")
+            raise ConfigError(f"steps {self.steps!r:.40}: wanted a whole number, at least 1.")
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in pixels after the second pass, multiples of 8."""
