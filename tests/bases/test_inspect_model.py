@@ -42,7 +42,7 @@ def test_what_a_checkpoint_says_and_lacks_is_shown(sdxl, tmp_path):
     save_file({name: tensor.half() for name, tensor in unet.items()} | {first: wide}, tmp_path / "b.safetensors")
     shown = render(inspect_model(tmp_path / "b.safetensors")).splitlines()
     assert shown[1:4] == [
-        "kind       a whole model, a checkpoint, which fills in masks (9 channels)",
+        "kind       a whole model, a checkpoint, which inpaints (9 channels)",
         "family     unknown",
         "predicts   not said, so epsilon is taken",
     ]

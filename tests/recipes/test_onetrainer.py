@@ -43,6 +43,23 @@ def of_onetrainer(home, **changes):
     return convert(home / "one.json", home / "mine-images.toml")
 
 
+@pytest.mark.parametrize("kind", ["15", "20", "XL_10_BASE"])
+def test_an_inpainting_model_hides_what_masks_do_not_show(kind, home):
+    kind = f"STABLE_DIFFUSION_{kind}_INPAINTING"
+    plain = of_onetrainer(home, model_type=kind)
+    assert "inpaint_whole_share" not in plain.recipe.told
+    assert any(
+        note.startswith(f"model_type = {kind}: a random part of most samples is hidden;") for note in plain.notes
+    )
+    masked = of_onetrainer(home, model_type=kind, masked_training=True)
+    assert masked.recipe.told["inpaint_whole_share"] == 0.1
+    asked = of_onetrainer(home, model_type=kind, masked_training=True, unmasked_probability=0.3)
+    assert asked.recipe.told["inpaint_whole_share"] == 0.3
+    assert any(note.startswith(f"model_type = {kind}: in half of the samples a random part") for note in asked.notes)
+    ordinary = of_onetrainer(home, masked_training=True, unmasked_probability=0.3)
+    assert "inpaint_whole_share" not in ordinary.recipe.told
+
+
 def test_a_lora_of_onetrainer(home):
     training = of_onetrainer(home)
     told, usual = training.recipe.told, training.recipe.usual
@@ -123,7 +140,8 @@ def test_what_onetrainer_s_window_saves_and_has_no_counterpart_is_named_where_it
         "timestep_distribution = SIGMOID: has no counterpart here and is left out",
     )
     for changes, said in (
-        ({"model_type": "FLUX_DEV_1"}, "model_type is FLUX_DEV_1; wanted SD 1.5, 2.x or SDXL, without inpainting."),
+        ({"model_type": "FLUX_DEV_1"}, "model_type is FLUX_DEV_1; wanted SD 1.5, 2.x or SDXL."),
+        ({"model_type": "STABLE_DIFFUSION_20_DEPTH"}, "model_type is STABLE_DIFFUSION_20_DEPTH; wanted SD 1.5, 2.x or SDXL."),
         ({"training_method": "FINE_TUNE_VAE"}, "training_method is FINE_TUNE_VAE; wanted LORA, EMBEDDING, FINE_TUNE."),
         ({"peft_type": "HRA"}, "peft_type HRA has no counterpart; LORA, LOHA, LOKR and OFT_2 have."),
         ({"unet": {"train": False}}, "its U-Net does not learn (unet.train), which `lora` always does."),

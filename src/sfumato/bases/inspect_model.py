@@ -124,7 +124,7 @@ def render(model: ModelInspection) -> str:
     predicts = model.prediction_type or (
         "not said; name it with --prediction-type" if model.family == "sd2" else "not said, so epsilon is taken"
     )
-    what = {8: ", which edits images (8 channels)", 9: ", which fills in masks (9 channels)"}
+    what = {8: ", which edits images (8 channels)", 9: ", which inpaints (9 channels)"}
     rows = [
         ("file", f"{plain(model.file)}, {model.bytes / 1e6:.2f} MB"),
         ("kind", model.kind + what.get(model.channels or 0, "")),

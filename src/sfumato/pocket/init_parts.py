@@ -65,6 +65,8 @@ def _refuse_strangers(base: Base, scheduler: DPMSolverMultistepScheduler, named:
         why = f"a base that predicts {base.prediction_type}, which its weights would have to forget"
     elif not torch.allclose(base.alpha_bar.cpu(), scheduler.alphas_cumprod, atol=1e-4):
         why = "a base with another noise schedule"
+    elif base.inpaints:
+        why = "an inpainting model"
     else:
         return
     raise BaseModelError(

@@ -18,7 +18,8 @@ from sfumato.recipes.asked import Asked, Recipe
 from sfumato.text_files import decode
 
 _PROGRAMS = {"LORA": "lora", "EMBEDDING": "textual_inversion", "FINE_TUNE": "finetune"}
-_BASES = re.compile(r"STABLE_DIFFUSION_(15|20|20_BASE|21|21_BASE|XL_10_BASE)")
+_INPAINTING = "_INPAINTING"
+_BASES = re.compile(rf"STABLE_DIFFUSION_(20_BASE|21|21_BASE|(15|20|XL_10_BASE)({_INPAINTING})?)")
 _TARGETS = {"full": "everything", "attn-mlp": "transformers", "attn-only": "attention"}
 _FORMATS = {"FLOAT_32": "fp32", "TFLOAT_32": "fp32", "FLOAT_16": "fp16", "BFLOAT_16": "bf16"}
 _QUANTIZED = re.compile("NFLOAT_4|INT_8|FLOAT_8|(INT|FLOAT)_W8A8(_COMPRESSED)?")
@@ -61,7 +62,7 @@ def convert(asked: Asked) -> Recipe:
     method = asked.text("training_method", "FINE_TUNE") or ""
     kind = asked.text("model_type", "STABLE_DIFFUSION_15") or ""
     if not _BASES.fullmatch(kind):
-        raise ConfigError(f"{asked.name}: model_type is {kind:.40}; wanted SD 1.5, 2.x or SDXL, without inpainting.")
+        raise ConfigError(f"{asked.name}: model_type is {kind:.40}; wanted SD 1.5, 2.x or SDXL.")
     if method not in _PROGRAMS:
         raise ConfigError(f"{asked.name}: training_method is {method:.40}; wanted {', '.join(_PROGRAMS)}.")
     recipe = Recipe(_PROGRAMS[method])
@@ -71,12 +72,14 @@ def convert(asked: Asked) -> Recipe:
     _steps(asked, recipe)
     _loss(asked, recipe)
     _told_while_it_runs(asked, recipe)
+    if kind.endswith(_INPAINTING):
+        _holes(asked, recipe)
     recipe.notes += [
         f"{key} = {values[key]}: has no counterpart here and is left out"
         for key, neutral in _NEUTRAL.items()
         if key in values and values[key] not in (neutral, None)
         if key.split("_")[0] not in {"lokr", "oft"} - {recipe.told.get("algo")}
-        if kind.endswith("XL_10_BASE") or key != "text_encoder_2_layer_skip"
+        if "_XL_" in kind or key != "text_encoder_2_layer_skip"
     ]
     return recipe
 
@@ -172,7 +175,7 @@ def _rates(asked: Asked, recipe: Recipe) -> None:
     """Those of the U-Net and of the text encoders, which learn unless they are told not to."""
     rate = asked.number("learning_rate")
     recipe.say("learning_rate", asked.part("unet").number("learning_rate", rate), 3e-6)
-    is_xl = (asked.text("model_type") or "").endswith("XL_10_BASE")
+    is_xl = "_XL_" in (asked.text("model_type") or "")
     encoders = [asked.part(name) for name in ("text_encoder", *(("text_encoder_2",) if is_xl else ()))]
     learn = [each for each in encoders if each.get("train", True)]
     if not learn:
@@ -281,6 +284,20 @@ def _loss(asked: Asked, recipe: Recipe) -> None:
     if asked.flag("masked_training"):
         recipe.notes.append(
             "masked_training: what a mask leaves out is not learned at all (unmasked_weight, unmasked_probability)"
+        )
+
+
+def _holes(asked: Asked, recipe: Recipe) -> None:
+    """What is hidden of an inpainting model's samples."""
+    kind = asked.text("model_type")
+    if asked.flag("masked_training"):
+        recipe.say("inpaint_whole_share", asked.number("unmasked_probability", 0.1))
+        recipe.notes.append(
+            f"model_type = {kind}: in half of the samples a random part is hidden, not what a mask shows"
+        )
+    else:
+        recipe.notes.append(
+            f"model_type = {kind}: a random part of most samples is hidden; --inpaint-whole-share 1 hides all, as there"
         )
 
 

@@ -63,7 +63,7 @@ _TRAINING_ELSEWHERE = {
     "resolution": "--resolution",
     "batch_size": "--batch",
     "aspect_ratio_bucketing": "buckets are always on",
-    "custom_conditioning_image": "there is no inpainting to be learned",
+    "custom_conditioning_image": "an inpainting model sees what is left of the image itself",
     "unmasked_weight": "nothing is learned outside of a mask",
     "unmasked_probability": "masks hold for each sample",
 }
