@@ -112,6 +112,7 @@ WRONG_USE = [
     ("train lora", train("--output", "text.txt"), "text.txt"),
     ("train lora", train("--output", "text.txt/run"), "text.txt"),
     ("train lora", train("--sample-prompts", "none.txt"), "--sample-prompts none.txt: there is no such file; name"),
+    ("train lora", train("--init-from", "https://a.b/c.safetensors"), "https://a.b/c.safetensors: this is a web"),
     ("train lora", train("--resume"), "run"),
     ("train lora", train("--resume", "--overwrite"), "--resume and --overwrite"),
     ("train lora", train("--steps", "0"), "--steps is 0"),

@@ -12,15 +12,33 @@ SfumatoError
 
 import difflib
 import importlib.metadata
+import re
 import sys
 import traceback
 from collections.abc import Collection
+from typing import Literal
 
 
 def nearest(name: str, known: Collection[str]) -> str:
     """The end of an error message about an unknown name: the most similar name of `known`, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+
+
+def about_address(text: str, *, of_hub: Literal["nothing", "repositories", "files"] = "nothing") -> str:
+    """The error message about a web address where a file or folder is wanted; empty for any other text.
+
+    of_hub: what can be named there as the hub calls it: owner/name, or owner/name/file.safetensors, too.
+    """
+    found = re.match(r"(https?):[\\/]+(.+)", text, re.DOTALL)  # a Path has one slash of two
+    if found is None:
+        return ""
+    said = f"{found[1]}://{found[2]:.100}: this is a web address."
+    repository, file = r"[\w.-]+/[\w.-]+", r"[\w./ ()+-]+\.safetensors"
+    hub = re.match(rf"(?:huggingface|hf)\.co/(?!datasets/|spaces/)({repository})(?:/\w+/[^/]+/({file}))?", found[2])
+    if hub is None or of_hub == "nothing" or (hub[2] and of_hub == "repositories"):
+        return f"{said} Download the file first, and give its name on this machine."
+    return f"{said} Give {'/'.join(filter(None, hub.groups()))} instead; the hub's files are fetched by such names."
 
 
 _MEMORY_IS_FULL = (

@@ -1,6 +1,7 @@
 """Adapters, new words and whole models by the name that they have on the hub."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +148,32 @@ def test_what_is_not_there_is_told(files, name, message, monkeypatch, tmp_path):
     with pytest.raises(BaseModelError) as told:
         parse_adapter(name)
     assert message in str(told.value)
+
+
+HUB, ELSEWHERE = "https://huggingface.co/owner/line", "https://civitai.com/api/download/models/1?type=Model"
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (HUB, "Give owner/line instead"),
+        (f"{HUB}/tree/main", "Give owner/line instead"),
+        (f"{HUB}/blob/main/a/b.safetensors", "Give owner/line/a/b.safetensors instead"),
+        (f"{HUB}/resolve/main/b.safetensors?download=true", "Give owner/line/b.safetensors instead"),
+        ("https://huggingface.co/datasets/owner", "Download the file first"),
+        (ELSEWHERE, "Download the file first"),
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "crab={}", "{}:0.8"])
+def test_a_web_address_is_told_by_what_to_give_instead(given, advice, form):
+    for read in (parse_adapter, parse_embedding):
+        with pytest.raises(SfumatoError) as told:
+            read(form.format(given))
+        assert f"{given}" in str(told.value)
+        assert f": this is a web address. {advice}" in str(told.value)
+    with pytest.raises(SfumatoError) as told:
+        read_header(Path(given))
+    assert str(told.value).startswith(f"{given}: this is a web address. Download the file first")
 
 
 def test_a_folder_that_is_here_is_meant_before_the_hub(tmp_path):

@@ -79,6 +79,14 @@ def test_a_name_that_is_nothing(tmp_path):
     assert "there is no such folder or file" in refusal("pockett")
 
 
+def test_a_web_address():
+    said = "this is a web address. Give owner/name instead; the hub's files are fetched by such names."
+    assert refusal("https://huggingface.co/owner/name") == f"https://huggingface.co/owner/name: {said}"
+    for address in ("https://huggingface.co/owner/name/blob/main/a.safetensors", "http://localhost/a.safetensors"):
+        said = "this is a web address. Download the file first, and give its name on this machine."
+        assert refusal(address) == f"{address}: {said}"
+
+
 def test_a_hub_id_without_network(tmp_path, monkeypatch):
     message = refusal("nobody/nothing")
     assert "not in the hub's local cache" in message

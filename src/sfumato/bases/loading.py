@@ -21,7 +21,7 @@ from sfumato.bases.noise_schedule import PREDICTION_TYPES, alpha_bar, base_sched
 from sfumato.bases.recognise import SD2_EPSILON_SIZE, family_of_names
 from sfumato.bases.vocabulary import clip_tokenizer
 from sfumato.bases.weights import LazyModel, text_skeleton, unet_skeleton, vae_skeleton
-from sfumato.errors import BaseModelError
+from sfumato.errors import BaseModelError, about_address
 from sfumato.files.header import read_header
 from sfumato.limits import MOST_CHUNKS
 from sfumato.precision import Part, Precision, decide
@@ -175,6 +175,8 @@ def find(source: str | os.PathLike[str], fetch: Callable[[str], Path] = hub_fold
         what = "nothing" if source == "" else f"a {type(source).__name__}"
         raise BaseModelError(f"a base or VAE is named by a text, such as pocket, a folder or a hub id; got {what}.")
     text = os.fspath(source)
+    if said := about_address(text, of_hub="repositories"):
+        raise BaseModelError(said)
     if text == "pocket":
         return _pocket_folder(), "pocket"
     path = Path(text).expanduser()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sfumato.config import at_home
 from sfumato.drawing.adapter_lookup import find_adapter
-from sfumato.errors import AdapterError, ConfigError
+from sfumato.errors import AdapterError, ConfigError, about_address
 from sfumato.files.header import read_header
 from sfumato.files.peft_folder import folders_in
 from sfumato.limits import checked_adapter_guidance
@@ -42,6 +42,7 @@ def parse_adapter(spec: str, *, weight: Weight = 1.0) -> Adapter:
     The weights are what follows the last colons, so that a file's name may have some (C:\\line.safetensors:0.8). A file
     of the hub, owner/name or owner/name/file.safetensors, is fetched first.
     """
+    _refuse_address(spec)
     splits: list[tuple[str, list[float]]] = [(at_home(spec), [])]
     while len(splits) < 3 and (found := re.fullmatch(r"(.+):([^:]+)", splits[-1][0], re.DOTALL)):
         try:
@@ -79,6 +80,7 @@ def parse_embedding(spec: str) -> tuple[str | None, Path]:
 
     One of the hub is fetched first.
     """
+    _refuse_address(spec)
     token, path = _token_and_path(spec)
     if path == Path():
         raise ConfigError(f"{spec!r} names no file; wanted FILE or TOKEN=FILE, a new word (--embedding).")
@@ -88,6 +90,12 @@ def parse_embedding(spec: str) -> tuple[str | None, Path]:
         path = hub_file(path.as_posix(), WORD)
     read_header(path)
     return token or None, path
+
+
+def _refuse_address(spec: str) -> None:
+    """Raises ConfigError for a web address, perhaps after NAME=."""
+    if said := about_address(spec, of_hub="files") or about_address(spec.partition("=")[2], of_hub="files"):
+        raise ConfigError(said)
 
 
 def public_embedding(spec: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from sfumato.errors import FileError
+from sfumato.errors import FileError, about_address
 from sfumato.files.sniff import HEAD_BYTES, foreign
 
 HEADER_LIMIT = 8_000_000
@@ -128,7 +128,7 @@ def _open(path: Path) -> BinaryIO:
         there, whole = _neighbours(path), f"{path.name}.safetensors"
         near = [whole] if whole in there else difflib.get_close_matches(path.name, there, n=1)
         hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the name and the folder."
-        raise FileError(f"{path}: there is no such file. {hint}") from None
+        raise FileError(about_address(str(path)) or f"{path}: there is no such file. {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(f"{path.name!r}: the file cannot be read ({reason}). Check its name and permissions.") from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sfumato import shell
 from sfumato.command_line.pictures import checked_flags
 from sfumato.data.options import Options
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, about_address
 from sfumato.files.metadata import moment
 from sfumato.limits import checked_seed
 from sfumato.prompts.tags import refuse_tags, split_flags
@@ -245,6 +245,8 @@ def _check_repository(name: str) -> None:
 def refuse_missing(init_from: Path) -> None:
     """Raise ConfigError if the adapter to start from does not exist."""
     if not init_from.exists():
+        if said := about_address(str(init_from)):
+            raise ConfigError(f"--init-from {said}")
         raise ConfigError(f"--init-from {init_from}: there is no such file; name the adapter to begin with.")
 
 
