@@ -1,6 +1,7 @@
 """Training on inpainting models: samples with holes, every trainer, and a model made one."""
 
 import json
+import re
 
 import diffusers
 import numpy as np
@@ -159,6 +160,10 @@ def test_an_adapter_draws_in_diffusers_inpainting_pipeline_as_here(inpainting_fo
     words = write_words(inpainting_folder, pictures, tmp_path / "run", "--learning-rate", "0.1", "--seed", 1)
     assert cli.main(["train", "lora", *words]) == 0
     file = tmp_path / "run/run.safetensors"
+    card = (tmp_path / "run/README.md").read_text()
+    assert re.search(
+        r"# image, mask: PIL images.*\n.*\nimage = pipe\('.*', image=image, mask_image=mask, num_inf", card
+    )
     image, mask = Image.new("RGB", (SIDE, SIDE), "white"), Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(mask).rectangle((16, 16, 47, 47), fill=255)
     told = {"num_inference_steps": 3, "strength": 1.0, "width": SIDE, "height": SIDE}
@@ -221,11 +226,16 @@ def test_a_base_that_is_made_one_predicts_as_before_until_it_has_learned(pocket_
         make_inpainting(base)
 
 
-def test_finetune_makes_an_inpainting_model(pocket_folder, pictures, tmp_path):
+def test_finetune_makes_an_inpainting_model(pocket_folder, pictures, tmp_path, monkeypatch):
     words = write_words(pocket_folder, pictures, tmp_path / "run", "--inpainting", "--learning-rate", "1e-3")
     assert cli.main(["train", "finetune", *words]) == 0
     folder = tmp_path / "run/run"
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    (card,) = re.findall(r"```python\n(.*?)```", (tmp_path / "run/README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path / "run")
+    told = {"image": Image.new("RGB", (SIDE, SIDE)), "mask": Image.new("L", (SIDE, SIDE), "white")}
+    exec(compile(card, "README.md", "exec"), told)
+    assert difference(told["image"], Image.new("RGB", (SIDE, SIDE))) > 10
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     assert pipe.unet.config.in_channels == 9
     assert (pipe.unet.conv_in.weight[:, 4:].abs().amax((0, 2, 3)) > 1e-4).all()

@@ -10,6 +10,7 @@ from sfumato import load_base
 from sfumato.errors import BaseModelError, ConfigError, DataError
 from sfumato.pocket.init_parts import fp32_on, learning_parts
 from sfumato.pocket.parts import build_vae
+from sfumato.training.full import make_inpainting, write_folder
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
 
@@ -142,3 +143,11 @@ def test_a_base_of_another_noise_schedule_does_not_go_on(pocket_folder):
         BaseModelError, match=f"--init {pocket_folder}: a base with another noise schedule. Name a base"
     ):
         learning_parts(str(pocket_folder), "cpu", other, option="--init")
+
+
+def test_an_inpainting_model_does_not_go_on(pocket_folder, tmp_path):
+    base = load_base(pocket_folder, precision=CPU)
+    make_inpainting(base)
+    folder = write_folder(base, tmp_path / "inpainting", torch.float32)
+    with pytest.raises(BaseModelError, match=f"--base {folder}: an inpainting model. Name a base that pretrain made"):
+        learning_parts(str(folder), "cpu", base.scheduler)

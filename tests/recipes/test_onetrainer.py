@@ -141,7 +141,10 @@ def test_what_onetrainer_s_window_saves_and_has_no_counterpart_is_named_where_it
     )
     for changes, said in (
         ({"model_type": "FLUX_DEV_1"}, "model_type is FLUX_DEV_1; wanted SD 1.5, 2.x or SDXL."),
-        ({"model_type": "STABLE_DIFFUSION_20_DEPTH"}, "model_type is STABLE_DIFFUSION_20_DEPTH; wanted SD 1.5, 2.x or SDXL."),
+        (
+            {"model_type": "STABLE_DIFFUSION_20_DEPTH"},
+            "model_type is STABLE_DIFFUSION_20_DEPTH; wanted SD 1.5, 2.x or SDXL.",
+        ),
         ({"training_method": "FINE_TUNE_VAE"}, "training_method is FINE_TUNE_VAE; wanted LORA, EMBEDDING, FINE_TUNE."),
         ({"peft_type": "HRA"}, "peft_type HRA has no counterpart; LORA, LOHA, LOKR and OFT_2 have."),
         ({"unet": {"train": False}}, "its U-Net does not learn (unet.train), which `lora` always does."),

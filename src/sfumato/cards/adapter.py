@@ -145,8 +145,16 @@ def pipeline_lines(about: Description) -> str:
     if about.base == "pocket":
         return 'from sfumato import load_base\n\npipe = load_base("pocket").pipeline()\n'
     if _is_on_hub(about):
-        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{about.base}")\n'
-    return f"# pipe: a diffusers pipeline of {about.base}\n"
+        kind = "AutoPipelineForInpainting" if about.inpaints else "DiffusionPipeline"
+        made = f'from diffusers import {kind}\n\npipe = {kind}.from_pretrained("{about.base}")\n'
+    else:
+        made = f"# pipe: a diffusers pipeline of {about.base}\n"
+    return made + inputs_line(about)
+
+
+def inputs_line(about: Description) -> str:
+    """A line on what an inpainting model's pipeline is called with."""
+    return "# image, mask: PIL images of one size; what is white in the mask is drawn\n" if about.inpaints else ""
 
 
 def _is_bundled(about: Description) -> bool:
@@ -187,6 +195,7 @@ def call_options(about: Description, prompt: str = "") -> str:
     on pocket the steps and the guidance, of which diffusers takes too much by itself."""
     negative, skipped = negative_for(prompt, about.negatives), (about.config or {}).get("clip_skip")
     given: dict[str, Any] = {"negative_prompt": repr(negative)} if negative else {}
+    given |= {"image": "image", "mask_image": "mask"} if about.inpaints else {}
     given |= dict(zip(("width", "height"), about.drawn_at or (), strict=False))
     given |= {"clip_skip": skipped} if skipped else {}
     if about.sampling is not None:

@@ -12,6 +12,7 @@ from sfumato.cards.adapter import (
     code,
     example_of,
     generate_line,
+    inputs_line,
     most_telling_prompt,
     opening,
     readers,
@@ -78,7 +79,7 @@ def _use_folder(made: Path, example: str, about: Description) -> str:
 
 ```python
 {before}pipe = DiffusionPipeline.from_pretrained("{made.name}"{dtype})
-image = pipe({example!r}{call_options(about)}).images[0]
+{inputs_line(about)}image = pipe({example!r}{call_options(about)}).images[0]
 ```
 
 With sfumato: {code(generate_line(example, made.name, about, "clip_skip", "max_tokens"))}

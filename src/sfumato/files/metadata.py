@@ -67,7 +67,8 @@ class Description:
     prompts that contain it and more, see `sfumato.prompts.negative`. sampling: what it is distilled for; the user's own
     settings come before it. word_files: for each new word that was learned
     with it, the name of the word's own file. clip_skip: as for `load_base`; None if it was not set. timesteps: (first,
-    the one to stop before) that were trained; None: all.
+    the one to stop before) that were trained; None: all. inpaints: whether the base is an inpainting model, which the
+    model card states.
     """
 
     title: str
@@ -97,6 +98,7 @@ class Description:
     word_files: Mapping[str, str] = field(default_factory=dict)
     clip_skip: int | None = None
     timesteps: tuple[int, int] | None = None
+    inpaints: bool = False
     parents: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 

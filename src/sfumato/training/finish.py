@@ -58,6 +58,7 @@ def describe_run(config: TrainingOptions, base: Base, dataset: Dataset, samples:
         clip_skip=config.clip_skip,
         timesteps=None if learned == range(len(base.alpha_bar)) else (learned.start, learned.stop),
         dataset_sha256=dataset.fingerprint,
+        inpaints=base.inpaints,
     )
     return dataclasses.replace(description, **more)
 
