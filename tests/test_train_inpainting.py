@@ -2,6 +2,8 @@
 
 import json
 import re
+from contextlib import nullcontext
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -12,14 +14,18 @@ from torch.testing import assert_close
 
 from bench.runs_resume import CASES, command, make_inputs, results, run
 from sfumato import Adapter, cli, compose, data, diffusion
-from sfumato.bases import load_base
+from sfumato.bases import Base, load_base
+from sfumato.data import planning
 from sfumato.data.holes import Holes
+from sfumato.data.options import Options
+from sfumato.data.planning import Plan
 from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import ConfigError
 from sfumato.forecast import Setting, Training, drawing_memory, shapes_of, step_memory
 from sfumato.precision.__init__ import forecast_precision
 from sfumato.runs.micro_batch import MicroBatch
 from sfumato.training.full import make_inpainting, write_folder
+from sfumato.training.lcm import Distillation
 from sfumato.training.metrics import Metrics
 from sfumato.training.noising import draw_noised, per_sample_losses
 from tests.pixels import difference
@@ -108,6 +114,16 @@ def test_a_cache_keeps_the_pixels_and_is_not_that_of_other_bases(base, pocket_fo
     assert len(list((tmp_path / "latents").rglob("*.safetensors"))) == 2 * len(dataset)
 
 
+def test_other_bases_find_in_a_cache_what_was_there_before(monkeypatch):
+    """The names of their entries do not tell that no pixels are kept, which was so when none were."""
+    monkeypatch.setattr(planning, "key_of", lambda **told: told)
+    example = data.Example(Path("a.png"), "a", options=Options(resolution=SIDE))
+    plain, keeping = (Plan({SIDE: [(SIDE, SIDE)]}, 8, False, "", "", keeps_pixels=kept) for kept in (False, True))
+    keys = [planning.latents_key(example, ["digest"], plan) for plan in (plain, keeping)]
+    assert keys[0] | {"keeps_pixels": True} == keys[1]
+    assert "keeps_pixels" not in keys[0]
+
+
 def test_random_crops_are_hidden_where_they_are(base, pictures, tmp_path, monkeypatch):
     Image.open(pictures / "red-square.png").resize((100, 60)).save(tmp_path / "wide.png")
     early = prepared(base, tmp_path, crop="random", buckets=False)
@@ -133,9 +149,33 @@ def test_the_loss_is_that_of_the_unet_on_what_diffusers_scripts_give_it(base, da
     assert_close(ours, (prediction - wanted).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
-def test_fit_is_measured_with_holes_and_drift_by_the_prompt_alone(base, dataset):
+@pytest.fixture
+def told(monkeypatch):
+    """What each call of a base was told of the pictures."""
+    predict, told = Base.predict, []
+
+    def listening(self, latents, timesteps, text, added=None, known=None):
+        told.append(known)
+        return predict(self, latents, timesteps, text, added, known)
+
+    monkeypatch.setattr(Base, "predict", listening)
+    return told
+
+
+def test_a_distillation_shows_teacher_and_student_the_same(base, dataset, told):
+    distillation = Distillation(base, dataset, guidance=2.0, solver_steps=50, pristine=nullcontext)
+    noisy = distillation.draw(0, MicroBatch(0, 4, 0, 4))
+    with torch.no_grad():
+        distillation.errors(noisy)
+    assert len(told) == 4  # the teacher with and without the prompt, and the student at both ends
+    assert all(torch.equal(known, noisy.batch.known) for known in told)
+
+
+def test_fit_is_measured_with_holes_and_drift_by_the_prompt_alone(base, dataset, told):
     metrics = Metrics(base, dataset, {"drift": ["a cat"]})
+    assert told == [None]
     fit = metrics.fit()
+    assert 0 < told[-1][:, :1].mean() < 1
     assert fit == Metrics(base, dataset, {}).fit()
     layer = base.unet.conv_in.weight
     before = layer.data.clone()
@@ -145,8 +185,6 @@ def test_fit_is_measured_with_holes_and_drift_by_the_prompt_alone(base, dataset)
     finally:
         layer.data = before
     assert changed[0] != fit
-    known = [batch.known for batch, _, _ in metrics._learned]
-    assert all(0 < each[:, :1].mean() < 1 for each in known)
     assert metrics.drift() == 0
 
 

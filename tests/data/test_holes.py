@@ -45,4 +45,5 @@ def test_in_half_of_them_a_mask_of_its_own_is_what_is_hidden():
     wanted[:, 12:28, 20:36] = 1
     count = sum(torch.equal(hole, wanted) for hole in drawn(own=own, whole_share=0.0))
     assert 160 < count < 240
+    assert 60 < sum(torch.equal(hole, wanted) for hole in drawn(own=own, whole_share=0.5)) < 140
     assert sum(torch.equal(hole, wanted) for hole in drawn(own=own, whole_share=1.0)) == 0
