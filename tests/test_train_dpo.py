@@ -16,12 +16,13 @@ from bench.runs_resume import run as run_apart
 from sfumato import cli, data, diffusion, randomness
 from sfumato.adapters import attach, target_layers
 from sfumato.bases import load_base
-from sfumato.data import ExampleSet
+from sfumato.data import ExampleSet, preparing
 from sfumato.files import Description, Sampling, describe, read_header, read_lora, read_tensors
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of, sampling_of, trigger_words
 from sfumato.precision import decide
 from sfumato.training import sampling
 from tests.logged import log_beside
+from tests.runs.said import lines
 from tests.test_train_slider import assert_equal, assert_near
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -173,6 +174,14 @@ def test_each_kind_begins_with_nothing_learned_and_so_does_one_that_goes_on(kind
     assert log_beside(again)[0]["fit"] == pytest.approx(1.0)
     assert log_beside(again)[0]["drift"] == 0
     assert log_beside(again)[-1]["fit"] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_pairs_that_come_in_no_step_are_told_once_and_captions_embedded_once(train, monkeypatch, capsys):
+    embedded, own = [], preparing.CaptionEmbeddings
+    monkeypatch.setattr(preparing, "CaptionEmbeddings", lambda *given: embedded.append(given) or own(*given))
+    train("run", "--steps", "1")
+    assert len(embedded) == 1
+    assert len([line for line in lines(capsys) if "come in none" in line]) == 1
 
 
 def test_it_learns_to_tell_them_apart(train):

@@ -20,6 +20,7 @@ from sfumato.precision import decide
 from sfumato.training.slider import drawn_images, ends_of, prompt_counts
 from sfumato.training.subject import with_caption
 from tests.logged import log_beside
+from tests.runs.said import lines
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -179,6 +180,11 @@ def change_of(path, base, weight):
         for name, weights in kept.items():
             base.unet.get_submodule(name).weight.copy_(weights)
     return (after - before).flatten()
+
+
+def test_pairs_that_come_in_no_step_are_told_once(train, pairs, capsys):
+    train("run", pairs, "--steps", "1")
+    assert len([line for line in lines(capsys) if "come in none" in line]) == 1
 
 
 @pytest.mark.slow

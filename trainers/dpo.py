@@ -103,6 +103,7 @@ def train(config: Config) -> Path:
     from sfumato.training.ema import Ema
     from sfumato.training.finish import finish_adapter
     from sfumato.training.init_from import Asked, begin_with
+    from sfumato.training.pairs import prepare_sets
     from sfumato.training.preferences import PreferenceMetrics, Preferences, Start, figures_of
     from sfumato.training.prior import BasePrediction
 
@@ -128,7 +129,7 @@ def train(config: Config) -> Path:
         will_draw=(config.seed, config.steps, global_batch),
         together=config.batch,
     )
-    preferred, rejected = (prepare(each) for each in pairs)
+    preferred, rejected = prepare_sets(pairs, prepare)
     run.say_notes(preferred, rejected)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)

@@ -119,6 +119,7 @@ def train(config: Config) -> Path:
     from sfumato.training.ema import Ema
     from sfumato.training.init_from import begin_with
     from sfumato.training.noising import per_sample_losses
+    from sfumato.training.pairs import prepare_sets
     from sfumato.training.prior import BasePrediction
     from sfumato.training.slider import WEIGHTS, SliderMetrics
     from sfumato.training.unrelated import unrelated_to
@@ -144,7 +145,7 @@ def train(config: Config) -> Path:
         will_draw=(config.seed, config.steps, global_batch),
         together=config.batch,
     )
-    sets = [prepare(each) for each in given or [draw_ends(config, base, ends, run, processes)]]
+    sets = prepare_sets(given or [draw_ends(config, base, ends, run, processes)], prepare)
     run.say_notes(*sets)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)

@@ -93,6 +93,10 @@ class Dataset:
         """Take the captions' embeddings from `texts` from now on."""
         self._texts = texts
 
+    def share_embeddings(self, other: Dataset) -> None:
+        """Take the captions' embeddings from where another data set takes them."""
+        self._texts = other._texts
+
     def order(self, seed: int, step: int, batch_size: int) -> list[int]:
         """The pictures of a step's global batch, those of a micro-batch of one size; see `sfumato.data.order.Order`."""
         key = (seed, batch_size)

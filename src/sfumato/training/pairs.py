@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from sfumato.errors import ConfigError, DataError
 from sfumato.numerals import pluralize, some
 
 if TYPE_CHECKING:
-    from sfumato.data import Example, ExampleSet
+    from sfumato.data import Dataset, Example, ExampleSet
 
 Pair = tuple["Example", "Example"]
 _STEPS = 100
@@ -61,6 +61,19 @@ def _as_sets(pairs: Sequence[Pair], more: ExampleSet, less: ExampleSet) -> tuple
         dataclasses.replace(more, examples=tuple(one for one, _ in pairs)),
         dataclasses.replace(less, examples=partners),
     )
+
+
+def prepare_sets(sets: Sequence[ExampleSet], prepare: Callable[..., Dataset]) -> list[Dataset]:
+    """The images, or both images of pairs, ready to be learned from. prepare: `prepare_as` of the options.
+
+    Partners come in the steps of the first images, with their captions: what is to be said of the steps is said once,
+    and the captions are embedded once.
+    """
+    found = [prepare(sets[0])]
+    for each in sets[1:]:
+        found.append(prepare(each, will_draw=None, embed_text=False))
+        found[-1].share_embeddings(found[0])
+    return found
 
 
 @dataclass(frozen=True)
