@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sfumato.errors import SfumatoError
     from sfumato.words import embedding
 
-__version__ = "0.26.0"
+__version__ = "0.27.0"
 __all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "draw", "embedding", "load_base"]
 
 _HOME = {
