@@ -338,8 +338,10 @@ def generate(config: Config) -> tuple[Path, ...]:
     from sfumato.drawing.start import taken_steps
 
     config = _with_asked_sampling(config, wanted)
+    start = _start(config)
     base = config.load_base()
-    start = _start(config, inpaints=base.inpaints)
+    if start is not None and start.mask is not None and base.inpaints and config.strength is None:
+        start = replace(start, strength=1.0)
     settings = _settings(config, wanted, start, base)
     in_full = [{**settings, **picture.overrides} for picture in wanted.pictures]
     scheduler = schedulers.scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
@@ -593,17 +595,16 @@ def _second(hires: Hires, first: Mapping[str, Any]) -> str:
     return f"{wide}x{high} in {pluralize(hires.taken_steps(first['steps']), 'step')} of strength {hires.strength:g}"
 
 
-def _start(config: Config, *, inpaints: bool) -> Start | None:
-    """The image to start from, read as training would read it, whatever its aspect ratio. inpaints: as of the base."""
+def _start(config: Config) -> Start | None:
+    """The image to start from, read as training would read it, whatever its aspect ratio."""
     if config.image is None:
         return None
     from sfumato.data import open_image
     from sfumato.data.images import open_mask
     from sfumato.drawing.pictures import Start
 
+    strength = Start.strength if config.strength is None else config.strength
     mask = None if config.mask is None else open_mask(config.mask, any_ratio=True)
-    usual = 1.0 if inpaints and mask is not None else Start.strength
-    strength = usual if config.strength is None else config.strength
     return Start(open_image(config.image, any_ratio=True), strength, mask)
 
 
