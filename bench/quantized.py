@@ -5,8 +5,8 @@
 Of the weights that are quantized the relative rounding error in each format, beside that of bf16 and of fp8 (e4m3
 without scales, as sd-scripts' fp8_base has it); of the predictions of the U-Net with each the relative change, over
 timesteps and prompts. Then the shipped recipe of a style is trained without and with each format, in one process: the
-loss at the end of the run, the fit and drift that it measures there, and the seconds of a step with their ratio to
-those of a step without. Prints JSON.
+loss at the end of the run, the fit and drift that it measures there, the same two of its adapter on the base as it is
+(`whole`), and the seconds of a step with their ratio to those of a step without. Prints JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -108,8 +108,8 @@ def _predictions(base: Base) -> Tensor:
     return torch.cat(found)
 
 
-def _trained(config: Config, *words: str) -> dict[str, float]:
-    """What the run's log says at its end, and the median seconds of a step."""
+def _trained(config: Config, *words: str) -> dict[str, Any]:
+    """What the run's log says at its end, the same on the base as it is, and the median seconds of a step."""
     at: list[float] = []
     done = Step.done
 
@@ -123,12 +123,21 @@ def _trained(config: Config, *words: str) -> dict[str, float]:
         options = parse(lora.Config, [str(_RECIPE), *told, "--steps", str(config.steps), *words], program="train lora")
         Step.done = timed  # type: ignore[assignment, method-assign]
         try:
-            lora.train(options)
+            adapter = lora.train(options)
         finally:
             Step.done = done  # type: ignore[method-assign]
-        figures = look_at(output).figures
+        # A step that learns nothing measures what is there.
+        still = {"init_from": adapter, "steps": 1, "learning_rate": 1e-12, "measure_every": 1, "quantize": None}
+        again = lora.train(replace(options, output=Path(folder) / "whole", **still)).parent
+        figures, whole = (
+            {name: round(value, 4) for name, value in look_at(run).figures.items()} for run in (output, again)
+        )
     steps_s = [later - earlier for earlier, later in pairwise(at)]
-    return {name: round(value, 4) for name, value in figures.items()} | {"step_s": round(median(steps_s), 3)}
+    return {
+        **figures,
+        "whole": {name: whole[name] for name in ("fit", "drift")},
+        "step_s": round(median(steps_s), 3),
+    }
 
 
 def main(argv: Sequence[str]) -> None:
