@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from torch.testing import assert_close
 
 from sfumato.bases import load_base
+from tests.pixels import picture_with_mask
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
 
 SIDE = 64
@@ -28,11 +28,7 @@ def base(pipe, family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture():
-    """A picture, and a mask that no cell of the latents is wholly in or out of at each edge."""
-    image, mask = Image.new("RGB", (SIDE, SIDE), "white"), Image.new("L", (SIDE, SIDE))
-    ImageDraw.Draw(image).ellipse((5, 9, 50, 60), fill="teal")
-    ImageDraw.Draw(mask).rectangle((13, 20, 45, 41), fill=255)
-    return image, mask
+    return picture_with_mask()
 
 
 def pixels_of(pipe, image):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from sfumato.bases import load_base
 from sfumato.drawing.hires import Hires
 from sfumato.drawing.pictures import Start, draw
-from tests.pixels import difference
+from tests.pixels import difference, picture_with_mask
 from tests.tiny import CPU, tiny_pipeline, write_folder
 
 SIDE = 64
@@ -21,10 +21,7 @@ def pipe(request):
 
 @pytest.fixture(scope="module")
 def picture():
-    image, mask = Image.new("RGB", (SIDE, SIDE), "white"), Image.new("L", (SIDE, SIDE))
-    ImageDraw.Draw(image).ellipse((5, 9, 50, 60), fill="teal")
-    ImageDraw.Draw(mask).rectangle((13, 20, 45, 41), fill=255)
-    return image, mask
+    return picture_with_mask()
 
 
 def theirs(pipe, image, mask, strength=1.0, steps=3):
