@@ -24,13 +24,13 @@ from bench.kept import kept_bytes
 from bench.real import check_least, print_report
 from sfumato import cli, data, load_base
 from sfumato.adapters import Kind, attach, target_layers
-from sfumato.bases import Base
 from sfumato.data import Dataset
+from sfumato.models import Base
 from sfumato.precision import decide
-from sfumato.precision.lean import save_activation_memory
-from sfumato.precision.products import quicken
-from sfumato.runs.micro_batch import MicroBatch
-from sfumato.training.noising import LossSettings, NoiseSettings, draw_noised, per_sample_losses
+from sfumato.precision.cpu_matmul import use_fast_matmul
+from sfumato.precision.layers import save_activation_memory
+from sfumato.runs.processes import MicroBatch
+from sfumato.training.loss.objective import LossSettings, NoiseSettings, draw_noised, per_sample_losses
 
 KINDS = {
     "lora": Kind(),
@@ -107,7 +107,7 @@ def measure(config: Config) -> dict[str, Any]:
     check_least(config, "rounds", "threads")
     torch.set_num_threads(config.threads)
     base = load_base(config.base, precision=decide("fp32", device="cpu"))
-    quicken(base.unet.requires_grad_(False))
+    use_fast_matmul(base.unet.requires_grad_(False))
     save_activation_memory(base.unet)
     dataset = data.prepare(data.read_folder(config.images, caption_template="{caption}"), base, resolution=64)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in KINDS}

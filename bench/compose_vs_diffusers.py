@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.compose import Adapter, compose
 from sfumato.files import read_lora, read_tensors, write_lora, write_tensors
-from sfumato.files.changes import LoraModule
+from sfumato.files.kinds import LoraModule
 
 RANK = 16
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -68,10 +68,10 @@ def build(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     import diffusers
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
-    from sfumato.bases.single_file import shipped
+    from sfumato.models.single_file import packaged_config
 
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(shipped(family, "unet/config.json"))
+        unet = diffusers.UNet2DConditionModel.from_config(packaged_config(family, "unet/config.json"))
     unet = unet.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     # One draw for all: the values do not matter, and drawing 2.6 billion takes minutes.

@@ -52,12 +52,12 @@ def step_times(config: Config) -> dict[str, float]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from sfumato.bases.loading import find
+    from sfumato.models.loading import find_base
 
     precision: Precision = decide(config.precision, device="cpu")
     torch.set_num_threads(config.threads)
     kind: Any = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[config.part]
-    model = kind.from_pretrained(find("pocket")[0], subfolder=config.part).float().train()
+    model = kind.from_pretrained(find_base("pocket")[0], subfolder=config.part).float().train()
     if config.side == "ours":
         precision.apply()
         precision.prepare_for_training(model)

@@ -43,11 +43,11 @@ def write_pictures(folder: Path, first: int, last: int) -> None:
 
 def measure(folder: Path, base: str) -> dict[str, Any]:
     """One check in this process."""
-    from sfumato.bases.needs import needs_of
-    from sfumato.data.report import check
+    from sfumato.data.checks.report import check
+    from sfumato.models.family import read_requirements
 
     began, processor = time.perf_counter(), time.process_time()
-    report = check(folder, needs_of(base))
+    report = check(folder, read_requirements(base))
     seconds, processor = time.perf_counter() - began, time.process_time() - processor
     kinds = [line.kind for line in report.lines]
     return {

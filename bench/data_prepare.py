@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), default=200)
     options = parser.parse_args()
 
-    from sfumato.bases import load_base
     from sfumato.data import prepare, read_folder
     from sfumato.data.buckets import bucket_sizes
-    from sfumato.data.planning import bucket_step
-    from sfumato.data.survey import survey
+    from sfumato.data.checks.survey import survey
+    from sfumato.data.preparation.planning import bucket_step
+    from sfumato.models import load_base
     from sfumato.precision import decide
 
     try:

@@ -28,9 +28,10 @@ from bench.judge_pictures import read_pictures
 from bench.pocket_runs import every_nth, images_of, judge_of, learn, places_of, shown
 from bench.real import print_report
 from bench.style_runs import to_image
-from sfumato import Adapter, cli, compose, randomness
-from sfumato.bases import Base, load_base
+from sfumato import Adapter, cli, compose
 from sfumato.errors import ConfigError
+from sfumato.models import Base, load_base
+from sfumato.utils import randomness
 
 INK = 0.08
 """How far from white a number of a pixel is that shows the thing."""

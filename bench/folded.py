@@ -1,4 +1,4 @@
-"""A LoRA's training step, each layer and its update as two products and as one (`sfumato.adapters.folded`).
+"""A LoRA's training step, each layer and its update as two products and as one (`sfumato.adapters.layers`).
 
     python -m bench.folded [--family sd1 --resolution 256 --targets cross-attention]
 
@@ -24,11 +24,11 @@ from bench.kept import kept_bytes
 from bench.real import print_report
 from sfumato import cli
 from sfumato.adapters import attach, target_layers
-from sfumato.bases.single_file import shipped
-from sfumato.bases.weights import unet_skeleton
 from sfumato.errors import ConfigError
-from sfumato.precision.lean import save_activation_memory
-from sfumato.precision.products import quicken
+from sfumato.models.single_file import packaged_config
+from sfumato.models.weights import unet_skeleton
+from sfumato.precision.cpu_matmul import use_fast_matmul
+from sfumato.precision.layers import save_activation_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Config:
 @contextmanager
 def two_products() -> Iterator[None]:
     """Within the block a layer and its update are computed apart."""
-    with mock.patch("sfumato.adapters.lora.folded", return_value=None):
+    with mock.patch("sfumato.adapters.tuners.lora.folded", return_value=None):
         yield
 
 
@@ -104,10 +104,10 @@ def measure(config: Config) -> dict[str, Any]:
 
         unet: Any = load_base("pocket").unet
     else:
-        unet = unet_skeleton(shipped(config.family, "unet/config.json")).to_empty(device="cpu")
+        unet = unet_skeleton(packaged_config(config.family, "unet/config.json")).to_empty(device="cpu")
         for parameter in unet.parameters():
             parameter.data = torch.randn(parameter.shape) * max(parameter[0].numel(), 1) ** -0.5
-    quicken(unet.requires_grad_(False))
+    use_fast_matmul(unet.requires_grad_(False))
     save_activation_memory(unet)
     about = {"family": config.family, "resolution_px": config.resolution, "batch": config.batch}
     return {**about, "targets": config.targets} | {f"rank {rank}": compare(unet, config, rank) for rank in config.ranks}

@@ -18,9 +18,10 @@ from typing import Any
 
 from bench.full_size import build, options, photographs, run
 from bench.real import print_report
-from sfumato import cli, forecast
+from sfumato import cli
 from sfumato.errors import ConfigError
 from sfumato.precision import forecast_precision
+from sfumato.training import memory
 
 OF_METHOD: dict[str, dict[str, Any]] = {
     "textual_inversion": {"placeholder": "<thing>", "vectors": 1},
@@ -48,18 +49,18 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The whole report."""
-    ways = {way.options: replace(way, pictures=1) for way in forecast.TRAININGS}
+    ways = {way.options: replace(way, pictures=1) for way in memory.TRAININGS}
     if unknown := [name for name in config.only if name not in ways]:
         raise ConfigError(f"--only {unknown[0]!r}: wanted {', '.join(ways)}.")
     if config.resolution <= 0 or config.resolution % 64:
         raise ConfigError(f"--resolution {config.resolution}: wanted a multiple of 64.")
     source = build(config.work / "sd15-random")
     pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
-    base = forecast.shapes_of(source, "cpu")
-    setting = forecast.Setting("cpu", forecast_precision("fp32", "cpu", adapting=True), config.resolution, 1, 16)
+    base = memory.fake_base(source, "cpu")
+    setting = memory.MemorySetting("cpu", forecast_precision("fp32", "cpu", adapting=True), config.resolution, 1, 16)
     rows: dict[str, dict[str, float | str]] = {}
     for name in config.only or ways:
-        told = forecast.step_memory(base, ways[name], setting).total(ways[name], "cpu") / 2**30
+        told = memory.step_memory(base, ways[name], setting).total(ways[name], "cpu") / 2**30
         program, *flags = name.split()
         given = {"images": pictures, "base": source, "resolution": config.resolution, "steps": 2, "batch": 1}
         given |= {"sample-every": 0, "measure-every": 0, "checkpoint-every": 0, "precision": "fp32", "overwrite": True}

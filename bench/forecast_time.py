@@ -18,10 +18,11 @@ from unittest import mock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.real import print_report
-from sfumato import cli, forecast
-from sfumato.forecast import Setting, StepMemory, Training
-from sfumato.imagined import Imagining
+from sfumato import cli
 from sfumato.precision import forecast_precision
+from sfumato.training import memory
+from sfumato.training.memory import MemorySetting, StepMemory, TrainingTask
+from sfumato.utils.fake_tensors import FakeMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +37,21 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The report: for each way the seconds of both and the bytes that they tell."""
-    base = forecast.shapes_of(config.base, "gpu")
+    base = memory.fake_base(config.base, "gpu")
     precision = forecast_precision("auto", "gpu", adapting=True)
-    setting = Setting("gpu", precision, base.resolution, 1, config.rank)
+    setting = MemorySetting("gpu", precision, base.resolution, 1, config.rank)
     fake = FakeTensorMode()  # one for all blocks: tensors of two do not mix
 
-    def timed(way: Training, imagining: Callable[[], AbstractContextManager[Any]]) -> tuple[float, StepMemory]:
-        with mock.patch.object(forecast, "Imagining", imagining):
+    def timed(way: TrainingTask, imagining: Callable[[], AbstractContextManager[Any]]) -> tuple[float, StepMemory]:
+        with mock.patch.object(memory, "FakeMode", imagining):
             start = time.process_time()
-            told = forecast.step_memory(base, way, setting)
+            told = memory.step_memory(base, way, setting)
             return time.process_time() - start, told
 
     rows, totals = {}, [0.0, 0.0]
-    ways = {replace(way, options="", fused=False, optimizer="adamw"): way.options for way in forecast.TRAININGS[::-1]}
+    ways = {replace(way, options="", fused=False, optimizer="adamw"): way.options for way in memory.TRAININGS[::-1]}
     for way, name in ways.items():
-        (ours, told), (torchs, theirs) = timed(way, Imagining), timed(way, lambda: fake)
+        (ours, told), (torchs, theirs) = timed(way, FakeMode), timed(way, lambda: fake)
         totals = [totals[0] + ours, totals[1] + torchs]
         rows[name] = {
             "cpu_s": round(ours, 2),

@@ -33,20 +33,20 @@ def build(folder: Path) -> Path:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from sfumato.bases.single_file import shipped
-    from sfumato.bases.vocabulary import clip_tokenizer
+    from sfumato.models.single_file import packaged_config
+    from sfumato.models.text import clip_tokenizer
 
     if (folder / "model_index.json").is_file():
         return folder
-    unet = diffusers.UNet2DConditionModel.from_config(shipped("sd1", "unet/config.json"))
-    vae = diffusers.AutoencoderKL.from_config(shipped("sd1", "vae/config.json"))
-    text = CLIPTextModel(CLIPTextConfig(**shipped("sd1", "text_encoder/config.json")))
+    unet = diffusers.UNet2DConditionModel.from_config(packaged_config("sd1", "unet/config.json"))
+    vae = diffusers.AutoencoderKL.from_config(packaged_config("sd1", "vae/config.json"))
+    text = CLIPTextModel(CLIPTextConfig(**packaged_config("sd1", "text_encoder/config.json")))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in unet.parameters():
             if weight.ndim > 1:
                 weight.normal_(generator=generator).mul_(weight[0].numel() ** -0.5)
-    config = shipped("sd1", "scheduler/scheduler_config.json")
+    config = packaged_config("sd1", "scheduler/scheduler_config.json")
     pipe = diffusers.StableDiffusionPipeline(
         unet=unet,
         vae=vae,

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from bench.judge_pictures import Pictures, augment, read_others, read_pictures, recolour, withheld_cells
 from bench.real import print_report
-from sfumato import cli, randomness
-from sfumato.data.latents import to_floats
-from sfumato.files.atomic import atomic_path
-from sfumato.precision.bf16 import multiplies_bf16
+from sfumato import cli
+from sfumato.data.preparation.latents import to_float
+from sfumato.precision.choices import multiplies_bf16
+from sfumato.utils import randomness
+from sfumato.utils.atomic import atomic_path
 
 BATCH, RATE = 64, 3e-3
 
@@ -159,7 +160,7 @@ def look(judge: Judge, pixels: Tensor) -> Verdict:
 
     Other sizes than 64 px are resized to it.
     """
-    floats = to_floats(pixels) if pixels.dtype == torch.uint8 else pixels.float()
+    floats = to_float(pixels) if pixels.dtype == torch.uint8 else pixels.float()
     if floats.shape[-2:] != (64, 64):
         floats = F.interpolate(floats, size=(64, 64), mode="bilinear", antialias=True, align_corners=False)
     judge.eval()
@@ -193,7 +194,7 @@ def train_judge(pictures: Pictures, *, steps: int, seed: int, others: Pictures |
         for step in range(steps):
             generator = randomness.generator(seed, "judge", step)
             index = torch.multinomial(chance, BATCH, replacement=True, generator=generator)
-            plain = augment(to_floats(both.pixels[index]), generator)
+            plain = augment(to_float(both.pixels[index]), generator)
             coloured = recolour(plain, generator).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(torch.device("cpu"))):
                 concept = judge.concept_head(judge.see_concept(coloured))

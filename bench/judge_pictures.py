@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sfumato import randomness
 from sfumato.errors import DataError
+from sfumato.utils import randomness
 
 
 @dataclass(frozen=True)

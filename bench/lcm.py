@@ -28,10 +28,10 @@ from bench.pocket_runs import every_nth, images_of, judge_of, learn, places_of, 
 from bench.real import cells_of, print_report
 from bench.style_runs import CONFIGS
 from sfumato import Adapter, cli, compose
-from sfumato.bases import Base, load_base
 from sfumato.compose import adapter_guidance
-from sfumato.drawing.pictures import draw
-from sfumato.numerals import pluralize
+from sfumato.generation.draw import draw
+from sfumato.models import Base, load_base
+from sfumato.utils.formatting import pluralize
 
 RECIPE, POCKET = CONFIGS / "lcm-pocket.toml", ("--base", "pocket")
 Verdict = dict[str, float]

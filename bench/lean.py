@@ -20,11 +20,11 @@ from bench.kept import kept_bytes
 from bench.real import print_report
 from sfumato import cli
 from sfumato.adapters import attach, select
-from sfumato.bases.single_file import shipped
-from sfumato.bases.weights import unet_skeleton
 from sfumato.errors import ConfigError
-from sfumato.precision.lean import save_activation_memory
-from sfumato.precision.products import quicken
+from sfumato.models.single_file import packaged_config
+from sfumato.models.weights import unet_skeleton
+from sfumato.precision.cpu_matmul import use_fast_matmul
+from sfumato.precision.layers import save_activation_memory
 
 TRAINED = ("cross-attention", "attention", "attention+mlp", "everything", "whole")
 
@@ -43,12 +43,12 @@ class Config:
 
 def kept(config: Config, trained: str, *, lean: bool) -> float:
     """GiB that autograd saves beside the weights."""
-    unet = unet_skeleton(shipped(config.family, "unet/config.json")).to_empty(device="cpu")
+    unet = unet_skeleton(packaged_config(config.family, "unet/config.json")).to_empty(device="cpu")
     for parameter in unet.parameters():
         parameter.data = torch.zeros(parameter.shape)  # pages that are never written take no memory
     unet.requires_grad_(trained == "whole")
     if lean:
-        quicken(unet)
+        use_fast_matmul(unet)
         save_activation_memory(unet)
     if trained != "whole":
         attach({"unet": select(unet, trained)}, rank=16, alpha=16.0)

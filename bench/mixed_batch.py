@@ -29,7 +29,7 @@ from torch import Tensor
 from bench.compose_vs_diffusers import CASES, build, resident_mib, write_adapters
 from bench.real import at_least
 from sfumato.compose import Adapter, adapter_guidance, compose, current
-from sfumato.compose.per_picture import per_picture
+from sfumato.compose.per_image import per_picture
 
 Cost = tuple[float, float]
 """Seconds of the clock and of the CPU, all threads; the latter are those that other programs hardly disturb."""

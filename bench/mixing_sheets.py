@@ -29,20 +29,20 @@ from PIL import Image, ImageOps
 from bench.real import print_report
 from bench.style_runs import Workshop
 from sfumato import Adapter, cli, compose, load_base
-from sfumato.bases import Base
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose.by_method import by_method
-from sfumato.compose.guided import adapter_guidance
-from sfumato.compose.per_picture import composite
+from sfumato.compose.guidance import adapter_guidance
+from sfumato.compose.per_image import composite
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.steps import Ramp, Switch, over_steps
+from sfumato.compose.schedules import Ramp, Switch, over_steps
 from sfumato.data import open_image
-from sfumato.drawing.pictures import draw
-from sfumato.drawing.sheet import contact_sheet
 from sfumato.errors import ConfigError
-from sfumato.files.atomic import atomic_path
-from sfumato.merging.methods import METHODS, Settings
+from sfumato.generation.draw import draw
+from sfumato.merging.methods import METHODS, MethodSettings
+from sfumato.models import Base
 from sfumato.precision import decide
-from sfumato.weighting.blocks import Blocks
+from sfumato.utils.atomic import atomic_path
+from sfumato.utils.image_grid import contact_sheet
 
 DATASETS = Path(__file__).parents[1] / "datasets"
 COLOURS = (256, 192, 128, 96, 64, 48, 32)
@@ -174,7 +174,7 @@ def _merged(pair: Pair, method: str) -> Row:
     told = {"A": pair.weights[0], "B": pair.weights[1], "method": method}
     if method != "np-lora":
         told["density"] = pair.density
-    to = Settings(density=pair.density)
+    to = MethodSettings(density=pair.density)
     return Row(method, told, lambda: by_method(pair.base, *pair.adapters(), method=method, settings=to))
 
 

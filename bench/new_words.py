@@ -23,11 +23,11 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.real import at_least
-from sfumato.bases.vocabulary import clip_tokenizer
-from sfumato.files.write_embedding import write_embedding
+from sfumato.adapters.embeddings import embedding
+from sfumato.files.writing.embedding import write_embedding
+from sfumato.models.text import clip_tokenizer
 from sfumato.runs.checkpoints import Checkpoints
-from sfumato.training import optimizers
-from sfumato.words import embedding
+from sfumato.training.optim import optimizers
 
 STEPS = 50
 
@@ -52,14 +52,14 @@ def ours(family: str, vectors: int) -> dict[str, float]:
     """One word of so many vectors, with made-up gradients."""
     words = embedding.new_words(source(family), ["<x>"], vectors=vectors, start="random")
     parameters = list(words.parameters())
-    optimizer = optimizers.build("adamw", [{"params": parameters, "lr": 1e-3}], weight_decay=0.01)
+    optimizer = optimizers.build_optimizer("adamw", [{"params": parameters, "lr": 1e-3}], weight_decay=0.01)
     words.keep_scale()  # the first measures the table
     taken = []
     for _ in range(STEPS):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         start = time.process_time()
-        optimizers.clip(parameters, 1.0)
+        optimizers.clip_grad_norm(parameters, 1.0)
         optimizer.step()
         words.keep_scale()
         taken.append(time.process_time() - start)

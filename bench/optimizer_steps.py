@@ -19,10 +19,10 @@ import torch
 from bench.real import print_report
 from sfumato import cli, load_base
 from sfumato.adapters import Attached, attach, target_layers
-from sfumato.bases import Base
+from sfumato.models import Base
 from sfumato.precision import decide
-from sfumato.training import optimizers
-from sfumato.training.options import OptimizerName
+from sfumato.training.optim import optimizers
+from sfumato.training.optim.settings import OptimizerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,10 @@ def measure(config: Config) -> dict[str, Any]:
     base = load_base(config.base, precision=decide("fp32", device="cpu"))
     lora = attach(target_layers(base.parts(text=False), "everything"), rank=32, alpha=64.0, seed=0)
     trained = list(lora.parameters())
-    made = {name: optimizers.build(name, [{"params": trained, "lr": 1e-6}], weight_decay=0.01) for name in config.names}
+    made = {
+        name: optimizers.build_optimizer(name, [{"params": trained, "lr": 1e-6}], weight_decay=0.01)
+        for name in config.names
+    }
     taken: dict[str, list[float]] = {name: [] for name in ("unet", *made)}
     for _ in range(config.steps):
         for weight in trained:

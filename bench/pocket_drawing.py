@@ -23,9 +23,9 @@ from PIL.Image import Image
 
 from bench.real import check_least, print_report
 from sfumato import cli, draw, load_base
-from sfumato.bases import FAMILIES
-from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.errors import ConfigError
+from sfumato.models import FAMILIES
+from sfumato.models.loading import POCKET_FOLDER
 from sfumato.precision import decide
 
 Made = TypeVar("Made")

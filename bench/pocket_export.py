@@ -21,8 +21,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from sfumato import cli
 from sfumato.config import parse
 from sfumato.errors import DataError
-from sfumato.files.atomic import write_text
-from sfumato.pocket.pictures import read_manifest
+from sfumato.training.pretrain.dataset import read_manifest
+from sfumato.utils.atomic import write_text
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from bench.judge_pictures import Pictures, read_pictures, withheld_cells
 from bench.real import print_report
-from sfumato import cli, diffusion, load_base, randomness
-from sfumato.bases import Base
-from sfumato.data.latents import to_floats
+from sfumato import cli, load_base
+from sfumato.data.preparation.latents import to_float
 from sfumato.errors import ConfigError, DataError
-from sfumato.pocket.pictures import Move
+from sfumato.models import Base, diffusion
 from sfumato.precision import decide
+from sfumato.training.pretrain.dataset import Move
+from sfumato.utils import randomness
 
 TIMESTEPS = 1000
 
@@ -74,7 +75,7 @@ def error(base: Base, pictures: Pictures, pixels: Tensor, timestep: int, batch: 
     """The mean squared error of the base's prediction of v for `pixels`, told what `pictures` show."""
     errors = []
     for places in torch.split(torch.arange(len(pixels)), batch):
-        latents = base.encode_pixels(to_floats(pixels[places]))[0].float()
+        latents = base.encode_pixels(to_float(pixels[places]))[0].float()
         noise = torch.stack(
             [randomness.normal(tuple(latents.shape[1:]), 0, "noise", timestep, i) for i in places.tolist()]
         )
@@ -83,8 +84,8 @@ def error(base: Base, pictures: Pictures, pixels: Tensor, timestep: int, batch: 
         text = base.encode_text(
             [f"{concept}, {style} style" for concept, style in (pictures.names()[i] for i in places)]
         )
-        predicted = base.unet(diffusion.noise_latents(latents, noise, alpha_bar), timesteps, text.hidden).sample
-        wanted = diffusion.target(base.prediction_type, latents, noise, alpha_bar)
+        predicted = base.unet(diffusion.add_noise(latents, noise, alpha_bar), timesteps, text.hidden).sample
+        wanted = diffusion.prediction_target(base.prediction_type, latents, noise, alpha_bar)
         errors.append((predicted - wanted).square().mean((1, 2, 3)))
     return round(float(torch.cat(errors).mean()), 4)
 

@@ -27,12 +27,13 @@ from bench.judge import Judge, Verdict, cached_judge, look
 from bench.judge_pictures import Pictures, read_others, read_pictures, withheld_cells
 from bench.real import check_least, print_report
 from bench.style_runs import to_tensors
-from sfumato import cli, randomness, schedulers
-from sfumato.bases import FAMILIES
-from sfumato.bases.loading import POCKET_FOLDER
-from sfumato.data.latents import to_floats
+from sfumato import cli
+from sfumato.data.preparation.latents import to_float
 from sfumato.errors import BaseModelError, ConfigError, DataError
-from sfumato.files.atomic import atomic_path
+from sfumato.models import FAMILIES
+from sfumato.models.loading import POCKET_FOLDER
+from sfumato.utils import randomness, schedulers
+from sfumato.utils.atomic import atomic_path
 
 SHEET = (
     "red apple", "crab", "cat face", "house", "rocket", "tulip", "pizza", "penguin", "guitar", "bus", "owl", "key",
@@ -142,7 +143,7 @@ def batched(cells: Sequence[Cell], size: int) -> list[Sequence[Cell]]:
 
 def as_floats(images: Sequence[Image.Image]) -> Tensor:
     """(n, 3, h, w) in [-1, 1]."""
-    return to_floats(to_tensors(images))
+    return to_float(to_tensors(images))
 
 
 def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor:
@@ -150,7 +151,7 @@ def reconstruct(pipeline: StableDiffusionPipeline, pictures: Pictures) -> Tensor
     parts = []
     with torch.no_grad():
         for chunk in pictures.pixels.split(64):
-            latents = pipeline.vae.encode(to_floats(chunk)).latent_dist.mode()
+            latents = pipeline.vae.encode(to_float(chunk)).latent_dist.mode()
             parts.append(pipeline.vae.decode(latents).sample.clamp(-1, 1))
     return torch.cat(parts)
 
@@ -194,7 +195,7 @@ def judged(pipeline: StableDiffusionPipeline, judge: Judge, pictures: Pictures, 
     real = look(judge, pictures.pixels)
     asked = pictures.cells(pictures.names() * config.pictures_per_cell)
     rebuilt = reconstruct(pipeline, pictures)
-    psnr = -10 * ((rebuilt - to_floats(pictures.pixels)) / 2).square().mean((1, 2, 3)).log10().mean()
+    psnr = -10 * ((rebuilt - to_float(pictures.pixels)) / 2).square().mean((1, 2, 3)).log10().mean()
     report: dict[str, Any] = {
         "drawn": figures(look(judge, draw(pipeline, asked.names(), config)), asked, real.features),
         "reconstructed": figures(look(judge, rebuilt), pictures, real.features) | {"psnr_db": round(float(psnr), 2)},
@@ -252,7 +253,7 @@ def measure(config: Config) -> dict[str, Any]:
     judge = cached_judge(seen, cache=config.cache, steps=config.judge_steps, seed=config.seed, others=others)
     pipeline = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = schedulers.scheduler(config.sampler, pipeline.scheduler.config)
+    pipeline.scheduler = schedulers.make_scheduler(config.sampler, pipeline.scheduler.config)
     one = [(seen.concepts[0], seen.styles[0], 0)]
     draw_some(pipeline, one, config)
     began = time.perf_counter()

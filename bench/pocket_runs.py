@@ -14,9 +14,9 @@ from bench.judge import Judge, Verdict, cached_judge
 from bench.judge_pictures import Pictures, read_others, withheld_cells
 from bench.style_runs import to_tensors
 from sfumato import cli
-from sfumato.bases import Base
-from sfumato.drawing.pictures import draw
 from sfumato.errors import ConfigError
+from sfumato.generation.draw import draw
+from sfumato.models import Base
 
 
 def judge_of(pictures: Pictures, data: Path, *, cache: Path, steps: int) -> Judge:

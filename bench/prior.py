@@ -28,11 +28,12 @@ from bench.judge_pictures import Pictures, chosen_tenth, read_named
 from bench.real import Cells, cells_of, check_least, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, to_image
 from bench.style_summary import paired
-from sfumato import cli, load_base, randomness
-from sfumato.drawing.sheet import contact_sheet
+from sfumato import cli, load_base
 from sfumato.errors import DataError
-from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
+from sfumato.utils import randomness
+from sfumato.utils.atomic import atomic_path
+from sfumato.utils.image_grid import contact_sheet
 
 WEIGHTS = {"with": "1", "without": "0"}
 

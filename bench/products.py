@@ -1,4 +1,4 @@
-"""fp32 on a CPU, torch's own layers beside `sfumato.precision.products`: single layers, a full-size U-Net's passes.
+"""fp32 on a CPU, torch's own layers beside `sfumato.precision.cpu_matmul`: single layers, a full-size U-Net's passes.
 
     python -m bench.products [--family sdxl --resolution 512]
 
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from bench.full_size import added_conditions
 from bench.real import check_least, print_report
 from sfumato import cli
-from sfumato.bases.single_file import shipped
-from sfumato.bases.weights import unet_skeleton
 from sfumato.errors import ConfigError
-from sfumato.precision import products
+from sfumato.models.single_file import packaged_config
+from sfumato.models.weights import unet_skeleton
+from sfumato.precision import cpu_matmul
 
 LINEAR = ((1024, 320, 2560), (256, 640, 640), (64, 1280, 10240), (64, 5120, 1280), (77, 768, 320), (1024, 320, 16))
 """Rows, in, out: of SD 1.5 at 256 px."""
@@ -79,25 +79,25 @@ def both_ways(x: Tensor, torchs: Work, ours: Work, rounds: int) -> dict[str, Any
 def linear(rows: int, inner: int, out: int, rounds: int) -> dict[str, Any]:
     """One frozen linear layer, both ways."""
     x, weight = torch.randn(rows, inner, requires_grad=True), torch.randn(out, inner)
-    return both_ways(x, lambda: F.linear(x, weight), lambda: products.linear(x, weight), rounds)
+    return both_ways(x, lambda: F.linear(x, weight), lambda: cpu_matmul.linear(x, weight), rounds)
 
 
 def convolution(pictures: int, channels: int, out: int, side: int, rounds: int) -> dict[str, Any]:
     """One frozen 3 x 3 convolution, both ways; as a product only where `quicken` takes it for one."""
     x, weight = torch.randn(pictures, channels, side, side, requires_grad=True), torch.randn(out, channels, 3, 3)
-    if not products.is_small(x, weight, TAPS, 1):
+    if not cpu_matmul.is_small_convolution(x, weight, TAPS, 1):
         return {"as": "torch's own"}
     return both_ways(
         x,
         lambda: F.conv2d(x, weight, None, *TAPS),
-        lambda: products.convolve_small(x, weight, None, TAPS),
+        lambda: cpu_matmul.convolve_small(x, weight, None, TAPS),
         rounds,
     )
 
 
 def unet(family: str, px: int, rounds: int = 2) -> dict[str, Any]:
     """A U-Net of full size with constant weights: forward, and forward with the backward pass to the text."""
-    model: Any = unet_skeleton(shipped(family, "unet/config.json")).to_empty(device="cpu").requires_grad_(False)
+    model: Any = unet_skeleton(packaged_config(family, "unet/config.json")).to_empty(device="cpu").requires_grad_(False)
     for parameter in model.parameters():
         nn.init.constant_(parameter, 1e-3)
     side = px // 8
@@ -122,7 +122,7 @@ def _as(model: nn.Module, work: Work, *, quick: bool) -> Work:
 
     def done() -> None:
         if quick:
-            products.quicken(model)
+            cpu_matmul.use_fast_matmul(model)
         try:
             work()
         finally:
@@ -141,7 +141,7 @@ def measure(config: Config) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     return {
-        "by": "oneDNN" if products.mkl_is_slow() and products.onednn() else "torch",
+        "by": "oneDNN" if cpu_matmul.mkl_is_slow() and cpu_matmul.onednn() else "torch",
         "threads": config.threads,
         "linear": {" x ".join(map(str, sizes)): linear(*sizes, config.rounds) for sizes in LINEAR},
         "convolutions": {" x ".join(map(str, sizes)): convolution(*sizes, config.rounds) for sizes in CONVOLUTIONS},

@@ -25,14 +25,15 @@ from sfumato.trainers import lora
 from torch import Tensor
 
 from bench.real import print_report
-from sfumato import cli, load_base, randomness
-from sfumato.bases import Base
+from sfumato import cli, load_base
 from sfumato.config import parse
-from sfumato.precision import decide, formats
-from sfumato.precision.quantized import Quantized, quantize
-from sfumato.runs.overview import look_at
-from sfumato.runs.step import Step
-from sfumato.training.unrelated import UNRELATED
+from sfumato.models import Base
+from sfumato.precision import decide, quantization
+from sfumato.precision.quantization import Quantized, quantize
+from sfumato.runs.reporting.overview import read_overview
+from sfumato.runs.run import Step
+from sfumato.training.loss.validation import UNRELATED
+from sfumato.utils import randomness
 
 _RECIPE = Path(__file__).parents[1] / "trainers/configs/lora-style.toml"
 _TIMESTEPS = (50, 250, 500, 750, 950)
@@ -80,12 +81,12 @@ def measure(config: Config) -> dict[str, Any]:
     return report
 
 
-_WAYS: dict[str, tuple[str, ...]] = {"plain": (), **{name: ("--quantize", name) for name in formats.FORMATS}}
+_WAYS: dict[str, tuple[str, ...]] = {"plain": (), **{name: ("--quantize", name) for name in quantization.FORMATS}}
 
 
-def _rounded(weight: Tensor, name: formats.Quantization) -> Tensor:
+def _rounded(weight: Tensor, name: quantization.Quantization) -> Tensor:
     """What a format makes of a weight."""
-    format_ = formats.FORMATS[name]
+    format_ = quantization.FORMATS[name]
     return format_.made(format_.held(weight), weight.shape, torch.float32)
 
 
@@ -130,7 +131,7 @@ def _trained(config: Config, *words: str) -> dict[str, Any]:
         still = {"init_from": adapter, "steps": 1, "learning_rate": 1e-12, "measure_every": 1, "quantize": None}
         again = lora.train(replace(options, output=Path(folder) / "whole", **still)).parent
         figures, whole = (
-            {name: round(value, 4) for name, value in look_at(run).figures.items()} for run in (output, again)
+            {name: round(value, 4) for name, value in read_overview(run).figures.items()} for run in (output, again)
         )
     steps_s = [later - earlier for earlier, later in pairwise(at)]
     return {

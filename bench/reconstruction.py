@@ -1,7 +1,7 @@
 """What VAEs make of pictures by any hand: PSNR of the reconstructions over folders of pictures and over npm icon sets.
 
     python -m bench.reconstruction --folders emoji/openmoji --packages @iconify-json/fxemoji@1.2.2 \
-        --vaes runs/pocket-unet-4/model/vae --vaes src/sfumato/pocket/vae
+        --vaes runs/pocket-unet-4/model/vae --vaes src/sfumato/models/pocket/vae
 
 Prints JSON: for each set the mean PSNR in dB of each VAE, in their order, over at most --pictures of its pictures,
 evenly spread over their names. Icons are drawn as `bench/pocket_data.py` draws them.
@@ -24,10 +24,10 @@ from bench.pocket_data import Source, fetch, render
 from bench.real import check_least, print_report
 from bench.style_runs import to_tensors
 from sfumato import cli
-from sfumato.bases.folder import load_vae
 from sfumato.data import open_image
-from sfumato.data.latents import to_floats
+from sfumato.data.preparation.latents import to_float
 from sfumato.errors import ConfigError, DataError
+from sfumato.models.folder import load_vae
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -40,7 +40,7 @@ class Config:
     """Folders of pictures, of folders of them, too; each is one set. What is not square is cut to its middle."""
     packages: tuple[str, ...] = ()
     """Icon sets of npm, NAME@VERSION with an icons.json; each is one set."""
-    vaes: tuple[Path, ...] = (Path("src/sfumato/pocket/vae"),)
+    vaes: tuple[Path, ...] = (Path("src/sfumato/models/pocket/vae"),)
     """Folders of AutoencoderKL."""
     pictures: int = 150
     """The most of one set."""
@@ -113,7 +113,7 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
     """Mean over the pictures, in dB."""
     each = []
-    for chunk in to_floats(pixels).split(64):
+    for chunk in to_float(pixels).split(64):
         drawn = vae.decode(vae.encode(chunk).latent_dist.mode()).sample.clamp(-1, 1)
         each.append(-10 * ((drawn - chunk) / 2).square().mean((1, 2, 3)).log10())
     return float(torch.cat(each).mean())

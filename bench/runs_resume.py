@@ -96,7 +96,7 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
     import torch
     from PIL import Image
 
-    from sfumato.pocket.parts import build_vae
+    from sfumato.training.pretrain.model import build_vae
     from tests.tiny import tiny_pocket_folder
 
     base = tiny_pocket_folder(folder / "pocket")
@@ -149,7 +149,7 @@ def write_start(base: Path, file: Path) -> None:
     import torch
 
     from sfumato.adapters import attach, target_layers
-    from sfumato.bases import load_base
+    from sfumato.models import load_base
     from sfumato.precision import decide
 
     parts = load_base(str(base), precision=decide("fp32", device="cpu")).parts(text=False)
@@ -185,7 +185,7 @@ def _child(words: list[str], kill_at: int | None, log: str, place: Mapping[str, 
     from accelerate import PartialState
 
     from sfumato import cli
-    from sfumato.runs.step import Step
+    from sfumato.runs.run import Step
 
     PartialState._reset_state()  # the parent's, which has been alone
     done = Step.done

@@ -25,9 +25,9 @@ from bench.pocket_runs import every_nth, images_of, judge_of, learn, places_of, 
 from bench.real import print_report
 from bench.style_runs import CONFIGS
 from sfumato import Adapter, cli, compose
-from sfumato.bases import load_base
 from sfumato.errors import ConfigError
-from sfumato.toml import read_toml
+from sfumato.models import load_base
+from sfumato.utils.text_files import read_toml
 
 RECIPE = CONFIGS / "slider-flat.toml"
 

@@ -29,11 +29,12 @@ from bench.judge_pictures import Pictures, chosen_tenth, read_named
 from bench.real import Cells, cells_of, check_least, known_concepts, print_report, styles_of
 from bench.style_runs import Learned, Workshop, reconstruct
 from bench.style_summary import mix_summary, summary
-from sfumato import cli, load_base, randomness
-from sfumato.bases import Base
+from sfumato import cli, load_base
 from sfumato.errors import ConfigError, DataError
+from sfumato.models import Base
+from sfumato.models.prompts.syntax import Syntax
 from sfumato.precision import decide
-from sfumato.prompts.syntax import Syntax
+from sfumato.utils import randomness
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,16 +27,16 @@ from torch import Tensor
 
 import sfumato
 from sfumato import Adapter, cli, compose
-from sfumato.bases import Base
+from sfumato.adapters.embeddings import embedding
+from sfumato.adapters.weights import parse_span
 from sfumato.compose import adapter_guidance
-from sfumato.data.latents import to_floats
-from sfumato.drawing.pictures import draw_against
-from sfumato.drawing.placement import AdapterPlacement, applied
+from sfumato.data.preparation.latents import to_float
 from sfumato.errors import ConfigError, RunError
-from sfumato.files.atomic import atomic_path, write_text
-from sfumato.prompts.syntax import Syntax
-from sfumato.weighting.span import parse_span
-from sfumato.words import embedding
+from sfumato.generation.draw import draw_against
+from sfumato.generation.placement import AdapterPlacement, placement_applied
+from sfumato.models import Base
+from sfumato.models.prompts.syntax import Syntax
+from sfumato.utils.atomic import atomic_path, write_text
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "trainers/configs"
@@ -158,8 +158,8 @@ class Workshop:
                     scale = self.base.defaults.guidance if guidance is None else guidance
                     stack.enter_context(adapter_guidance(mix, strength, guidance=scale))
                     by_step = dict.fromkeys(mix.weights, parse_span(span)) if span else {}
-                    wanted = AdapterPlacement(by_step=by_step).with_asked(mix.spans)
-                    stack.enter_context(applied(self.base, mix, wanted))
+                    wanted = AdapterPlacement(by_step=by_step).with_requested(mix.spans)
+                    stack.enter_context(placement_applied(self.base, mix, wanted))
                 asked = [text for texts in mix.negatives.values() for text in texts] if adapters else []
                 pictures = draw_against(self.base, list(prompts), list(seeds), asked, syntax=syntax, guidance=guidance)
                 return to_tensors(pictures)
@@ -217,5 +217,5 @@ def to_image(picture: Tensor) -> Image.Image:
 @torch.no_grad()
 def reconstruct(base: Base, pixels: Tensor) -> Tensor:
     """What the VAE makes of uint8 pictures, (n, 3, h, w) in [-1, 1]."""
-    parts = [base.decode(base.encode_pixels(to_floats(chunk))[0]).float() for chunk in pixels.split(64)]
+    parts = [base.decode(base.encode_pixels(to_float(chunk))[0]).float() for chunk in pixels.split(64)]
     return torch.cat(parts).clamp(-1, 1)

@@ -20,9 +20,9 @@ from bench.style_fidelity import draw_run, read_real
 from bench.style_runs import Workshop
 from sfumato import cli, load_base
 from sfumato.config import parse
-from sfumato.drawing.sheet import contact_sheet
 from sfumato.errors import ConfigError
 from sfumato.precision import decide
+from sfumato.utils.image_grid import contact_sheet
 
 
 @dataclass(frozen=True, kw_only=True)

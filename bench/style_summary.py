@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato import randomness
+from sfumato.utils import randomness
 
 DRAWS = 2000
 

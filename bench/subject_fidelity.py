@@ -38,12 +38,13 @@ from bench.judge_pictures import read_named
 from bench.real import Cells, cells_of, check_least, known_concepts, print_report, styles_of
 from bench.style_runs import DREAMBOOTH, Learned, Workshop, reconstruct, to_image
 from bench.style_summary import paired
-from sfumato import cli, load_base, randomness
-from sfumato.drawing.sheet import contact_sheet
+from sfumato import cli, load_base
+from sfumato.adapters.weights import parse_span
 from sfumato.errors import ConfigError, DataError
-from sfumato.files.atomic import atomic_path
 from sfumato.precision import decide
-from sfumato.weighting.span import parse_span
+from sfumato.utils import randomness
+from sfumato.utils.atomic import atomic_path
+from sfumato.utils.image_grid import contact_sheet
 
 NEAREST: Mapping[str, str] = MappingProxyType(
     {

@@ -27,8 +27,8 @@ from bench.full_size import build, options, photographs, run
 from bench.products import unet
 from bench.real import print_report
 from sfumato import cli
-from sfumato.bases.loading import find
 from sfumato.errors import ConfigError
+from sfumato.models.loading import find_base
 
 SCRIPTS = {
     "dreambooth": "examples/dreambooth/train_dreambooth.py",
@@ -133,7 +133,7 @@ def measure(config: Config) -> dict[str, Any]:
         raise ConfigError(f"--methods {unknown[0]}: wanted {', '.join(SCRIPTS)}.")
     full = config.base == "full"
     px = config.resolution or (256 if full else 64)
-    folder = build(config.work / "sd15-random") if full else find(config.base)[0]
+    folder = build(config.work / "sd15-random") if full else find_base(config.base)[0]
     bare, captioned = (photographs(config.work / name, 4, 2 * px) for name in ("photographs", "captioned"))
     # What only the LoRA script reads; the others would take it for a picture.
     captions = [{"file_name": file.name, "text": "a thing"} for file in sorted(captioned.glob("*.jpg"))]

@@ -27,12 +27,13 @@ from bench.real import check_least, print_report
 from bench.style_fidelity import Config as StyleConfig
 from bench.style_fidelity import read_real
 from bench.style_runs import Workshop, reconstruct
-from sfumato import Adapter, cli, compose, data, load_base, randomness
-from sfumato.bases import Base
+from sfumato import Adapter, cli, compose, data, load_base
 from sfumato.data import Dataset
 from sfumato.errors import DataError
+from sfumato.models import Base
 from sfumato.precision import decide
-from sfumato.training.metrics import Metrics
+from sfumato.training.loss.validation import Metrics
+from sfumato.utils import randomness
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from sfumato.cli import run
-from sfumato.command_line.terminal import escape_control
-from sfumato.config import Settled, parse
+from sfumato.config import TypedConfig, parse
 from sfumato.errors import ConfigError, RunError
+from sfumato.utils.formatting import escape_control
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """Ask a training that is under way, in another terminal or on another machine with the same disk. It takes that up
     after its step, and says so.
 
@@ -36,10 +36,10 @@ class Config(Settled):
 
 def ask(config: Config) -> list[str]:
     """Ask, and tell what will come of it. Raises ConfigError where no training is under way."""
-    from sfumato import shell
-    from sfumato.runs import request
+    from sfumato.runs import options as request
     from sfumato.runs.folder import is_run
     from sfumato.runs.lock import is_in_use
+    from sfumato.utils import formatting
 
     wanted = request.Request.NOTHING
     for each in request.Request:
@@ -52,7 +52,7 @@ def ask(config: Config) -> list[str]:
     if not is_run(folder):
         raise ConfigError(f"{folder} holds no run; `sfumato runs` lists those that there are.")
     if not is_in_use(folder):
-        command = f"sfumato resume {shell.quote(str(folder))}{' --finish' if config.finish else ''}"
+        command = f"sfumato resume {formatting.quote_argument(str(folder))}{' --finish' if config.finish else ''}"
         raise ConfigError(f"no training is under way in {folder}; one that was stopped goes on with: {command}")
     try:
         request.ask(folder, wanted)

@@ -10,13 +10,12 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sfumato import shell
 from sfumato.cli import run
-from sfumato.command_line.terminal import escape_control, say
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
-from sfumato.files.atomic import beside, sync
-from sfumato.numerals import pluralize, some
+from sfumato.utils import formatting
+from sfumato.utils.atomic import fsync_path, temporary_sibling
+from sfumato.utils.formatting import escape_control, format_list, pluralize, say
 
 if TYPE_CHECKING:
     from sfumato.data.captioners import Captioner
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     wanted, captioned, silent = pictures_without(config.images)
     if silent:
         say(
-            f"{some(silent)}: empty or unreadable, and nothing is written over. Remove such files to have captions "
+            f"{format_list(silent)}: empty or unreadable, and nothing is written over. Remove such files to have captions "
             "written there."
         )
     if not wanted and not config.json:
@@ -118,7 +117,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1.")
     for name in ("threshold", "character_threshold"):
         if not 0 < getattr(config, name) <= 1:
-            option = shell.option(name)
+            option = formatting.option_flag(name)
             raise ConfigError(f"{option} is {getattr(config, name)}; it must be above 0 and at most 1.")
     if config.write and config.preview != Config.preview:
         raise ConfigError("--preview has no effect beside --write, which writes all captions; leave one out.")
@@ -131,12 +130,12 @@ def pictures_without(images: Path) -> tuple[dict[Path, ListedPicture], int, list
     An empty or unreadable caption file stays as it is. If images share a caption file, as dog.jpg and dog.png do, the
     first is captioned. An image that several sources name counts once.
     """
-    from sfumato.data.source import sources_of
+    from sfumato.data.dataset_config import read_sources
 
     wanted: dict[Path, ListedPicture] = {}
     captioned: set[Path] = set()
     silent: dict[Path, str] = {}
-    for source in sources_of(images):
+    for source in read_sources(images):
         for found in source.list().pictures:
             place = found.path.parent.resolve() / found.path.name
             files = [place.with_name(f"{place.stem}{suffix}") for suffix in source.suffixes]
@@ -177,11 +176,11 @@ def captions(
 
 def write_new(path: Path, caption: str) -> None:
     """Write a new caption file, complete or not at all. Raises DataError if one exists by now."""
-    temporary = beside(path, path.suffix)
+    temporary = temporary_sibling(path, path.suffix)
     try:
         with temporary.open("x", encoding="utf-8") as file:
             file.write(caption + "\n")
-        sync(temporary)
+        fsync_path(temporary)
         _into_place(temporary, path)
     except FileExistsError:
         raise DataError(f"{path.name}: a caption appeared meanwhile; it is not written over. Start again.") from None

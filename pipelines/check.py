@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sfumato.cli import run
-from sfumato.command_line.terminal import escape_control
 from sfumato.config import parse
 from sfumato.data.options import CropMode, MaskSource
 from sfumato.errors import ConfigError, DataError
-from sfumato.numerals import pluralize
+from sfumato.utils.formatting import escape_control, pluralize
 
 if TYPE_CHECKING:
-    from sfumato.data.mending import Mended
-    from sfumato.data.report import Finding, Report
+    from sfumato.data.checks.repair import RepairReport
+    from sfumato.data.checks.report import Finding, Report
 
 
 _OF_A_KIND = 20
@@ -79,13 +78,13 @@ def main(argv: Sequence[str]) -> int:
     """Print what was found. Returns 1 if training would stop, else 0."""
     # A first word that ends in .toml is the data set, not a config of this program (--config names one).
     config = parse(Config, argv, program="check", first_may_be_config=False)
-    from sfumato.bases.needs import needs_of
-    from sfumato.data.report import check
+    from sfumato.data.checks.report import check
+    from sfumato.models.family import read_requirements
 
     _refuse(config)
     report = check(
         config.images,
-        needs_of(config.base, config.prediction_type, config.max_tokens),
+        read_requirements(config.base, config.prediction_type, config.max_tokens),
         resolution=config.resolution,
         batch=config.batch,
         caption_template=config.caption,
@@ -139,21 +138,21 @@ def _refuse(config: Config) -> None:
 
 def _refuse_another(sheet: Path) -> None:
     """Raise ConfigError for a file that exists and is no such sheet: it may be a training image."""
-    from sfumato.drawing.pnginfo import read_picture_info
+    from sfumato.generation.metadata.png_info import read_picture_info
 
     if sheet.exists() and "crops" not in (read_picture_info(sheet).own or {}):
         raise ConfigError(f"--sheet: {sheet} exists, and is no sheet of crops; name another file.")
 
 
 def _write_checksums(config: Config) -> Path:
-    from sfumato.data.captions import METADATA
+    from sfumato.data.captions import METADATA_FILE
     from sfumato.data.checksums import write_sums
-    from sfumato.data.source import sources_of
+    from sfumato.data.dataset_config import read_sources
 
-    pictures = [found for source in sources_of(config.images) for found in source.list().pictures]
+    pictures = [found for source in read_sources(config.images) for found in source.list().pictures]
     files = {file for found in pictures for file in found.files}  # masks, too, whatever --mask says this time
     captions = {found.path.with_name(found.caption.origin) for found in pictures if found.caption.origin}
-    captions |= {folder / METADATA for folder in {config.images, *(file.parent for file in files)}}
+    captions |= {folder / METADATA_FILE for folder in {config.images, *(file.parent for file in files)}}
     return write_sums(config.images, [*files, *(file for file in captions if file.is_file())])
 
 
@@ -164,7 +163,7 @@ def _progress(done: int, total: int) -> None:
 
 def render(report: Report) -> str:
     """The report as text: what training will see, what stops it, what to look at."""
-    from sfumato.data.wildcards import count
+    from sfumato.data.captions import count_choices
 
     good = sum(1 for look in report.looks if not look.error)
     lines = [
@@ -178,7 +177,7 @@ def render(report: Report) -> str:
         lines += [f"  folder   {folder}" for folder in report.folders]
     captions = {text: example.options for example in report.examples for text in example.captions if text}
     if captions:
-        forms = sum(count(text) if options.wildcards else 1 for text, options in captions.items())
+        forms = sum(count_choices(text) if options.wildcards else 1 for text, options in captions.items())
         more = f", {forms:,} by their wildcards" if forms > len(captions) else ""
         lines.append(f"  captions {len(captions):,} different{more}, such as {next(iter(captions))!r}")
     if report.ignored:
@@ -208,25 +207,25 @@ def _few_of_each(found: Sequence[Finding]) -> Iterator[str]:
             yield f"... and {counts[line.kind] - _OF_A_KIND:,} more of {line.kind} (--json has them all)"
 
 
-def _mend(report: Report, config: Config) -> Mended:
+def _mend(report: Report, config: Config) -> RepairReport:
     """The repaired copy, without bad files and with only one of identical images."""
-    from sfumato.data.duplicates import duplicates
-    from sfumato.data.mending import mend
-    from sfumato.data.source import sources_of
+    from sfumato.data.checks.repair import repair_folder
+    from sfumato.data.checks.survey import find_duplicates
+    from sfumato.data.dataset_config import read_sources
 
     assert config.fix is not None
-    sources = sources_of(config.images, trigger=config.trigger)
+    sources = read_sources(config.images, trigger=config.trigger)
     # Copied, whatever --mask says this time.
     masks = {found.path: found.mask for source in sources for found in source.list().pictures}
     leave_out = {look.path: look.error.removeprefix(f"{look.path.name}: ") for look in report.looks if look.error}
-    for places in _same(report, masks, duplicates(report.looks)[0]):
+    for places in _same(report, masks, find_duplicates(report.looks)[0]):
         # The first that somebody wrote a caption for, or the first.
         first = next((place for place in places if report.captioned[place]), places[0])
         reason = f"the same image as {report.labels[first]}"
         # Not the first itself, which several sources may hold.
         others = (report.looks[place].path for place in places)
         leave_out |= {path: reason for path in others if abspath(path) != abspath(report.looks[first].path)}
-    return mend(config.images, sources, config.fix, leave_out=leave_out)
+    return repair_folder(config.images, sources, config.fix, leave_out=leave_out)
 
 
 def _same(report: Report, masks: Mapping[Path, Path | None], alike: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -248,7 +247,7 @@ def _same(report: Report, masks: Mapping[Path, Path | None], alike: Sequence[Seq
         yield from (group for group in found.values() if len(group) > 1)
 
 
-def _mended_lines(mended: Mended, config: Config) -> list[str]:
+def _mended_lines(mended: RepairReport, config: Config) -> list[str]:
     lines = [
         f"mended copy in {config.fix}: {len(mended.copied)} copied, {len(mended.rewritten)} written anew, "
         f"{len(mended.left_out)} left out"
@@ -264,8 +263,8 @@ def _mended_lines(mended: Mended, config: Config) -> list[str]:
 
 def _sheets(report: Report, file: Path) -> list[Path]:
     """Every crop with its name, its caption and what is wrong with it, on sheets of 200."""
-    from sfumato.drawing.crop_sheet import crop_sheets, sheets_of
-    from sfumato.drawing.pnginfo import save_picture
+    from sfumato.data.checks.survey import crop_sheets, sheets_of
+    from sfumato.generation.metadata.png_info import save_picture
 
     captions = [" | ".join(example.captions) for example in report.examples]
     numbers = range(2, sheets_of(len(captions)) + 1)

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.specs import parse_adapters
-from sfumato.command_line.terminal import escape_control
-from sfumato.config import Settled, parse
+from sfumato.config import TypedConfig, parse
 from sfumato.errors import ConfigError
-from sfumato.files.atomic import check_free
+from sfumato.generation.arguments.adapters import parse_adapters
+from sfumato.utils.atomic import check_overwrite
+from sfumato.utils.formatting import escape_control
 
 if TYPE_CHECKING:
     from sfumato.merging.overlap import Pair
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """Show, block by block, how many input and output directions adapters share, and where their changes conflict.
 
     Example: sfumato clash line.safetensors otter.safetensors -o clash.png
@@ -51,18 +51,17 @@ def clash(config: Config) -> list[Pair]:
     if config.output is not None and config.output.suffix.lower() != ".png":
         raise ConfigError(f"--output {config.output}: wanted a .png.")
     if config.output is not None:
-        check_free(config.output, config.overwrite)
+        check_overwrite(config.output, config.overwrite)
     adapters = parse_adapters(config.adapters)
 
-    from sfumato.merging.lineage import common_family
     from sfumato.merging.overlap import clashes
-    from sfumato.merging.sources import choose_blocks, read_sources
+    from sfumato.merging.sources import choose_blocks, common_family, read_sources
 
     sources, parents = read_sources(adapters, words=True)
     common_family(parents, default="")
     pairs = clashes(choose_blocks(sources, config.blocks))
     if config.output is not None:
-        from sfumato.merging.heatmap import heat_map
+        from sfumato.merging.overlap import heat_map
 
         heat_map(pairs, config.output)
     return pairs

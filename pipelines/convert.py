@@ -9,23 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from sfumato.adapters.weights import Adapter
 from sfumato.cli import run
-from sfumato.command_line.metadata import fitted_metadata
-from sfumato.command_line.terminal import say
-from sfumato.config import Settled, parse
+from sfumato.config import TypedConfig, parse
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.atomic import check_free
-from sfumato.numerals import pluralize
-from sfumato.weighting.adapter import Adapter
+from sfumato.generation.arguments.adapters import fitted_metadata
+from sfumato.utils.atomic import check_overwrite
+from sfumato.utils.formatting import pluralize, say
 
 if TYPE_CHECKING:
-    from sfumato.merging.lineage import Parent
     from sfumato.merging.merge import MergeSource
-    from sfumato.merging.stored import StoredBase
+    from sfumato.merging.model_weights import StoredBase
+    from sfumato.merging.sources import Parent
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """Convert an adapter of any tool to the file format that another tool reads.
 
     Example: sfumato convert from-peft/ --to kohya -o line.safetensors
@@ -62,7 +61,7 @@ class Config(Settled):
 
 def convert(config: Config) -> Path:
     """Write the adapter as the config says. Returns the written file or folder."""
-    check_free(config.output, config.overwrite, folder=config.to == "peft", read=[config.base])
+    check_overwrite(config.output, config.overwrite, folder=config.to == "peft", read=[config.base])
     if (config.output.suffix == ".safetensors") != (config.to != "peft"):
         raise ConfigError(
             f"--output {config.output}: wanted a {'folder' if config.to == 'peft' else '.safetensors file'}."
@@ -72,18 +71,17 @@ def convert(config: Config) -> Path:
     if config.bake is None and config.base is not None:
         raise ConfigError(f"--base {config.base}: nothing is taken on it without --bake; add --bake or leave it out.")
 
-    from sfumato.drawing.notes import changes_nothing, keys_left_out
-    from sfumato.merging.convert import as_lora, diffusers_warnings, write
+    from sfumato.generation.notes import no_effect_notes, skipped_key_notes
+    from sfumato.merging.extract import as_lora, diffusers_warnings, write_format
     from sfumato.merging.factors import Budget
-    from sfumato.merging.lineage import common_family
-    from sfumato.merging.sources import read_source, stored_if_named
+    from sfumato.merging.sources import common_family, optional_stored_base, read_source
     from sfumato.precision import DTYPES
 
     keeps_words = config.to == "kohya" and config.bake != "diff"
     source, parent = read_source(Adapter(config.file), partial=config.partial, words=keeps_words)
-    say(*keys_left_out([(source.name, source.skipped)]))
-    say(*changes_nothing([source.name] if source.is_zero else []))
-    base = stored_if_named(config.base)
+    say(*skipped_key_notes([(source.name, source.skipped)]))
+    say(*no_effect_notes([source.name] if source.is_zero else []))
+    base = optional_stored_base(config.base)
     family = common_family([parent], default=base.family.name if base else None, said=config.family)
     metadata = _metadata(config, parent, family)
     if config.bake == "diff":
@@ -97,7 +95,7 @@ def convert(config: Config) -> Path:
     made = as_lora(source, Budget(config.rank, config.keep_energy), base.weight if base else None)
     metadata, dtype = fitted_metadata(config.output, metadata, len(made.modules)), DTYPES[config.dtype]
     words = source.words if keeps_words else None
-    write(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)
+    write_format(config.to, config.output, made.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     other = "diffusers" if config.to == "kohya" else "kohya"
     say(*diffusers_warnings(config.output, made.modules, config.to, way=f"give --to {other}"))
     say(f"{config.output.name}: {pluralize(len(made.modules), 'module')} for {config.to}; {made}")
@@ -106,8 +104,7 @@ def convert(config: Config) -> Path:
 
 def _metadata(config: Config, parent: Parent, family: str) -> dict[str, str]:
     """The file's own metadata, by which other tools can tell the family."""
-    from sfumato.files.family import family_from_metadata
-    from sfumato.files.metadata import Description, describe
+    from sfumato.files.metadata import Description, describe, family_from_metadata
 
     metadata = dict(parent.metadata) | {"sfumato.converted": config.to}
     metadata.pop("lora_adapter_metadata", None)  # of the modules as they were scaled
@@ -131,9 +128,9 @@ def _differences(
 ) -> Path:
     """Write full differences of the base's weights. Returns the file."""
     from sfumato.files.header import read_header
-    from sfumato.files.kohya import kohya_name
-    from sfumato.files.write_difference import write_difference
-    from sfumato.merging.convert import Deltas
+    from sfumato.files.module_names import kohya_name
+    from sfumato.files.writing.kohya import write_difference
+    from sfumato.merging.extract import Deltas
     from sfumato.precision import DTYPES
 
     if config.to != "kohya" or base is None:

@@ -12,10 +12,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.terminal import escape_control, say
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
+from sfumato.utils.formatting import escape_control, pluralize, say
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     """Print or write the dataset.toml. Lists on stderr what could not be converted."""
     # A first word that ends in .toml is the other tool's, not a config of this program.
     config = parse(Config, argv, program="dataset", first_may_be_config=False)
-    from sfumato.data.foreign import convert
-    from sfumato.files.atomic import write_text
+    from sfumato.interop.datasets import convert
+    from sfumato.utils.atomic import write_text
 
     if config.output is not None and config.output.exists():
         raise ConfigError(f"--output {config.output}: exists and is not written over. Name another file.")

@@ -76,7 +76,7 @@ def devices() -> Iterator[str]:
     """A line about the processor and one about each GPU."""
     import torch
 
-    from sfumato.precision.bf16 import cpu_has_bf16
+    from sfumato.precision.choices import cpu_has_bf16
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     capability = torch.backends.cpu.get_cpu_capability()

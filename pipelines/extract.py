@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.terminal import say
-from sfumato.config import Settled, parse, to_dict
+from sfumato.config import TypedConfig, parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.atomic import check_free
-from sfumato.numerals import pluralize
+from sfumato.utils.atomic import check_overwrite
+from sfumato.utils.formatting import pluralize, say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sfumato.files.changes.replacement import Replacement
-    from sfumato.files.kohya import Target
-    from sfumato.merging.stored import StoredBase
+    from sfumato.files.kinds.ia3 import Replacement
+    from sfumato.files.module_names import Target
+    from sfumato.merging.model_weights import StoredBase
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """Write what a fine-tuned model differs from its base model in, as a LoRA or exactly. Says how much is kept.
 
     Example: sfumato extract tuned.safetensors --base base.safetensors --rank 32 -o tuned-lora.safetensors
@@ -60,9 +59,9 @@ def extract_file(config: Config) -> Path:
         raise ConfigError("--exact keeps all: leave out --rank and --keep-energy.")
     if not config.exact and config.rank is None and config.keep_energy is None:
         raise ConfigError("say how much to keep: --rank 32, --keep-energy 0.99, or --exact for all of it.")
-    check_free(config.output, config.overwrite, ".safetensors", read=(config.tuned, config.base))
+    check_overwrite(config.output, config.overwrite, ".safetensors", read=(config.tuned, config.base))
 
-    from sfumato.merging.stored import stored_base
+    from sfumato.merging.model_weights import stored_base
 
     tuned, base = stored_base(config.tuned), stored_base(config.base)
     if tuned.family != base.family or tuned.places.keys() != base.places.keys():
@@ -83,9 +82,8 @@ def extract_file(config: Config) -> Path:
 
 def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
     """Write the LoRA. Returns the number of modules, and what they keep."""
-    from sfumato.files.write_kohya import write_lora
-    from sfumato.merging.convert import diffusers_warnings
-    from sfumato.merging.extract import extract
+    from sfumato.files.writing.kohya import write_lora
+    from sfumato.merging.extract import diffusers_warnings, extract
     from sfumato.merging.factors import Budget
     from sfumato.precision import DTYPES
 
@@ -98,16 +96,16 @@ def _write_lora(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[in
 
 def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tuple[int, str]:
     """Write all that differs. Returns the number of modules, and what they keep."""
-    from sfumato.files.write_difference import write_difference
-    from sfumato.merging.convert import Deltas
+    from sfumato.files.writing.kohya import write_difference
+    from sfumato.merging.extract import Deltas
     from sfumato.merging.merge import MergeSource
-    from sfumato.merging.whole_model import replacements
+    from sfumato.merging.model_weights import weight_replacements
     from sfumato.precision import DTYPES
 
     dtype = DTYPES[config.dtype or "fp32"]
     of_parts = {
         target: change
-        for target, change in replacements(tuned).items()
+        for target, change in weight_replacements(tuned).items()
         if (not config.parts or target[0] in config.parts) and _differs(tuned, base, target)
     }
     differing: dict[Target, Replacement] = {}
@@ -131,14 +129,14 @@ def _differs(tuned: StoredBase, base: StoredBase, target: Target) -> bool:
     it."""
     import torch
 
-    from sfumato.merging.extract import rounded_alike
+    from sfumato.merging.extract import round_like
 
     for which in ("weight", "bias"):
         before, after = base.parameter(target, which), tuned.parameter(target, which)
         if before is None or after is None:
             continue
         old, new = base.read(before), tuned.read(after)
-        if old.shape != new.shape or not torch.equal(rounded_alike(old, new), new):
+        if old.shape != new.shape or not torch.equal(round_like(old, new), new):
             return True
     return False
 

@@ -12,43 +12,38 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
 
+from sfumato.adapters.prompt_tags import TaggedPrompt, split_flags, split_tags
+from sfumato.adapters.weights import Adapter, Span
 from sfumato.cli import run
-from sfumato.command_line.axes import CHECKS
-from sfumato.command_line.base_options import DrawingBaseOptions
-from sfumato.command_line.pictures import SUFFIXES, check_start, checked_flags, parse_size, picture_files
-from sfumato.command_line.plan import Plan, without_existing
-from sfumato.command_line.regions_and_steps import parse_region, parse_steps
-from sfumato.command_line.specs import (
-    in_blocks,
+from sfumato.config import parse
+from sfumato.errors import ConfigError
+from sfumato.generation.arguments.adapters import (
+    apply_block_weights,
     parse_adapter,
     parse_embedding,
     parse_strengths,
     parse_sweep,
     public_embedding,
-    with_tags,
-    without_tags,
+    refuse_prompt_tags,
+    resolve_tags,
 )
-from sfumato.command_line.terminal import say
-from sfumato.config import parse
-from sfumato.drawing.hires import Hires
-from sfumato.drawing.placement import AdapterPlacement, RegionSpec
-from sfumato.drawing.request import PictureRequest
-from sfumato.errors import ConfigError
-from sfumato.limits import MOST_FROM_A_SEED, checked_area
-from sfumato.numerals import pluralize
-from sfumato.prompts.negative import negative_for
-from sfumato.prompts.prompt_files import prompts_in
-from sfumato.prompts.syntax import Syntax, checked_syntax
-from sfumato.prompts.tags import Tagged, split_flags, split_tags
-from sfumato.weighting.adapter import Adapter
-from sfumato.weighting.span import Span
+from sfumato.generation.arguments.axes import CHECKS
+from sfumato.generation.arguments.base import DrawingBaseOptions
+from sfumato.generation.arguments.images import SUFFIXES, check_start, checked_flags, parse_size, picture_files
+from sfumato.generation.arguments.schedules import Plan, parse_region, parse_steps, without_existing
+from sfumato.generation.image_options import Hires, PictureRequest
+from sfumato.generation.placement import AdapterPlacement, RegionSpec
+from sfumato.models.prompts.files import read_prompts
+from sfumato.models.prompts.syntax import Syntax, checked_syntax, negative_for
+from sfumato.utils.formatting import pluralize, say
+from sfumato.utils.limits import MAX_IMAGES_PER_SEED, checked_area
 
 if TYPE_CHECKING:
-    from sfumato.bases import Base
     from sfumato.compose import Mix
-    from sfumato.drawing.pictures import Start
-    from sfumato.drawing.session import DrawingSession, Drawn
     from sfumato.files.adapter_file import AdapterFile
+    from sfumato.generation.draw import Start
+    from sfumato.generation.session import DrawingSession, Drawn
+    from sfumato.models import Base
 
 
 @dataclass(frozen=True)
@@ -156,13 +151,13 @@ def plan(config: Config) -> Plan:
     is_sheet = config.sweep is not None or config.before_after
     prompts = [_read_prompt(config, text, is_sheet=is_sheet) for text in given_prompts]
     tagged_texts = [prompt.text for prompt in prompts]
-    given = in_blocks([parse_adapter(spec) for spec in config.lora], config.blocks)
+    given = apply_block_weights([parse_adapter(spec) for spec in config.lora], config.blocks)
     regions = _regions(config, given, tagged_texts)
     regional = {each.label for region in regions for each in region.adapters}
     everywhere = [each for each in given if each.label not in regional]
     if not isdir(config.lora_folder):
         raise ConfigError(f"--lora-folder {config.lora_folder}: no such folder; name the one with the tags' adapters.")
-    adapters, weights = with_tags(everywhere, tagged_texts, config.lora_folder)
+    adapters, weights = resolve_tags(everywhere, tagged_texts, config.lora_folder)
     tagged = [each.label for each in adapters[len(everywhere) :]]
     placement = _placement(config, regions, [each.label for each in everywhere], sorted(regional), tagged)
     strengths = parse_strengths(config.adapter_guidance, [adapter.label for adapter in adapters])
@@ -205,7 +200,7 @@ def _hires(config: Config) -> Hires | None:
 def _prompts(config: Config) -> list[str]:
     """All prompts as they are written. Raises ConfigError if there are none, or if one is the name of an image or text
     file."""
-    prompts = [*config.prompts, *(prompts_in(config.prompts_file, "--prompts-file") if config.prompts_file else ())]
+    prompts = [*config.prompts, *(read_prompts(config.prompts_file, "--prompts-file") if config.prompts_file else ())]
     if not prompts:
         raise ConfigError('there is no prompt; say what to draw: sfumato generate "a crab" -o crab.png')
     if mistaken := [text for text in prompts if text.lower().endswith(SUFFIXES) and isfile(text)]:
@@ -225,7 +220,7 @@ def _prompts(config: Config) -> list[str]:
 class _ReadPrompt(NamedTuple):
     """text: with the tags taken out of it. overrides: the settings in it, without its seed. seeds: of its images."""
 
-    text: Tagged
+    text: TaggedPrompt
     overrides: dict[str, Any]
     seeds: list[int]
 
@@ -242,12 +237,12 @@ def _read_prompt(config: Config, text: str, *, is_sheet: bool) -> _ReadPrompt:
 def _check_settings(config: Config) -> None:
     if config.count < 1:
         raise ConfigError(f"--count {config.count}: wanted at least 1.")
-    if config.count > MOST_FROM_A_SEED:
-        raise ConfigError(f"--count {config.count}: wanted at most {MOST_FROM_A_SEED:,} from each seed.")
+    if config.count > MAX_IMAGES_PER_SEED:
+        raise ConfigError(f"--count {config.count}: wanted at most {MAX_IMAGES_PER_SEED:,} from each seed.")
     for name in ("steps", "guidance", "sampler"):
         if (value := getattr(config, name)) is not None:
             CHECKS[name](value)
-    without_tags(config.negative or "", "--negative")
+    refuse_prompt_tags(config.negative or "", "--negative")
     checked_syntax(config.negative or "", config.prompt_syntax, is_negative=True)
 
 
@@ -279,7 +274,7 @@ def _sweep(
     return sweep
 
 
-def _regions(config: Config, given: Sequence[Adapter], prompts: Sequence[Tagged]) -> tuple[RegionSpec, ...]:
+def _regions(config: Config, given: Sequence[Adapter], prompts: Sequence[TaggedPrompt]) -> tuple[RegionSpec, ...]:
     """The regions of --region. Raises ConfigError, also for what does not go with them."""
     regions = tuple(parse_region(text, given) for text in config.region)
     for region in regions:
@@ -329,13 +324,13 @@ def generate(config: Config) -> tuple[Path, ...]:
         if not wanted.files:
             return files
 
-    from sfumato import schedulers
-    from sfumato.drawing.drawn import sampler_label, save_drawn
-    from sfumato.drawing.notes import unguided
-    from sfumato.drawing.pictures import check_steps, check_strength
-    from sfumato.drawing.pnginfo import check_size
-    from sfumato.drawing.session import DrawingSession
-    from sfumato.drawing.start import taken_steps
+    from sfumato.generation.draw import check_steps, check_strength
+    from sfumato.generation.image_options import img2img_steps
+    from sfumato.generation.metadata.png_info import check_size
+    from sfumato.generation.notes import unguided_notes
+    from sfumato.generation.session import DrawingSession
+    from sfumato.generation.settings import sampler_label, save_with_settings
+    from sfumato.utils import schedulers
 
     config = _with_asked_sampling(config, wanted)
     start = _start(config)
@@ -344,7 +339,7 @@ def generate(config: Config) -> tuple[Path, ...]:
         start = replace(start, strength=1.0)
     settings = _settings(config, wanted, start, base)
     in_full = [{**settings, **picture.overrides} for picture in wanted.pictures]
-    scheduler = schedulers.scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
+    scheduler = schedulers.make_scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
     for to in (settings, *in_full):  # all, before the first is drawn
         checked_area(to["width"], to["height"])
         check_steps(to["steps"], scheduler)
@@ -354,11 +349,11 @@ def generate(config: Config) -> tuple[Path, ...]:
         if start is not None:
             check_strength(to["steps"], start)
     for to in in_full:
-        wanted.placement.check_turns(taken_steps(to["steps"], start))
+        wanted.placement.check_turns(img2img_steps(to["steps"], start))
     sampler = sampler_label(config.sampler, base)
     say(_summary(in_full, wanted.hires, sampler, base))
     asked = any(wanted.strengths.values())
-    say(*unguided((to["guidance"], to["negative"], asked) for to in in_full))
+    say(*unguided_notes((to["guidance"], to["negative"], asked) for to in in_full))
     with _mixed(base, wanted, config) as (mix, regional, words):
         settings, pictures, placement = _with_asked(config, wanted, mix, regional, settings)
         say(*_out_of_steps(config, placement, base, start, {to["steps"] for to in in_full}))
@@ -368,7 +363,7 @@ def generate(config: Config) -> tuple[Path, ...]:
             check_size(file, size)
         drawn = _drawn(session, wanted.sweep, before_after=config.before_after)
         for (picture, used, about), file in zip(drawn, wanted.files, strict=True):
-            save_drawn(picture, used, about, file, sampler, words)
+            save_with_settings(picture, used, about, file, sampler, words)
             print(file)
     return files
 
@@ -376,12 +371,12 @@ def generate(config: Config) -> tuple[Path, ...]:
 def _with_asked_sampling(config: Config, wanted: Plan) -> Config:
     """The config with the sampling that an adapter's file asks for, if the adapter is in every image. Options win. Says
     which adapters ask for one, and which do not get it."""
-    from sfumato.drawing.asked import overruled, samplings_asked, with_sampling
+    from sfumato.generation.adapter_files import apply_sampling, overridden_notes, requested_samplings
 
     given = {name: getattr(config, name) for name in ("sampler", "steps", "guidance")}
     if None not in given.values():
         return config
-    asked = samplings_asked(each for each in wanted.adapters if each.label in wanted.counted)
+    asked = requested_samplings(each for each in wanted.adapters if each.label in wanted.counted)
     everywhere = {label: sampling for label, sampling in asked.items() if label in wanted.counted_in_all}
     for label in (each for each in asked if each not in everywhere):
         say(
@@ -391,27 +386,30 @@ def _with_asked_sampling(config: Config, wanted: Plan) -> Config:
     if not everywhere:
         return config
     label, sampling = next(iter(everywhere.items()))
-    say(f"{label}: asks for {sampling}; --sampler, --steps and --guidance come before that.", *overruled(everywhere))
-    return replace(config, **with_sampling(given, sampling))
+    say(
+        f"{label}: asks for {sampling}; --sampler, --steps and --guidance come before that.",
+        *overridden_notes(everywhere),
+    )
+    return replace(config, **apply_sampling(given, sampling))
 
 
 def _out_of_steps(
     config: Config, placement: AdapterPlacement, base: Base, start: Start | None, steps: Iterable[int]
 ) -> list[str]:
     """What there is to say of adapters whose span holds no step. steps: how many each image has."""
-    from sfumato import schedulers
-    from sfumato.drawing.notes import no_steps_in
-    from sfumato.drawing.start import taken_steps
+    from sfumato.generation.image_options import img2img_steps
+    from sfumato.generation.notes import empty_span_notes
+    from sfumato.utils import schedulers
 
     spans = {label: way for label, way in placement.by_step.items() if isinstance(way, Span)}
     if not spans:
         return []
-    scheduler = schedulers.scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
+    scheduler = schedulers.make_scheduler(config.sampler or base.defaults.sampler, base.scheduler.config)
     timesteps = {}
     for count in sorted(steps):
         scheduler.set_timesteps(count)
-        timesteps[count] = scheduler.timesteps.tolist()[(count - taken_steps(count, start)) * scheduler.order :]
-    return no_steps_in(spans, timesteps, scheduler)
+        timesteps[count] = scheduler.timesteps.tolist()[(count - img2img_steps(count, start)) * scheduler.order :]
+    return empty_span_notes(spans, timesteps, scheduler)
 
 
 def _with_asked(
@@ -422,7 +420,7 @@ def _with_asked(
 
     regional: the files of adapters in regions, by label. settings: what all images share.
     """
-    from sfumato.compose.guided import strengths_of
+    from sfumato.compose.guidance import strengths_of
     from sfumato.files.metadata import over_steps_of
 
     has_regions = bool(wanted.placement.regions)
@@ -442,7 +440,7 @@ def _with_asked(
         pictures = _against(pictures, mix, wanted, settings)
     in_regions = {label: over_steps_of(file.metadata) for label, file in regional.items()}
     spans = {**mix.spans, **{label: span for label, span in in_regions.items() if span}}
-    placement = wanted.placement.with_asked(spans)
+    placement = wanted.placement.with_requested(spans)
     return {**settings, **placement.told()}, pictures, placement
 
 
@@ -486,20 +484,20 @@ def _mixed(
 
     Says what has no effect, was left out, or was trained on another base model.
     """
+    from sfumato.adapters.embeddings import embedding
     from sfumato.compose import compose
-    from sfumato.drawing.notes import (
-        changes_nothing,
-        learned_otherwise,
-        left_out,
-        misread_words,
-        unknown_words,
-        unread_marks,
-        unused_words,
-    )
-    from sfumato.drawing.way import way_for
     from sfumato.files.header import read_header
-    from sfumato.merging.whole_model import read_mixable
-    from sfumato.words import embedding
+    from sfumato.generation.notes import (
+        base_mismatch_notes,
+        misread_word_notes,
+        no_effect_notes,
+        skipped_module_notes,
+        unknown_word_notes,
+        unread_syntax_notes,
+        unused_word_notes,
+    )
+    from sfumato.generation.prompt_adapters import choose_apply_mode
+    from sfumato.merging.model_weights import read_adapter_or_model
 
     texts, counted = wanted.texts, wanted.counted
     with ExitStack() as stack:
@@ -507,12 +505,14 @@ def _mixed(
         named: list[tuple[Path, Iterable[str]]] = [
             (file, list(each.tokens)) for each, (_, file) in zip(words, wanted.embeddings, strict=True)
         ]
-        say(*unread_marks(texts, config.prompt_syntax), *unused_words(named, texts, config.prompt_syntax))
+        say(*unread_syntax_notes(texts, config.prompt_syntax), *unused_word_notes(named, texts, config.prompt_syntax))
         allowed = {"partial": config.partial, "verify": config.verify}
-        way = way_for(base, wanted.adapters, follows_steps=wanted.placement.follows_steps)
+        way = choose_apply_mode(base, wanted.adapters, follows_steps=wanted.placement.follows_steps)
         mix = stack.enter_context(compose(base, *wanted.adapters, way=way, words_known=True, **allowed))
         # The weight of a bundle is the LoRA's; its words are there.
-        regional = {each.label: read_mixable(each.path, partial=config.partial) for each in wanted.placement.regional}
+        regional = {
+            each.label: read_adapter_or_model(each.path, partial=config.partial) for each in wanted.placement.regional
+        }
         bundled = {**mix.embeddings, **{label: file.embeddings for label, file in regional.items()}}
         bundled = {label: found for label, found in bundled.items() if label in counted}
         if brought := stack.enter_context(embedding.bundled(base, bundled, partial=config.partial)):
@@ -521,11 +521,11 @@ def _mixed(
             for each in words:
                 each.check(texts)
         known = [token for each in words for token in each.tokens]
-        say(*unknown_words(texts, known, base), *misread_words(known, texts, config.prompt_syntax))
-        say(*changes_nothing(mix.without_effect))
-        say(*left_out(mix.skipped))
+        say(*unknown_word_notes(texts, known, base), *misread_word_notes(known, texts, config.prompt_syntax))
+        say(*no_effect_notes(mix.without_effect))
+        say(*skipped_module_notes(mix.skipped))
         of_words = {token or file.name: read_header(file).metadata for token, file in wanted.embeddings}
-        say(*learned_otherwise(_told(wanted, mix, regional), base), *learned_otherwise(of_words, base))
+        say(*base_mismatch_notes(_told(wanted, mix, regional), base), *base_mismatch_notes(of_words, base))
         yield mix, regional, named
 
 
@@ -536,7 +536,7 @@ def _against(
 
     settings: what all images share.
     """
-    from sfumato.drawing.notes import asked_negatives
+    from sfumato.generation.notes import requested_negative_notes
 
     found, changed = [], []
     for picture in pictures:
@@ -546,14 +546,14 @@ def _against(
         negative = negative_for(picture.prompt, asked, settings["prompt_syntax"]) if is_free else ""
         changed += [negative] if negative else []
         found.append(replace(picture, overrides={**picture.overrides, "negative": negative}) if negative else picture)
-    say(*asked_negatives(changed))
+    say(*requested_negative_notes(changed))
     return found
 
 
 def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> dict[str, Any]:
     """What all images of this call share, with defaults filled in."""
-    from sfumato.drawing.drawn import of_base
-    from sfumato.drawing.sizes import size_like
+    from sfumato.generation.image_options import size_like
+    from sfumato.generation.settings import base_settings
 
     defaults = base.defaults
     width, height = wanted.size or size_like(start.picture.size if start else (1, 1), defaults.resolution)
@@ -569,7 +569,7 @@ def _settings(config: Config, wanted: Plan, start: Start | None, base: Base) -> 
         "image": config.image and config.image.name,
         "mask": config.mask and config.mask.name,
         "strength": start and start.strength,
-        **of_base(base, config.vae),
+        **base_settings(base, config.vae),
         "options": config.drawn_with(partial=config.partial),
     }
 
@@ -601,7 +601,7 @@ def _start(config: Config) -> Start | None:
         return None
     from sfumato.data import open_image
     from sfumato.data.images import open_mask
-    from sfumato.drawing.pictures import Start
+    from sfumato.generation.draw import Start
 
     strength = Start.strength if config.strength is None else config.strength
     mask = None if config.mask is None else open_mask(config.mask, any_ratio=True)

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from sfumato import shell
+from sfumato.adapters.weights import Adapter, Weight, checked_weight, scale_unet_weight
 from sfumato.cli import run
-from sfumato.command_line.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
-from sfumato.command_line.base_options import DrawingBaseOptions
-from sfumato.command_line.pictures import parse_size
-from sfumato.command_line.specs import parse_adapters, parse_embedding, public_embedding, without_tags
-from sfumato.command_line.terminal import say
 from sfumato.config import parse, to_dict
-from sfumato.drawing.cells import Cell, Setup, check_drawable, digest_of, filled, prepared
 from sfumato.errors import ConfigError, DataError
-from sfumato.files.atomic import checked_folder
-from sfumato.numerals import pluralize
-from sfumato.prompts.syntax import Syntax, checked_syntax
-from sfumato.weighting.adapter import Adapter, Weight, checked_weight, with_unet_scaled
+from sfumato.generation.arguments.adapters import parse_adapters, parse_embedding, public_embedding, refuse_prompt_tags
+from sfumato.generation.arguments.axes import CHECKS, PLAIN, Axis, coarse_to_fine, parse_axis
+from sfumato.generation.arguments.base import DrawingBaseOptions
+from sfumato.generation.arguments.images import parse_size
+from sfumato.generation.xy_grid import GridCell, GridSetup, adapter_digest, check_drawable, fill_defaults, grid_setup
+from sfumato.models.prompts.syntax import Syntax, checked_syntax
+from sfumato.utils import formatting
+from sfumato.utils.atomic import checked_folder
+from sfumato.utils.formatting import pluralize, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,7 +101,7 @@ def with_rows(config: Config) -> Config:
     return replace(config, y=f"prompt={config.prompt}", prompt=None)
 
 
-def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
+def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[GridCell]]]:
     """The axes, all adapters, and the cells row by row. Raises ConfigError before anything heavy is loaded."""
     config = with_rows(config)
     assert config.y is not None
@@ -118,7 +117,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     _check_method(config, x, y, adapters)
     for where, texts, is_negative in _prompts(config, x, y):
         for text in texts:
-            checked_syntax(without_tags(text, where), config.prompt_syntax, is_negative=is_negative)
+            checked_syntax(refuse_prompt_tags(text, where), config.prompt_syntax, is_negative=is_negative)
     # By side, too: one file on both counts twice.
     sides = (("x", x), ("y", y))
     places = dict.fromkeys((side, spec) for side, axis in sides if axis.kind == "adapter" for spec in axis.values)
@@ -131,7 +130,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[Cell]]]:
     ]
     for side, axis in sides:
         if axis.kind in PLAIN and getattr(config, axis.kind) is not None:
-            option = shell.option(axis.kind)
+            option = formatting.option_flag(axis.kind)
             raise ConfigError(f"--{side} varies {axis.kind}, so that {option} has no effect; leave it out.")
     return x, y, adapters, rows
 
@@ -141,7 +140,7 @@ def _cell(
     weights: Mapping[str, Weight],
     extra: Mapping[tuple[str, str], Adapter],
     at: Mapping[str, tuple[Axis, Any]],
-) -> Cell:
+) -> GridCell:
     """The cell at these values of the axes. weights: used unless an axis varies them. extra: adapters of the axes, by
     side and value. at: by side, its axis and the value."""
     settings = {name: getattr(config, name) for name in PLAIN} | {"seed": config.seed or 0}
@@ -152,13 +151,13 @@ def _cell(
     own = dict(weights)
     for side, (axis, value) in at.items():
         if axis.kind == "weight":
-            own[axis.label] = with_unet_scaled(axis.label, weights[axis.label], value)
+            own[axis.label] = scale_unet_weight(axis.label, weights[axis.label], value)
         elif axis.kind == "adapter":
             adapter = extra[side, value]
             own[adapter.label] = adapter.weight
         else:
             settings[axis.kind] = value
-    return Cell(_with_method(settings, config.rank), own)
+    return GridCell(_with_method(settings, config.rank), own)
 
 
 def _check_axes(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter]) -> None:
@@ -192,9 +191,9 @@ def _check_method(config: Config, x: Axis, y: Axis, adapters: Sequence[Adapter])
     if config.rank is not None and not methods:
         raise ConfigError("--rank is of a merging method; give --method ties, or --x method=ties,dare.")
     if config.density is not None or "density" in kinds:
-        from sfumato.merging.methods import TAKEN_BY
+        from sfumato.merging.methods import METHOD_SETTINGS
 
-        if methods.isdisjoint(TAKEN_BY["density"]):
+        if methods.isdisjoint(METHOD_SETTINGS["density"]):
             raise ConfigError(
                 "--density is of a merging method that thins out; give --method ties, or --x method=ties,dare."
             )
@@ -209,12 +208,12 @@ def _with_method(settings: dict[str, Any], rank: int | None) -> dict[str, Any]:
     method, density = settings.pop("method"), settings.pop("density")
     if method is None:
         return settings
-    from sfumato.merging.methods import TAKEN_BY, Settings
+    from sfumato.merging.methods import METHOD_SETTINGS, MethodSettings
 
     settings |= {"method": method, "rank": rank}
-    if method not in TAKEN_BY["density"]:
+    if method not in METHOD_SETTINGS["density"]:
         return settings
-    return settings | {"density": Settings.density if density is None else density}
+    return settings | {"density": MethodSettings.density if density is None else density}
 
 
 def draw_grid(config: Config) -> Path:
@@ -224,35 +223,37 @@ def draw_grid(config: Config) -> Path:
     _refuse_others(config.output)
     embeddings = [parse_embedding(spec) for spec in config.embedding]
 
-    from sfumato.drawing.notes import asked_negatives, unguided
-    from sfumato.drawing.sheet import read_drawn
+    from sfumato.generation.notes import requested_negative_notes, unguided_notes
+    from sfumato.utils.image_grid import read_image_or_none
 
     base = config.load_base()
     check_drawable(base, rows)
-    in_full = [filled(base, cell) for cell in chain(*rows)]
-    say(*unguided((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in in_full))
+    in_full = [fill_defaults(base, cell) for cell in chain(*rows)]
+    say(*unguided_notes((to["guidance"], to["negative"] or "", bool(to["adapter_guidance"])) for to in in_full))
     # Before anything is mixed in: what a cell's name is made of.
     loaded = [base.quick_fingerprint(), str(base.precision.compute), str(base.clip_skip), str(config.partial)]
     loaded += [f"{base.max_tokens} tokens"] if base.max_tokens else []  # so that the others' names stay
-    files = {adapter.label: digest_of(Path(adapter.path)) for adapter in adapters}
-    digests = [(token or file.stem, digest_of(file)) for token, file in embeddings]
+    files = {adapter.label: adapter_digest(Path(adapter.path)) for adapter in adapters}
+    digests = [(token or file.stem, adapter_digest(file)) for token, file in embeddings]
     is_merged = "method" in rows[0][0].settings  # then all cells have one
-    with prepared(
+    with grid_setup(
         base, adapters, embeddings, is_merged=is_merged, syntax=config.prompt_syntax, partial=config.partial
     ) as setup:
-        rows = [[setup.with_asked_sampling(cell) for cell in cells] for cells in rows]
-        say(*setup.asked_samplings(chain(*rows)))
+        rows = [[setup.with_requested_sampling(cell) for cell in cells] for cells in rows]
+        say(*setup.requested_sampling_notes(chain(*rows)))
         check_drawable(base, rows)
-        given, rows = rows, [[setup.with_asked_negative(cell) for cell in cells] for cells in rows]
+        given, rows = rows, [[setup.with_requested_negative(cell) for cell in cells] for cells in rows]
         both = zip(chain(*given), chain(*rows), strict=True)
-        say(*asked_negatives(new.settings["negative"] for old, new in both if old.settings["negative"] is None))
+        say(
+            *requested_negative_notes(new.settings["negative"] for old, new in both if old.settings["negative"] is None)
+        )
         paths = {
             (column, row): config.output / "cells" / f"{cell.key(loaded, files, digests)}.png"
             for row, cells in enumerate(rows)
             for column, cell in enumerate(cells)
         }
         say(*setup.notes(list(chain(*rows)), embeddings))
-        there = {path for path in paths.values() if read_drawn(path) is not None}
+        there = {path for path in paths.values() if read_image_or_none(path) is not None}
         for cells in coarse_to_fine(len(x.values), len(y.values)):
             missing = [place for place in cells if paths[place] not in there]
             for place, picture, how in setup.draw(rows, missing):
@@ -265,7 +266,7 @@ def draw_grid(config: Config) -> Path:
 
 def _refuse_others(folder: Path) -> None:
     """Raise ConfigError if grid.png or grid.json exist and belong to no plot."""
-    from sfumato.drawing.pnginfo import read_picture_info
+    from sfumato.generation.metadata.png_info import read_picture_info
 
     sheet, listed = folder / "grid.png", folder / "grid.json"
     try:
@@ -277,30 +278,30 @@ def _refuse_others(folder: Path) -> None:
         raise ConfigError(f"{folder} holds a grid.png or grid.json of something else; name another folder.")
 
 
-def _save(config: Config, setup: Setup, picture: Image, path: Path, cell: Cell, how: Mapping[str, Any]) -> None:
-    from sfumato.drawing.drawn import of_base, sampler_label, save_drawn
+def _save(config: Config, setup: GridSetup, picture: Image, path: Path, cell: GridCell, how: Mapping[str, Any]) -> None:
+    from sfumato.generation.settings import base_settings, sampler_label, save_with_settings
 
     base = setup.base
     settings = {
-        **{name: value for name, value in filled(base, cell).items() if name != "size"},
+        **{name: value for name, value in fill_defaults(base, cell).items() if name != "size"},
         "prompt_syntax": config.prompt_syntax,
         "embeddings": [public_embedding(spec) for spec in config.embedding],
         **how,
         "width": picture.width,
         "height": picture.height,
-        **of_base(base, config.vae),
+        **base_settings(base, config.vae),
         "options": config.drawn_with(partial=config.partial),
     }
     sampler = sampler_label(cell.settings["sampler"], base)
     used = [adapter for adapter in setup.adapters_at(cell) if adapter.label in cell.counted]
-    save_drawn(picture, used, settings, path, sampler, setup.named)
+    save_with_settings(picture, used, settings, path, sampler, setup.named)
 
 
 def _write_sheet(
     config: Config,
     x: Axis,
     y: Axis,
-    rows: Sequence[Sequence[Cell]],
+    rows: Sequence[Sequence[GridCell]],
     paths: Mapping[tuple[int, int], Path],
     there: Collection[Path],
 ) -> None:
@@ -308,13 +309,13 @@ def _write_sheet(
 
     The sheet's file contains the settings of the first cell, the axes, and what generates the whole sheet again.
     """
-    from sfumato.drawing.pnginfo import read_picture_info, save_picture
-    from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, read_drawn
-    from sfumato.files.atomic import write_text
+    from sfumato.generation.metadata.png_info import read_picture_info, save_picture
+    from sfumato.utils.atomic import write_text
+    from sfumato.utils.image_grid import contact_sheet, read_image_or_none, shrink_for_sheet
 
     def read(path: Path) -> Image | None:
-        picture = read_drawn(path) if path in there else None
-        return None if picture is None else as_on_a_sheet(picture, max(picture.size), len(paths))
+        picture = read_image_or_none(path) if path in there else None
+        return None if picture is None else shrink_for_sheet(picture, max(picture.size), len(paths))
 
     cells = [[read(paths[column, row]) for column in range(len(x.values))] for row in range(len(y.values))]
     sheet = contact_sheet(cells, row_labels=y.labels, column_labels=x.labels)

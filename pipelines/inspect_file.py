@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from sfumato.bases import inspect_model
 from sfumato.cli import run
 from sfumato.config import parse
-from sfumato.drawing import redraw
 from sfumato.files.inspect import inspect_file, render
+from sfumato.generation.metadata import redraw
+from sfumato.models import inspect as inspect_model
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from sfumato import shell
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.training.options import AlgoName
+from sfumato.utils import formatting
 
 if TYPE_CHECKING:
     from sfumato.adapters import ByLayer, Kind
-    from sfumato.bases import Base
-    from sfumato.forecast import Setting, StepMemory, Training
+    from sfumato.models import Base
+    from sfumato.training.memory import MemorySetting, StepMemory, TrainingTask
 
 GIB = 2**30
 
@@ -76,48 +76,50 @@ def check(config: Config) -> None:
     for name in ("resolution", "batch", "rank", "conv_rank", "factor", "within"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{shell.option(name)} {value:g}: must be a number above 0.")
+            raise ConfigError(f"{formatting.option_flag(name)} {value:g}: must be a number above 0.")
     if config.factor is not None and config.algo != "lokr":
         raise ConfigError("--factor has no effect without --algo lokr; leave it out, or give both.")
 
 
 def check_ranks(base: Base, kind: Kind, rank: int, conv_rank: int | None, by_layer: ByLayer) -> None:
     """Refuse ranks that are too wide for all layers, rules that fit none, and rules that leave a way to train none."""
-    from sfumato import forecast
     from sfumato.adapters import target_layers
+    from sfumato.training import memory
 
     parts = base.parts(text=False)
     kind.notes(by_layer.kept(target_layers(parts, "everything")), rank, conv_rank, by_layer)
-    for way in forecast.TRAININGS:
-        if way.trained == "lora" and not by_layer.without_left_out(target_layers(parts, way.targets))["unet"]:
+    for way in memory.TRAININGS:
+        if way.trained == "lora" and not by_layer.without_excluded(target_layers(parts, way.targets))["unet"]:
             raise ConfigError(f"--rank-of leaves out all that {way.options} adapts ({way.targets}); leave fewer out.")
 
 
-def rows_of(base: Base, frozen: Base, adapting: Setting, alone: Setting) -> Iterator[tuple[str, list[float]]]:
+def rows_of(
+    base: Base, frozen: Base, adapting: MemorySetting, alone: MemorySetting
+) -> Iterator[tuple[str, list[float]]]:
     """Each task, and the GiB that it takes; for a training step also with checkpointing. Each row takes seconds.
 
     frozen: the base as it is where its own weights do not learn. adapting: the setting for training those. alone: the
     setting for generating, and for training a whole model; its precision may differ.
     """
-    from sfumato import forecast
+    from sfumato.training import memory
 
     @cache
-    def of_step(way: Training, checkpointing: bool) -> StepMemory:
+    def of_step(way: TrainingTask, checkpointing: bool) -> StepMemory:
         of, setting = (base, alone) if way.trained == "whole" else (frozen, adapting)
-        return forecast.step_memory(of, way, replace(setting, checkpointing=checkpointing))
+        return memory.step_memory(of, way, replace(setting, checkpointing=checkpointing))
 
-    for way in forecast.TRAININGS:
+    for way in memory.TRAININGS:
         alike = replace(way, options="", fused=False, optimizer="adamw")
         steps = (of_step(alike, checkpointing) for checkpointing in (False, True))
         yield way.options, [step.total(way, alone.device) / GIB for step in steps]
-    yield "encoding images, before the first step", [forecast.encoding_memory(base, adapting) / GIB]
-    yield "drawing an image", [forecast.drawing_memory(frozen, alone) / GIB]
+    yield "encoding images, before the first step", [memory.encoding_memory(base, adapting) / GIB]
+    yield "drawing an image", [memory.drawing_memory(frozen, alone) / GIB]
     if alone.device == "gpu":
-        yield "drawing an image with --offload", [forecast.drawing_memory(frozen, alone, offload=True) / GIB]
-    if (count := forecast.samples_at_once(base, adapting)) > 1:
+        yield "drawing an image with --offload", [memory.drawing_memory(frozen, alone, offload=True) / GIB]
+    if (count := memory.samples_at_once(base, adapting)) > 1:
         yield (
             f"drawing samples of a training, {count} at once",
-            [forecast.drawing_memory(frozen, adapting, count) / GIB],
+            [memory.drawing_memory(frozen, adapting, count) / GIB],
         )
 
 
@@ -125,21 +127,21 @@ def main(argv: Sequence[str]) -> int:
     """Print the table, each row as soon as it is known. Returns 0."""
     config = parse(Config, argv, program="memory")
     check(config)
-    from sfumato import forecast
     from sfumato.adapters import ByLayer, Kind
-    from sfumato.data.planning import square_side
+    from sfumato.data.preparation.planning import square_side
     from sfumato.precision import NAMES, forecast_precision
+    from sfumato.training import memory
 
     beside, alone = (forecast_precision(config.precision, config.device, adapting=each) for each in (True, False))
-    base = forecast.shapes_of(config.base, config.device, config.vae, config.prediction_type)
+    base = memory.fake_base(config.base, config.device, config.vae, config.prediction_type)
     side = square_side(base, config.resolution or base.resolution)  # refuses what is too small
     rank, computed = config.rank or base.defaults.rank, NAMES[beside.compute]
     kind, by_layer = Kind.of(config), ByLayer.of(config)
     check_ranks(base, kind, rank, config.conv_rank, by_layer)
-    setting = forecast.Setting(config.device, beside, side, config.batch, rank, config.conv_rank, kind, by_layer)
+    setting = memory.MemorySetting(config.device, beside, side, config.batch, rank, config.conv_rank, kind, by_layer)
     frozen = base
     if config.quantize:
-        from sfumato.precision.quantized import quantize
+        from sfumato.precision.quantization import quantize
 
         frozen = copy.deepcopy(base)
         quantize(frozen.unet, config.quantize)

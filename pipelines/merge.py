@@ -9,23 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from sfumato import shell
 from sfumato.cli import run
-from sfumato.command_line.specs import parse_adapters
-from sfumato.command_line.terminal import say
-from sfumato.config import Settled, parse, to_dict
+from sfumato.config import TypedConfig, parse, to_dict
 from sfumato.errors import ConfigError
-from sfumato.files.atomic import check_free
-from sfumato.limits import checked_density, checked_seed
-from sfumato.numerals import pluralize
+from sfumato.generation.arguments.adapters import parse_adapters
+from sfumato.utils import formatting
+from sfumato.utils.atomic import check_overwrite
+from sfumato.utils.formatting import pluralize, say
+from sfumato.utils.limits import checked_density, checked_seed
 
 if TYPE_CHECKING:
-    from sfumato.merging.lineage import Parent
     from sfumato.merging.merge import MergeSource
+    from sfumato.merging.sources import Parent
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """Merge adapters into one file, exactly or within a rank, by any of the known methods; or into a checkpoint.
 
     Example: sfumato merge line.safetensors:0.8 otter.safetensors:0.6 -o mix.safetensors
@@ -91,15 +90,17 @@ def merge_files(config: Config) -> Path:
     adapters = parse_adapters(config.adapters)
     is_file = config.into is None or config.output.suffix == ".safetensors"
     models = [config.base] if config.into is None else [config.into, *(adapter.path for adapter in adapters)]
-    check_free(config.output, config.overwrite, ".safetensors" if is_file else None, folder=not is_file, read=models)
+    check_overwrite(
+        config.output, config.overwrite, ".safetensors" if is_file else None, folder=not is_file, read=models
+    )
     _check_method(config)
 
-    from sfumato.drawing.notes import changes_nothing, keys_left_out
+    from sfumato.generation.notes import no_effect_notes, skipped_key_notes
     from sfumato.merging.sources import choose_blocks, read_sources
 
     sources, parents = read_sources(adapters, partial=config.partial, words=config.into is None)
-    say(*keys_left_out((source.name, source.skipped) for source in sources))
-    say(*changes_nothing(source.name for source in sources if source.is_zero))
+    say(*skipped_key_notes((source.name, source.skipped) for source in sources))
+    say(*no_effect_notes(source.name for source in sources if source.is_zero))
     sources = choose_blocks(sources, config.blocks)
     parents = [replace(parent, weight=source.weight) for parent, source in zip(parents, sources, strict=True)]
     if config.into is not None:
@@ -110,7 +111,7 @@ def merge_files(config: Config) -> Path:
 def _check_method(config: Config) -> None:
     """Raises ConfigError for options that the method, or --into, does not take."""
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
-    idle = [shell.option(name) for name in chosen if name not in _OF_INTO]
+    idle = [formatting.option_flag(name) for name in chosen if name not in _OF_INTO]
     if config.into is not None and idle:
         raise ConfigError(
             "--into bakes all of it, in the base's own dtype: leave out "
@@ -121,19 +122,19 @@ def _check_method(config: Config) -> None:
     if not 0 < config.null_energy <= 1:
         raise ConfigError(f"--null-energy is {config.null_energy}; it must be above 0 and at most 1.")
 
-    from sfumato.merging.methods import DENSE, TAKEN_BY
+    from sfumato.merging.methods import DENSE, METHOD_SETTINGS
 
-    joint = config.method in TAKEN_BY["inside"]
-    for name, methods in TAKEN_BY.items():
+    joint = config.method in METHOD_SETTINGS["inside"]
+    for name, methods in METHOD_SETTINGS.items():
         if name in chosen and config.method not in methods:
             raise ConfigError(
-                f"{shell.option(name)} has no effect on --method {config.method}; leave it out, or choose one of "
+                f"{formatting.option_flag(name)} has no effect on --method {config.method}; leave it out, or choose one of "
                 f"{', '.join(sorted(methods))}."
             )
         if name in chosen and joint and name != "inside" and config.inside not in methods:
             raise ConfigError(
-                f"{shell.option(name)} has no effect on --method {config.method} --inside {config.inside}; leave it "
-                f"out, or give --inside one of {', '.join(sorted(methods - TAKEN_BY['inside']))}."
+                f"{formatting.option_flag(name)} has no effect on --method {config.method} --inside {config.inside}; leave it "
+                f"out, or give --inside one of {', '.join(sorted(methods - METHOD_SETTINGS['inside']))}."
             )
     if config.into is not None and config.method not in ("linear", *DENSE):
         raise ConfigError(
@@ -148,23 +149,22 @@ def _counted(sources: Sequence[MergeSource], parents: Sequence[Parent]) -> list[
 
 
 def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Parent]) -> Path:
-    from sfumato.files.embedding_file import merge_embeddings
-    from sfumato.files.write_kohya import write_lora
-    from sfumato.merging.convert import diffusers_warnings
+    from sfumato.files.adapter_file import merge_embeddings
+    from sfumato.files.writing.kohya import write_lora
+    from sfumato.merging.extract import diffusers_warnings
     from sfumato.merging.factors import Budget
-    from sfumato.merging.lineage import common_family, merged_metadata, predictions
     from sfumato.merging.merge import merge
-    from sfumato.merging.methods import Settings
-    from sfumato.merging.sources import stored_if_named
+    from sfumato.merging.methods import MethodSettings
+    from sfumato.merging.sources import common_family, merged_metadata, optional_stored_base, prediction_type_notes
     from sfumato.precision import DTYPES
 
-    base = stored_if_named(config.base)
+    base = optional_stored_base(config.base)
     family = common_family(parents, default=base.family.name if base else None, said=config.family)
     words = merge_embeddings({source.name: source.words for source in sources if source.counts})
     merged = merge(
         sources,
         method=config.method,
-        settings=Settings(config.density, config.inside, config.null_energy, config.null_strength),
+        settings=MethodSettings(config.density, config.inside, config.null_energy, config.null_strength),
         budget=Budget(config.rank, config.keep_energy),
         seed=config.seed,
         base=base.weight if base else None,
@@ -180,7 +180,7 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
     dtype = DTYPES[config.dtype or "fp32"]
     write_lora(config.output, merged.modules, family=family, metadata=metadata, dtype=dtype, words=words)
     _say_unasked(parents, _asked(metadata), f"others do not, so {config.output.name} does not")
-    say(*predictions(parents), *diffusers_warnings(config.output, merged.modules))
+    say(*prediction_type_notes(parents), *diffusers_warnings(config.output, merged.modules))
     ranks = sorted({module.rank for module in merged.modules.values()})
     of_rank = f"of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     size = config.output.stat().st_size / 1e6
@@ -191,9 +191,9 @@ def _merge(config: Config, sources: Sequence[MergeSource], parents: Sequence[Par
 def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Parent]) -> Path:
     from sfumato.files.header import read_header
     from sfumato.merging.bake import bake
-    from sfumato.merging.lineage import baked_metadata, common_family, predictions
-    from sfumato.merging.methods import Settings
-    from sfumato.merging.stored import stored_base
+    from sfumato.merging.methods import MethodSettings
+    from sfumato.merging.model_weights import stored_base
+    from sfumato.merging.sources import baked_metadata, common_family, prediction_type_notes
 
     assert config.into is not None
     base = stored_base(config.into)
@@ -221,14 +221,14 @@ def _bake(config: Config, sources: Sequence[MergeSource], parents: Sequence[Pare
         config.output,
         metadata,
         method=config.method,
-        settings=Settings(config.density),
+        settings=MethodSettings(config.density),
         seed=config.seed,
     )
     count = pluralize(len(parents), "adapter")
     say(f"{config.output.name}: {base.name} with {count} baked in")
     if base.root.is_file() and any(key.startswith("model_ema.") for key in read_header(base.root).tensors):
         say(f"{config.output.name}: its second weights, the running mean (model_ema), are {base.name}'s as they were")
-    say(*predictions(parents, base.name, base.prediction_type))
+    say(*prediction_type_notes(parents, base.name, base.prediction_type))
     _say_unasked(parents, (), "which a base cannot; baked in, it is in all steps of both predictions")
     return config.output
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sfumato import cli, shell
+from sfumato import cli
 from sfumato.config import parse
 from sfumato.errors import ConfigError, RunError
+from sfumato.utils import formatting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.bases import Base
+    from sfumato.models import Base
 
 SUBJECT = "sks flamingo"
 PROMPTS = ("crab", "penguin", "cat face", "bus", SUBJECT, f"{SUBJECT}, blob style")
@@ -113,9 +114,9 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
 
     threads: number of torch threads, in all. Returns the sheet of both adapters; some rows may be generated already.
     """
-    from sfumato.command_line import side_by_side
     from sfumato.precision import decide
-    from sfumato.precision.memory import give_back_dropped_models
+    from sfumato.precision.offload import release_dropped_models
+    from sfumato.utils import processes
 
     commands = {
         "style": command(config, "style", config.style, output),
@@ -125,7 +126,7 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
         check(words)
     precision = decide(config.precision)
     if not is_pocket(config):
-        from sfumato.bases.loading import base_skeleton
+        from sfumato.models.loading import base_skeleton
 
         # What is wrong with it is told once, before a training's lines.
         base_skeleton(
@@ -138,10 +139,12 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
     # Of a larger base two at once may be more than the memory holds.
     at_once = is_pocket(config) and precision.device.type == "cpu" and threads > 1
     for words in commands.values():
-        print(f"\n$ sfumato {shell.join(words)}", flush=True)
+        print(f"\n$ sfumato {formatting.join_command(words)}", flush=True)
     if at_once:
         # The subject has the shorter steps: its rows are drawn by its core while the style goes on learning.
-        if failed := side_by_side.run(commands, threads=threads, after={"subject": sheet.draw("subject", threads=1)}):
+        if failed := processes.run_commands(
+            commands, threads=threads, after={"subject": sheet.draw("subject", threads=1)}
+        ):
             name, code, reason = failed
             reason = reason or f"it stopped with exit code {code}; the lines above say why."
             raise RunError(f"the training of the {name}: {reason}")
@@ -149,7 +152,7 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
         for words in commands.values():
             if code := cli.main(words):  # which has said why
                 raise SystemExit(code)
-            give_back_dropped_models()
+            release_dropped_models()
     return sheet
 
 
@@ -213,8 +216,8 @@ class Sheet:
 
         from sfumato import Adapter, compose, load_base
         from sfumato.compose import adapter_guidance
-        from sfumato.compose.steps import over_asked_steps
-        from sfumato.drawing.pictures import draw
+        from sfumato.compose.schedules import over_asked_steps
+        from sfumato.generation.draw import draw
         from sfumato.precision import decide
 
         torch.set_num_threads(threads)
@@ -236,8 +239,8 @@ class Sheet:
 
     def write(self, path: Path, threads: int) -> None:
         """Generate the rows that are left, and save the labelled rows as one image. threads: as for `draw`."""
-        from sfumato.drawing.sheet import contact_sheet
-        from sfumato.files.atomic import atomic_path
+        from sfumato.utils.atomic import atomic_path
+        from sfumato.utils.image_grid import contact_sheet
 
         for _ in self.draw(*self.files, threads=threads):
             pass
@@ -248,13 +251,13 @@ class Sheet:
 
 def next_commands(style: Path, subject: Path, config: Config) -> list[str]:
     """Three commands that work as they are, even without an active environment: they call sfumato as it was called."""
-    a, b = shell.quote(str(style)), shell.quote(str(subject))
-    on = "" if is_pocket(config) else f"{shell.join(base_words(config))} "
+    a, b = formatting.quote_argument(str(style)), formatting.quote_argument(str(subject))
+    on = "" if is_pocket(config) else f"{formatting.join_command(base_words(config))} "
     called = Path(sys.argv[0])
     if called.is_relative_to(Path.cwd()):  # PowerShell runs nothing in quotes, which a space above may need
         called = called.relative_to(Path.cwd())
     by_path = called.name == "sfumato" and shutil.which("sfumato") is None
-    program = shell.quote(str(called)) if by_path else "sfumato"
+    program = formatting.quote_argument(str(called)) if by_path else "sfumato"
     return [
         f'{program} generate "{SUBJECT}" {on}--lora {a} --lora {b} --seed 3 -o flamingo.png',
         f"{program} generate guitar tulip owl {on}--lora {a} --sweep style=0,0.5,1 -o sweep.png",

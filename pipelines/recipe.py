@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from sfumato import shell
 from sfumato.cli import run
-from sfumato.command_line.terminal import escape_control, say
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
+from sfumato.utils import formatting
+from sfumato.utils.formatting import escape_control, pluralize, say
 
 if TYPE_CHECKING:
-    from sfumato.recipes.asked import Recipe
+    from sfumato.interop.settings import Recipe
 
 _NAMES_A_FILE = re.compile(r"\.(safetensors|ckpt)$|\\|^[/.~]|^\w:")
 """Of a base: no hub id, whatever the system that it was written on."""
@@ -48,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
     """Write the config. Lists on stderr what could not be converted, and prints the command that trains."""
     # A first word that ends in .toml is the other tool's, not a config of this program.
     config = parse(Config, argv, program="recipe", first_may_be_config=False)
-    from sfumato.files.atomic import write_text
-    from sfumato.recipes import convert
+    from sfumato.interop.recipes import convert
+    from sfumato.utils.atomic import write_text
 
     images = config.output.with_name(f"{config.output.stem}-images.toml")
     training = convert(config.file, images)
@@ -67,9 +66,20 @@ def main(argv: Sequence[str]) -> int:
         say(f"{images}: {pluralize(training.images.sources, 'source')}")
     write_text(config.output, training.to_toml({field.name: field.default for field in fields(trainer.Config)}))
     say(f"{config.output}: a config of {recipe.program}")
-    asked = [f"{shell.option(name)} {'DIR' if name == 'images' else 'WORDS'}" for name in recipe.ask]
-    run_folder = shell.quote((Path("runs") / config.output.stem).as_posix())
-    print(" ".join(["sfumato train", recipe.program, shell.quote(str(config.output)), *asked, "--output", run_folder]))
+    asked = [f"{formatting.option_flag(name)} {'DIR' if name == 'images' else 'WORDS'}" for name in recipe.ask]
+    run_folder = formatting.quote_argument((Path("runs") / config.output.stem).as_posix())
+    print(
+        " ".join(
+            [
+                "sfumato train",
+                recipe.program,
+                formatting.quote_argument(str(config.output)),
+                *asked,
+                "--output",
+                run_folder,
+            ]
+        )
+    )
     return 0
 
 

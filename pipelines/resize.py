@@ -9,17 +9,17 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from sfumato.adapters.weights import Adapter
 from sfumato.cli import run
-from sfumato.command_line.metadata import fitted_metadata
-from sfumato.command_line.terminal import say
-from sfumato.config import Settled, parse, to_dict
+from sfumato.config import TypedConfig, parse, to_dict
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.atomic import check_free
-from sfumato.weighting.adapter import Adapter
+from sfumato.generation.arguments.adapters import fitted_metadata
+from sfumato.utils.atomic import check_overwrite
+from sfumato.utils.formatting import say
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """Make a LoRA smaller: keep the largest singular values of each module, by the SVD of its factors.
 
     Example: sfumato resize line.safetensors --keep-energy 0.99 -o small.safetensors
@@ -46,15 +46,13 @@ def resize_file(config: Config) -> Path:
     """Write the smaller LoRA. Returns its file."""
     if config.rank is None and config.keep_energy is None:
         raise ConfigError("say how much to keep: --rank 8 or --keep-energy 0.99.")
-    check_free(config.output, config.overwrite, ".safetensors")
+    check_overwrite(config.output, config.overwrite, ".safetensors")
 
-    from sfumato.drawing.notes import changes_nothing
-    from sfumato.files.write_kohya import write_lora
-    from sfumato.merging.convert import diffusers_warnings
-    from sfumato.merging.extract import resize
+    from sfumato.files.writing.kohya import write_lora
+    from sfumato.generation.notes import no_effect_notes
+    from sfumato.merging.extract import diffusers_warnings, resize
     from sfumato.merging.factors import Budget
-    from sfumato.merging.lineage import common_family, merged_metadata
-    from sfumato.merging.sources import read_source
+    from sfumato.merging.sources import common_family, merged_metadata, read_source
     from sfumato.precision import DTYPES
 
     source, parent = read_source(Adapter(config.file), words=True)
@@ -64,7 +62,7 @@ def resize_file(config: Config) -> Path:
             f"{config.file.name}: {len(source.changes) - len(modules)} of {len(source.changes)} modules are no LoRA. "
             "Make it one first: sfumato convert --bake lora."
         )
-    say(*changes_nothing([source.name] if source.is_zero else []))
+    say(*no_effect_notes([source.name] if source.is_zero else []))
     smaller, share = resize(modules, Budget(config.rank, config.keep_energy))
     family = common_family([parent], said=config.family)
     # What the file said of its training stays; write_lora takes the rest from the tensors.

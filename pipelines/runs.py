@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from sfumato.cli import run
-from sfumato.command_line.terminal import escape_control
-from sfumato.config import Settled, parse
+from sfumato.config import TypedConfig, parse
 from sfumato.errors import ConfigError
-from sfumato.files.atomic import atomic_path, check_free
+from sfumato.utils.atomic import atomic_path, check_overwrite
+from sfumato.utils.formatting import escape_control
 
 if TYPE_CHECKING:
-    from sfumato.runs.overview import Overview
+    from sfumato.runs.reporting.overview import Overview
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """List trainings: steps, state, loss and measurements, and below each the settings in which those of the same
     program differ.
 
@@ -42,13 +42,13 @@ class Config(Settled):
 
 def look(config: Config) -> list[Overview]:
     """What the folders tell. Writes the sheet if one is asked for."""
-    from sfumato.runs.overview import find_runs, look_at, sample_sheet
+    from sfumato.runs.reporting.overview import find_runs, read_overview, sample_sheet
 
     if config.output is not None:
         if config.output.suffix.lower() != ".png":
             raise ConfigError(f"--output {config.output}: wanted a .png.")
-        check_free(config.output, config.overwrite)
-    found = [look_at(folder) for folder in find_runs(config.folders)]
+        check_overwrite(config.output, config.overwrite)
+    found = [read_overview(folder) for folder in find_runs(config.folders)]
     if config.output is not None:
         sheet = sample_sheet(found)
         with atomic_path(config.output) as temporary:
@@ -58,26 +58,26 @@ def look(config: Config) -> list[Overview]:
 
 def table(runs: Sequence[Overview]) -> str:
     """A line for each run, and one below it for the settings in which it differs from others."""
-    from sfumato.runs.overview import differing, told
+    from sfumato.runs.reporting.overview import differing_settings, format_settings
 
     names = [str(each.folder) for each in runs]
     width, programs = max(map(len, names)), max(len(each.program) for each in runs)
     steps = [f"{each.made} of {'?' if each.steps is None else each.steps}" for each in runs]
     most = max(map(len, steps))
     lines = []
-    for each, name, made, apart in zip(runs, names, steps, differing(runs), strict=True):
+    for each, name, made, apart in zip(runs, names, steps, differing_settings(runs), strict=True):
         figures = "  ".join(f"{what} {value:.4g}" for what, value in each.figures.items())
         lines.append(
             f"{name:<{width}}  {each.program:<{programs}}  {made:>{most}}  {each.state:<7}  {figures}".rstrip()
         )
         if apart:
-            lines.append(f"{'':<{width}}  {told(apart)}")
+            lines.append(f"{'':<{width}}  {format_settings(apart)}")
     return "\n".join(map(escape_control, lines))
 
 
 def as_json(runs: Sequence[Overview]) -> list[dict[str, object]]:
     """The same for other programs."""
-    from sfumato.runs.overview import differing
+    from sfumato.runs.reporting.overview import differing_settings
 
     return [
         {
@@ -90,7 +90,7 @@ def as_json(runs: Sequence[Overview]) -> list[dict[str, object]]:
             "learned": None if each.learned is None else str(each.learned),
             "differs": apart,
         }
-        for each, apart in zip(runs, differing(runs), strict=True)
+        for each, apart in zip(runs, differing_settings(runs), strict=True)
     ]
 
 

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.cli import run
-from sfumato.command_line.terminal import escape_control
-from sfumato.config import Settled, parse
+from sfumato.config import TypedConfig, parse
 from sfumato.errors import AdapterError, ConfigError, FileError
-from sfumato.numerals import plain
+from sfumato.utils.formatting import escape_control, to_single_line
 
 if TYPE_CHECKING:
-    from sfumato.files.embedding_file import Vectors
+    from sfumato.files.adapter_file import Vectors
     from sfumato.files.fingerprint import Row
 
 
 @dataclass(frozen=True)
-class Config(Settled):
+class Config(TypedConfig):
     """Verify an adapter: every key and value, the hashes that it states, and that its weights are those that were
     trained.
 
@@ -54,7 +53,7 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         raise ConfigError(f"--tolerance {config.tolerance:g}: wanted above 0 and below 1; 0.01 is usual.")
 
     from sfumato.files.adapter_file import read_adapter
-    from sfumato.files.fingerprint import FINGERPRINT_KEY, check, compare
+    from sfumato.files.fingerprint import FINGERPRINT_KEY, check_rows, compare
 
     file = read_adapter(config.file)  # which checks header, keys, halves and finiteness
     found: dict[str, object] = {"file": config.file.name, "modules": len(file.changes), "kinds": file.kinds}
@@ -67,7 +66,7 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         where = f"against {config.against.name}"
     elif FINGERPRINT_KEY in file.metadata:
         try:
-            comparison = check(file.metadata[FINGERPRINT_KEY], _rows(config.file, config.base), config.file.name)
+            comparison = check_rows(file.metadata[FINGERPRINT_KEY], _rows(config.file, config.base), config.file.name)
         except FileError as error:
             return False, found | {"reason": str(error)}
         where = "against its own fingerprint"
@@ -80,7 +79,10 @@ def verify(config: Config) -> tuple[bool, dict[str, object]]:
         other = read_adapter(config.against, partial=True)
         others = other.embeddings
         if same and other.skipped:
-            same, reason = False, f"{len(other.skipped)} keys there cannot be read, first {plain(other.skipped[0])}"
+            same, reason = (
+                False,
+                f"{len(other.skipped)} keys there cannot be read, first {to_single_line(other.skipped[0])}",
+            )
         figures["words"] = errors = _word_errors(file.embeddings, others)
         apart = [token for token, error in errors.items() if error is None or error > config.tolerance]
         if same and apart:
@@ -137,14 +139,14 @@ def _broken_hash(path: Path) -> str | None:
 def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, Row]:
     """The fingerprint rows of an adapter. vectors: include changes of norms and biases, which no fingerprint
     contains."""
-    from sfumato.files.changes.bias import bias_change, may_have_bias
-    from sfumato.files.fingerprint import known_delta, probe_rows, probed
-    from sfumato.merging.sources import read_source, stored_if_named
-    from sfumato.weighting.adapter import Adapter
+    from sfumato.adapters.weights import Adapter
+    from sfumato.files.fingerprint import known_delta, probe_rows, probed_delta
+    from sfumato.files.kinds.ia3 import bias_change, may_have_bias
+    from sfumato.merging.sources import optional_stored_base, read_source
 
     source, _ = read_source(Adapter(path), partial=True)
-    stored = stored_if_named(base)
-    read = known_delta if vectors else probed
+    stored = optional_stored_base(base)
+    read = known_delta if vectors else probed_delta
     rows: dict[str, Row] = {}
     for (part, name), change in source.changes.items():
         module = read(change, stored.weight((part, name)) if stored and change.low_rank() is None else None)

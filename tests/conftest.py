@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sfumato.runs import plot
+from sfumato.runs.reporting import plot
 
 PLOT_LOG = plot.plot_log
 
@@ -50,8 +50,8 @@ def skeletons_made_once() -> Iterator[None]:
     """A base's modules without weights are made once for each config, and then copied: of a tiny base they take longer
     than all else that is read of it."""
     with pytest.MonkeyPatch.context() as patch:
-        if "sfumato.bases.loading" in sys.modules:
-            from sfumato.bases import folder, loading, single_file
+        if "sfumato.models.loading" in sys.modules:
+            from sfumato.models import folder, loading, single_file
             from tests.copies import made_once
 
             for module in (folder, loading, single_file):
@@ -125,7 +125,8 @@ def quick(monkeypatch) -> None:
     A plot alone takes as long as a training of four steps. What the sampler's steps and the plot are in a run that
     nobody hurried is told by tests/drawing/test_pictures.py and by the tests that ask for `plotted`.
     """
-    from sfumato.bases import family, loading, recognise
+    from sfumato.models import family, loading
+    from sfumato.models import family as recognise
 
     hasty = {
         name: dataclasses.replace(one, defaults=dataclasses.replace(one.defaults, sampling_steps=2))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
-from sfumato.precision import tensors
+from sfumato.precision import quantization
 
 aten = torch.ops.aten
 DESCRIBING = {
@@ -389,7 +389,7 @@ def pretended_gpu(kind: Literal["cuda", "mps"] = "cuda", major: int = 8) -> Iter
     if kind == "mps":
         cuda = {"is_available": lambda: False}
     mps = {"is_available": lambda: kind == "mps", "is_built": lambda: kind == "mps"}
-    plain = tensors.is_plain
+    plain = quantization.is_plain_float
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     # Module.to keeps its Parameter objects, as it does where both devices' tensors are torch's own.
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -405,7 +405,7 @@ def pretended_gpu(kind: Literal["cuda", "mps"] = "cuda", major: int = 8) -> Iter
             patch("accelerate.state.get_torch_accelerator_backend", lambda: (kind, None), create=True),
             patch.object(torch, "Generator", Generator),
             patch.object(Tensor, "data", property(get_data, set_data), create=True),
-            patch.object(tensors, "is_plain", lambda tensor: plain(getattr(tensor, "held", tensor))),
+            patch.object(quantization, "is_plain_float", lambda tensor: plain(getattr(tensor, "held", tensor))),
             autocast_of_gpu(),
             calls,
             Pretending(calls),

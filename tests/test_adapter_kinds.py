@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sfumato import randomness
 from sfumato.adapters import ALGOS, Attached, Kind, attach
-from sfumato.adapters.dora import lengths
-from sfumato.adapters.lokr import factorization
+from sfumato.adapters.tuners.lokr import factorization
+from sfumato.adapters.tuners.lora import weight_norm
 from sfumato.errors import AdapterError
 from sfumato.files import read_adapter
-from sfumato.files.changes.dora import Dora
-from sfumato.files.fingerprint import FINGERPRINT_KEY, check, probe_rows, verify
-from sfumato.precision import products
+from sfumato.files.fingerprint import FINGERPRINT_KEY, check_rows, probe_rows, verify
+from sfumato.files.kinds.dora import Dora
+from sfumato.precision import cpu_matmul
 from sfumato.training.options import AlgoName
+from sfumato.utils import randomness
 
 KINDS = {
     "loha": Kind("loha"),
@@ -101,7 +101,7 @@ def test_an_untrained_adapter_changes_no_bit(kind, name):
     host, x, adapter = attached(kind, name)
     adapter.detach()
     assert "forward" not in vars(host)
-    products.quicken(nn.ModuleList([host]))  # as a base's layers are for training
+    cpu_matmul.use_fast_matmul(nn.ModuleList([host]))  # as a base's layers are for training
     untouched, before = host.forward, host(x)
     adapter = attach({"unet": {PATHS[name]: host}}, rank=3, alpha=6.0, kind=kind)
     assert torch.equal(host(x), before)
@@ -235,7 +235,7 @@ def test_a_file_read_back_makes_the_trained_change(kind, dtype, tmp_path):
         assert (change.delta(weight) - wanted).norm() < limit * wanted.norm(), path
     if not kind.dora and dtype == torch.float32:
         deltas = {target: change.delta(hosts[target[1]].weight) for target, change in file.changes.items()}
-        assert check(file.metadata[FINGERPRINT_KEY], probe_rows(deltas), "a").same()
+        assert check_rows(file.metadata[FINGERPRINT_KEY], probe_rows(deltas), "a").same()
 
 
 def test_starting_from_a_file_gives_its_change_at_another_scale(kind, tmp_path):
@@ -286,7 +286,7 @@ def test_a_layer_starts_as_lycoris_has_it_and_as_a_function_of_seed_part_and_pat
     dora = attach(parts, rank=5, alpha=1.0, seed=4, kind=Kind(dora=True)).layers["text_encoder", "to_q"]
     lora = attach(parts, rank=5, alpha=1.0, seed=4).layers["text_encoder", "to_q"]
     assert torch.equal(dora.inner.down, lora.down)
-    assert torch.equal(dora.change().magnitude, lengths(host.weight)[0])
+    assert torch.equal(dora.change().magnitude, weight_norm(host.weight)[0])
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sfumato import randomness
 from sfumato.adapters import TARGETS, Kind, attach, select
 from sfumato.errors import AdapterError
+from sfumato.utils import randomness
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from sfumato.adapters import ByLayer, Kind, attach, target_layers
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files import read_header, read_lora
-from sfumato.training import optimizers
+from sfumato.training.optim import optimizers
 from sfumato.training.options import KindOptions
 from tests.tiny import tiny_pipeline
 
@@ -117,12 +117,14 @@ def test_each_layer_steps_by_its_share_of_the_rate(name):
     own = rules(rates=("to_q=0.5", "conv1=3"))
     factors = {"down.to_q": 0.5, "down.conv1": 3, "to_k": 1}
     one, several = (attach(hosts(), rank=2, alpha=2.0, by_layer=own) for _ in range(2))
-    groups = optimizers.groups(one.by_part(), 1e-2, None, ups=one.ups(), up_ratio=4, factors=one.rate_factors())
-    stepping = [optimizers.build(name, groups, weight_decay=0.1)]
+    groups = optimizers.parameter_groups(
+        one.by_part(), 1e-2, None, ups=one.ups(), up_ratio=4, factors=one.rate_factors()
+    )
+    stepping = [optimizers.build_optimizer(name, groups, weight_decay=0.1)]
     for (_, path), layer in several.layers.items():
         for parameter, ratio in ((layer.down, 1), (layer.up, 4)):
             alone = [{"params": [parameter], "lr": 1e-2 * ratio * factors[path]}]
-            stepping.append(optimizers.build(name, alone, weight_decay=0.1))
+            stepping.append(optimizers.build_optimizer(name, alone, weight_decay=0.1))
     for step in range(3):
         for lora in (one, several):
             torch.manual_seed(step)

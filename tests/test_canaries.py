@@ -117,8 +117,8 @@ def test_there_are_twelve_at_least(tmp_path):
 def lora_file(tmp_path_factory, pocket_folder):
     """An adapter that fits the tiny base."""
     from sfumato.adapters import attach, select
-    from sfumato.bases import load_base
     from sfumato.files import LoraModule, write_lora
+    from sfumato.models import load_base
     from tests.tiny import CPU
 
     base = load_base(str(pocket_folder), precision=CPU)

@@ -13,9 +13,9 @@ import warnings
 import pytest
 
 from sfumato import cli
-from sfumato.command_line.terminal import say
 from sfumato.errors import ConfigError
-from sfumato.toml import read_toml
+from sfumato.utils.formatting import say
+from sfumato.utils.text_files import read_toml
 
 COMMANDS = [
     ["--help"],
@@ -41,7 +41,7 @@ def test_without_a_base_an_adapter_s_commands_load_no_diffusers(tmp_path):
     """Which takes most of their time."""
     script = (
         "import sys, torch\nfrom sfumato.cli import main\nfrom sfumato.files import write_lora\n"
-        "from sfumato.files.changes import LoraModule\n"
+        "from sfumato.files.kinds import LoraModule\n"
         "path = 'mid_block.attentions.0.transformer_blocks.0.attn2.to_k'\n"
         "module = LoraModule(torch.ones(2, 768), torch.ones(1280, 2), 2.0)\n"
         "write_lora('a.safetensors', {('unet', path): module}, family='sd1')\n"

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato import Adapter, cli
-from sfumato.bases import load_base
-from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_embedding import write_embedding
-from sfumato.files.write_kohya import write_lora
-from sfumato.files.write_peft_keys import write_peft
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.embedding import write_embedding
+from sfumato.files.writing.kohya import write_lora
+from sfumato.files.writing.peft import write_peft
+from sfumato.generation.metadata.png_info import read_picture_info
+from sfumato.models import load_base
 from tests.tiny import CPU
 
 

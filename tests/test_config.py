@@ -12,9 +12,9 @@ import pytest
 from cyclopts import Parameter
 from sfumato.trainers import lora
 
-from sfumato.command_line.base_options import DrawingBaseOptions
-from sfumato.config import _panels, at_home, fill, parse, to_dict, to_toml
+from sfumato.config import _panels, expand_home, fill_unset, parse, to_dict, to_toml
 from sfumato.errors import ConfigError
+from sfumato.generation.arguments.base import DrawingBaseOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def test_a_path_from_home_is_found_wherever_no_shell_has_read_it(tmp_path, monke
     assert read("--config=~/c.toml") == Config(images=tmp_path / "a dog", prompts=("~/is no path",))
     assert read("--images=~/x~/~").images == tmp_path / "x~/~"
     assert read("--images", "~dog").images == Path("~dog")
-    assert at_home("line=~/line.safetensors:0.8") == f"line={tmp_path}/line.safetensors:0.8"
+    assert expand_home("line=~/line.safetensors:0.8") == f"line={tmp_path}/line.safetensors:0.8"
 
 
 def test_an_option_that_comes_first_is_no_config_file(tmp_path):
@@ -226,7 +226,7 @@ def test_a_public_config_tells_no_folder_within_a_text(text, told):
 
 
 def test_unset_fields_are_filled_and_named():
-    config, filled = fill(Config(images=Path("d")), {"rank": 16, "mode": "b", "other": 1})
+    config, filled = fill_unset(Config(images=Path("d")), {"rank": 16, "mode": "b", "other": 1})
     assert (config.rank, config.mode, filled) == (16, "a", ["rank"])
 
 

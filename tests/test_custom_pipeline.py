@@ -11,16 +11,16 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 
 from sfumato import Adapter, cli, compose
-from sfumato.compose.per_picture import per_picture
+from sfumato.adapters.embeddings import embedding
+from sfumato.compose.per_image import per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.adapter_file import read_adapter
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_embedding import write_embedding
-from sfumato.files.write_kohya import write_lora
-from sfumato.files.write_peft_keys import write_peft
-from sfumato.words import embedding
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.embedding import write_embedding
+from sfumato.files.writing.kohya import write_lora
+from sfumato.files.writing.peft import write_peft
+from sfumato.generation.draw import Start, draw
 from tests.bundles import add_words
 
 FILES = cli.source("sfumato.pipelines.custom").parent

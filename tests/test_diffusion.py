@@ -4,30 +4,30 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato import diffusion
+from sfumato.models import diffusion
 
 
 def test_no_noise_at_alpha_bar_one_and_only_noise_at_zero():
     latents, noise = torch.full((2, 1, 1, 1), 3.0), torch.full((2, 1, 1, 1), -2.0)
-    noisy = diffusion.noise_latents(latents, noise, torch.tensor([1.0, 0.0]))
+    noisy = diffusion.add_noise(latents, noise, torch.tensor([1.0, 0.0]))
     assert noisy.flatten().tolist() == [3.0, -2.0]
 
 
 def test_noisy_latents_at_one_quarter():
-    noisy = diffusion.noise_latents(torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 4.0), torch.tensor([0.25]))
+    noisy = diffusion.add_noise(torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 4.0), torch.tensor([0.25]))
     assert_close(noisy.item(), 0.5 * 2 + 0.75**0.5 * 4)
 
 
 def test_epsilon_is_the_noise():
     noise = torch.randn(2, 4, 3, 3)
-    assert diffusion.target("epsilon", torch.randn(2, 4, 3, 3), noise, torch.tensor([0.3, 0.9])) is noise
+    assert diffusion.prediction_target("epsilon", torch.randn(2, 4, 3, 3), noise, torch.tensor([0.3, 0.9])) is noise
 
 
 def test_latents_come_back_from_v():
     """z = sqrt(a) z_t - sqrt(1 - a) v."""
     latents, noise, a = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.5, 0.99])
-    v = diffusion.target("v_prediction", latents, noise, a)
-    noisy = diffusion.noise_latents(latents, noise, a)
+    v = diffusion.prediction_target("v_prediction", latents, noise, a)
+    noisy = diffusion.add_noise(latents, noise, a)
     a = a.view(-1, 1, 1, 1)
     assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, latents)
 
@@ -35,8 +35,8 @@ def test_latents_come_back_from_v():
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_latents_and_noise_come_back_from_what_is_predicted(kind):
     latents, noise, a = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.5, 0.99])
-    found = diffusion.denoised(
-        kind, diffusion.noise_latents(latents, noise, a), diffusion.target(kind, latents, noise, a), a
+    found = diffusion.split_prediction(
+        kind, diffusion.add_noise(latents, noise, a), diffusion.prediction_target(kind, latents, noise, a), a
     )
     assert_close(found, (latents, noise))
 
@@ -103,15 +103,15 @@ def test_a_mask_takes_the_mean_over_what_it_shows():
     mask = torch.zeros(1, 1, 2, 2)
     mask[..., 0, 0] = 1.0
     one = torch.ones(1)
-    assert_close(diffusion.weighted_error(wrong, right, one, mask), torch.tensor([9.0]))
-    assert_close(diffusion.weighted_error(wrong, right, one), torch.tensor([9 / 4]))
-    assert_close(diffusion.weighted_error(wrong, right, one, 1 - mask), torch.tensor([0.0]))
-    assert_close(diffusion.weighted_error(wrong, right, 0.5 * one, mask), torch.tensor([4.5]))
+    assert_close(diffusion.weighted_loss(wrong, right, one, mask), torch.tensor([9.0]))
+    assert_close(diffusion.weighted_loss(wrong, right, one), torch.tensor([9 / 4]))
+    assert_close(diffusion.weighted_loss(wrong, right, one, 1 - mask), torch.tensor([0.0]))
+    assert_close(diffusion.weighted_loss(wrong, right, 0.5 * one, mask), torch.tensor([4.5]))
 
 
 def test_a_mask_that_shows_nothing_teaches_nothing():
     """A crop at a random place may miss all that the mask of its picture shows."""
-    errors = diffusion.weighted_error(
+    errors = diffusion.weighted_loss(
         torch.ones(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), torch.ones(1), torch.zeros(1, 1, 2, 2)
     )
     assert errors.item() == 0
@@ -120,7 +120,7 @@ def test_a_mask_that_shows_nothing_teaches_nothing():
 def test_errors_of_half_precision_are_squared_in_fp32():
     """300^2 is more than fp16 holds."""
     far = torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)
-    assert diffusion.weighted_error(far, torch.zeros_like(far), torch.ones(1)).item() == 90_000
+    assert diffusion.weighted_loss(far, torch.zeros_like(far), torch.ones(1)).item() == 90_000
 
 
 # Noise pyramids and the Huber loss, as sd-scripts has them
@@ -152,7 +152,7 @@ def test_the_huber_scale_is_sd_scripts_snr_schedule():
 
 def test_huber_errors_are_squares_when_small_and_lines_when_large():
     error = torch.tensor([0.001, 100.0]).view(2, 1, 1, 1)
-    found = diffusion.weighted_error(error, torch.zeros_like(error), torch.ones(2), huber=torch.tensor([0.5, 0.5]))
+    found = diffusion.weighted_loss(error, torch.zeros_like(error), torch.ones(2), huber=torch.tensor([0.5, 0.5]))
     assert_close(found, torch.tensor([1e-6, 2 * 0.5 * (100 - 0.5)]), rtol=2e-3, atol=1e-7)
 
 
@@ -160,4 +160,4 @@ def test_crossing_noise_makes_of_one_picture_what_noise_makes_of_the_other():
     asked, seen, noise = torch.randn(3, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     alpha_bar = torch.tensor([0.1, 0.5, 0.9])
     crossing = diffusion.crossing_noise(asked, seen, noise, alpha_bar)
-    assert_close(diffusion.noise_latents(asked, crossing, alpha_bar), diffusion.noise_latents(seen, noise, alpha_bar))
+    assert_close(diffusion.add_noise(asked, crossing, alpha_bar), diffusion.add_noise(seen, noise, alpha_bar))

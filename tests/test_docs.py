@@ -33,7 +33,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_python_within_a_line_names_what_the_package_shows():
-    """`sfumato.bases` is no name before something imports it."""
+    """`sfumato.models` is no name before something imports it."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     spans = [span for file in files for span in re.findall(r"`([^`\n]+\([^`\n]*)`", file.read_text(encoding="utf-8"))]
     named = {name for span in spans for name in re.findall(r"(?<!from )\bsfumato\.(\w+)", span)}
@@ -68,7 +68,7 @@ def test_the_examples_run_one_after_another(pipe, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_commands_run_one_after_another(pocket_folder, tmp_path, monkeypatch):
-    from sfumato.bases import load_base
+    from sfumato.models import load_base
     from sfumato.precision import decide
 
     monkeypatch.chdir(tmp_path)
@@ -190,8 +190,8 @@ def test_photographs_of_a_phone_become_a_picture(pocket_folder, tmp_path, monkey
 def test_the_defaults_that_methods_md_lists_are_those_of_the_code():
     from sfumato.trainers import dpo, dreambooth, finetune, lcm, slider, textual_inversion
 
-    from sfumato.bases import FAMILIES
-    from sfumato.words.placeholders import DEFAULT_LEARNING_RATES
+    from sfumato.adapters.embeddings.tokens import DEFAULT_LEARNING_RATES
+    from sfumato.models import FAMILIES
 
     section = METHODS.split("### Defaults\n")[1].split("###")[0]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sfumato.adapters import attach
-from sfumato.adapters.folded import folded
+from sfumato.adapters.layers import fused_output
 
 HOSTS = {
     "linear, wide": (nn.Linear(48, 40), (3, 80, 48)),
@@ -40,7 +40,7 @@ def two_products(host, down, up, x):
 @pytest.mark.parametrize("name", HOSTS)
 def test_values_and_gradients_are_those_of_two_products(name):
     host, *learned = a_case(name)
-    one = folded(host, *learned[:2], SCALE, learned[2])
+    one = fused_output(host, *learned[:2], SCALE, learned[2])
     assert one is not None
     exact = [x.detach().double().requires_grad_() for x in learned]
     two = two_products(copy.deepcopy(host).double(), *exact)
@@ -54,17 +54,17 @@ def test_values_and_gradients_are_those_of_two_products(name):
 @pytest.mark.parametrize("name", HOSTS)
 def test_only_the_gradients_that_are_wanted_are_computed(name):
     host, down, up, x = a_case(name)
-    whole = torch.autograd.grad(folded(host, down, up, SCALE, x).sum(), (down, up, x))
-    (alone,) = torch.autograd.grad(folded(host, down.detach(), up.detach(), SCALE, x).sum(), (x,))
+    whole = torch.autograd.grad(fused_output(host, down, up, SCALE, x).sum(), (down, up, x))
+    (alone,) = torch.autograd.grad(fused_output(host, down.detach(), up.detach(), SCALE, x).sum(), (x,))
     assert torch.equal(alone, whole[2])
-    of_update = torch.autograd.grad(folded(host, down, up, SCALE, x.detach()).sum(), (down, up))
+    of_update = torch.autograd.grad(fused_output(host, down, up, SCALE, x.detach()).sum(), (down, up))
     assert all(torch.equal(a, b) for a, b in zip(of_update, whole, strict=False))
 
 
 def test_few_rows_are_two_products():
     host, down, up, x = a_case("linear, wide")
-    assert folded(host, down, up, SCALE, x[:1, :21]) is None
-    assert folded(host, down, up, SCALE, x) is not None
+    assert fused_output(host, down, up, SCALE, x[:1, :21]) is None
+    assert fused_output(host, down, up, SCALE, x) is not None
 
 
 class Doubled(nn.Linear):
@@ -88,7 +88,7 @@ def test_what_is_no_frozen_fp32_layer_of_torchs_is_two_products(wrong):
     elif wrong == "grouped":
         host = nn.Conv2d(24, 20, 3, padding=1, groups=2).requires_grad_(False)
     with torch.autocast("cpu", enabled=wrong == "autocast"):
-        assert folded(host, down, up, SCALE, x) is None
+        assert fused_output(host, down, up, SCALE, x) is None
 
 
 def test_a_copy_of_an_adapted_layer_is_of_its_own():

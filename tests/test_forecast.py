@@ -7,30 +7,31 @@ from types import SimpleNamespace
 
 import pytest
 
-from sfumato import cli, forecast, load_base
+from sfumato import cli, load_base
 from sfumato.adapters import ByLayer, Kind, attach, target_layers
-from sfumato.forecast import (
-    BESIDE,
+from sfumato.precision import choices, decide, forecast_precision
+from sfumato.precision.layers import save_activation_memory
+from sfumato.precision.quantization import Quantized, quantize
+from sfumato.training import memory
+from sfumato.training.memory import (
+    RUNTIME_BYTES,
     TRAININGS,
-    Setting,
-    Training,
+    MemorySetting,
+    TrainingTask,
     drawing_memory,
     encoding_memory,
+    fake_base,
     samples_at_once,
-    shapes_of,
     step_memory,
 )
-from sfumato.precision import choices, decide, forecast_precision
-from sfumato.precision.lean import save_activation_memory
-from sfumato.precision.quantized import Quantized, quantize
 
-ON_CPU = Setting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
+ON_CPU = MemorySetting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in TRAININGS}
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    return shapes_of("pocket", "cpu")
+    return fake_base("pocket", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_it_is_what_a_step_of_real_tensors_takes(name, checkpointing, shapes):
     learned = [] if way.trained == "words" else list(base.unet.parameters())
     if way.trained == "lora":
         learned = list(attach(target_layers(base.parts(text=False), way.targets), rank=4, alpha=4.0).parameters())
-    real = forecast._step(base, way, setting, learned)
+    real = memory._step(base, way, setting, learned)
     told = step_memory(shapes, way, setting)
     assert told.alive == pytest.approx(real.peak_with_gradients, rel=1e-3)
     assert told.fused == pytest.approx(real.peak, rel=1e-3)
@@ -95,8 +96,8 @@ def test_ways_of_every_family(family, device, family_folder):
 
     `lora` is `--train-words` without the text encoders, and DreamBooth's LoRA `--targets everything` with two pictures.
     """
-    base = shapes_of(family_folder(family), device)
-    setting = Setting(device, forecast_precision("auto", device, adapting=False), 64, 1, 4)
+    base = fake_base(family_folder(family), device)
+    setting = MemorySetting(device, forecast_precision("auto", device, adapting=False), 64, 1, 4)
     before = state_of(base)
     names = ("textual_inversion", "lora --targets everything", "lora --train-words", "dreambooth --method full")
     for way in (BY_OPTIONS[name] for name in names):
@@ -105,7 +106,7 @@ def test_ways_of_every_family(family, device, family_folder):
         lean = step_memory(base, way, replace(setting, checkpointing=True))
         assert 0 < lean.fused < one.fused < two.fused
         assert one.weights == two.weights
-    four, one = (encoding_memory(base, replace(setting, side=side)) - BESIDE[device] for side in (512, 1024))
+    four, one = (encoding_memory(base, replace(setting, side=side)) - RUNTIME_BYTES[device] for side in (512, 1024))
     assert 0.5 * one < four  # at once
     assert drawing_memory(base, setting) < drawing_memory(base, setting, samples_at_once(base, setting))
     assert state_of(base) == before
@@ -113,10 +114,10 @@ def test_ways_of_every_family(family, device, family_folder):
 
 @pytest.mark.slow
 def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
-    base = shapes_of("pocket", "gpu")
+    base = fake_base("pocket", "gpu")
     way = BY_OPTIONS["lora"]
     half, full = (
-        step_memory(base, way, Setting("gpu", forecast_precision(name, "gpu", adapting=True), 64, 4, 4))
+        step_memory(base, way, MemorySetting("gpu", forecast_precision(name, "gpu", adapting=True), 64, 4, 4))
         for name in ("fp16", "fp32")
     )
     assert half.fused < full.fused
@@ -125,7 +126,7 @@ def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
 
 @pytest.mark.slow
 def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
-    way = Training("", "lora", targets="mid_block.*(conv1|to_q)$")
+    way = TrainingTask("", "lora", targets="mid_block.*(conv1|to_q)$")
     steps = (step_memory(shapes, way, replace(ON_CPU, conv_rank=rank)) for rank in (4, 1))
     plain, own = (sum(shape.numel() for shape in step.trained) for step in steps)
     learned = attach(target_layers(shapes.parts(text=False), way.targets), rank=4, alpha=4.0, conv_rank=1)
@@ -136,7 +137,7 @@ def test_convolutions_of_a_lower_rank_train_fewer_numbers(shapes):
 @pytest.mark.slow
 def test_layers_with_ranks_of_their_own_train_as_many_numbers_as_in_a_training(shapes):
     """A layer that is left out has none, and a name of no layer that a way to train adapts is passed over."""
-    way = Training("", "lora", targets="mid_block.*(conv1|to_q|to_k)$")
+    way = TrainingTask("", "lora", targets="mid_block.*(conv1|to_q|to_k)$")
     rules = ByLayer.of(SimpleNamespace(rank_of=("conv1=1", "to_k=0", "to_v=2")))
     found = step_memory(shapes, way, replace(ON_CPU, by_layer=rules))
     hosts = target_layers(shapes.parts(text=False), way.targets)["unet"]
@@ -150,7 +151,7 @@ def test_layers_with_ranks_of_their_own_train_as_many_numbers_as_in_a_training(s
 @pytest.mark.parametrize("kind", [Kind("loha"), Kind("lokr", factor=4), Kind("lora", dora=True)])
 def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
     """Theirs is of the weight's size, and made again for the way back: few are alive beside a LoRA's step."""
-    way = Training("", "lora", targets="(conv1|conv2|ff.net.2)$")
+    way = TrainingTask("", "lora", targets="(conv1|conv2|ff.net.2)$")
     lora, other = (step_memory(shapes, way, replace(ON_CPU, kind=one)) for one in (Kind(), kind))
     adapted = target_layers(shapes.parts(text=False), way.targets)
     attached = attach(adapted, rank=4, alpha=4.0, kind=kind)
@@ -162,7 +163,7 @@ def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
 
 @pytest.mark.slow
 def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
-    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"]])
+    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS["lora"]])
     assert (
         cli.main(["memory", "--device", "cpu", "--algo", "lokr", "--factor", "8", "--dora", "--precision", "fp32"]) == 0
     )
@@ -201,9 +202,9 @@ def noted(work, formats):
 @pytest.mark.slow
 def test_the_table_beside_a_quantized_u_net_tells_what_it_takes(pocket_folder, monkeypatch, capsys):
     full, drawing = "finetune --fused --optimizer adafactor", "drawing an image"
-    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["lora"], BY_OPTIONS[full]])
-    monkeypatch.setattr(forecast, "step_memory", noted(forecast.step_memory, frozen := []))
-    monkeypatch.setattr(forecast, "drawing_memory", noted(forecast.drawing_memory, drawn := []))
+    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS["lora"], BY_OPTIONS[full]])
+    monkeypatch.setattr(memory, "step_memory", noted(memory.step_memory, frozen := []))
+    monkeypatch.setattr(memory, "drawing_memory", noted(memory.drawing_memory, drawn := []))
     words = ["memory", "--base", str(pocket_folder), "--device", "cpu", "--precision", "fp32", "--json"]
     found = []
     for more in ([], ["--quantize", "int8"], ["--quantize", "nf4"]):
@@ -219,7 +220,7 @@ def test_the_table_beside_a_quantized_u_net_tells_what_it_takes(pocket_folder, m
 def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
     full = "dreambooth --method full"
     shown = [full, f"{full} --fused", f"{full} --fused --optimizer adamw8bit"]
-    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS[name] for name in shown])
+    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS[name] for name in shown])
     monkeypatch.setattr(choices, "cpu_has_bf16", lambda: True)
     assert cli.main(["memory", "--device", "cpu", "--within", "0.95"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -231,7 +232,7 @@ def test_the_table_marks_what_does_not_fit(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_table_as_json(pocket_folder, monkeypatch, capsys):
-    monkeypatch.setattr(forecast, "TRAININGS", [BY_OPTIONS["textual_inversion"]])
+    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS["textual_inversion"]])
     assert cli.main(["memory", "--base", str(pocket_folder), "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["gib"]
     assert next(iter(told)) == "textual_inversion"
@@ -248,7 +249,7 @@ def test_the_table_as_json(pocket_folder, monkeypatch, capsys):
     ("name", "numbers", "texts"), [("sd1", 859_520_964, 1), ("sd2", 865_910_724, 1), ("sdxl", 2_567_463_684, 2)]
 )
 def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
-    base = shapes_of(name, "gpu")
+    base = fake_base(name, "gpu")
     assert sum(weight.numel() for weight in base.unet.parameters()) == numbers
     assert len(base.text_encoders) == texts
     assert base.family.name == name

@@ -10,7 +10,7 @@ import pytest
 from sfumato import cli
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.foreign_options import OPTIONS, UNASKED, called_here
+from sfumato.utils.option_names import OPTIONS, UNASKED, suggest_option
 
 TABLE = (Path(__file__).parents[1] / "docs/names.md").read_text(encoding="utf-8")
 ROWS = [
@@ -36,7 +36,7 @@ def test_every_name_leads_to_an_option_of_some_program_that_does_not_have_that_n
         field = option.split()[0].removeprefix("--").replace("-", "_")
         having = [program for program in programs if field in program]
         for name in names.split():
-            said = [called_here(name, program) for program in having if name not in program]
+            said = [suggest_option(name, program) for program in having if name not in program]
             assert any(option in re.split(" is | or |\\.$", each or "") for each in said), (option, name)
 
 

@@ -13,19 +13,18 @@ from safetensors.torch import load_file, save_file
 from sfumato.pipelines.grid import Config, plan
 
 from sfumato import cli
-from sfumato.bases import hub
-from sfumato.command_line.axes import Axis, coarse_to_fine, parse_axis
 from sfumato.config import parse
-from sfumato.drawing.cells import digest_of
-from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.drawing.redraw import redraw
 from sfumato.errors import ConfigError
-from sfumato.files.adapter_file import read_adapter
-from sfumato.files.changes import LoraModule
+from sfumato.files.adapter_file import read_adapter, read_lora
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import read_lora
-from sfumato.files.write_kohya import write_lora
-from sfumato.files.write_peft_keys import write_peft
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.files.writing.peft import write_peft
+from sfumato.generation.arguments.axes import Axis, coarse_to_fine, parse_axis
+from sfumato.generation.metadata.png_info import read_picture_info
+from sfumato.generation.metadata.redraw import redraw
+from sfumato.generation.xy_grid import adapter_digest
+from sfumato.models import folder as hub
 from tests.bundles import add_words
 
 
@@ -581,8 +580,8 @@ def test_an_adapter_in_a_folder_is_another_with_another_config(tmp_path):
     found = []
     for alpha in (8, 16):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
-        found.append(digest_of(tmp_path))
-    assert found[0] != found[1] != digest_of(tmp_path / "adapter_model.safetensors")
+        found.append(adapter_digest(tmp_path))
+    assert found[0] != found[1] != adapter_digest(tmp_path / "adapter_model.safetensors")
 
 
 def test_no_negative_prompt_is_a_value_too():

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sfumato import forecast
-from sfumato.forecast import TRAININGS, Setting, shapes_of, step_memory
-from sfumato.imagined import Imagined, Imagining, storage_of
 from sfumato.precision import forecast_precision
+from sfumato.training import memory
+from sfumato.training.memory import TRAININGS, MemorySetting, fake_base, step_memory
+from sfumato.utils.fake_tensors import FakeMode, FakeTensor, storage_of
 
 
 def results():
@@ -37,12 +37,12 @@ def described(tensor):
 def test_they_have_the_shapes_of_real_ones_asked_for_the_first_time_and_again():
     real = list(map(described, results()))
     for _ in range(2):
-        with Imagining():
+        with FakeMode():
             assert list(map(described, results())) == real
 
 
 def test_views_share_their_memory_and_what_is_changed_in_place_is_the_same():
-    with Imagining():
+    with FakeMode():
         x = torch.zeros(3, 4)
         assert x.add_(1) is x
         assert storage_of(x.t()[1:])._cdata == storage_of(x)._cdata != storage_of(x + 0)._cdata
@@ -52,16 +52,16 @@ def test_views_share_their_memory_and_what_is_changed_in_place_is_the_same():
 
 
 def test_blocks_may_be_nested():
-    with Imagining(), Imagining():
+    with FakeMode(), FakeMode():
         x = torch.zeros(3, 4)
         y = x @ x.t() + torch.ones(3)
-    assert type(y) is Imagined
+    assert type(y) is FakeTensor
     assert type(y.meta) is torch.Tensor  # and not what is imagined of an imagined one
     assert y.meta.is_meta
 
 
 def test_autograd_and_autocast_see_a_cpu():
-    with Imagining(), torch.autocast("cpu", torch.bfloat16):
+    with FakeMode(), torch.autocast("cpu", torch.bfloat16):
         weight = torch.zeros(3, 4, requires_grad=True)
         y = F.linear(torch.zeros(2, 4), weight)
         assert y.dtype == torch.bfloat16
@@ -70,7 +70,7 @@ def test_autograd_and_autocast_see_a_cpu():
 
 
 def test_outside_of_the_block_there_is_nothing_to_compute_with():
-    with Imagining():
+    with FakeMode():
         x = torch.zeros(3)
     with pytest.raises(RuntimeError, match="without numbers outside"):
         x + 1
@@ -84,13 +84,13 @@ def test_outside_of_the_block_there_is_nothing_to_compute_with():
     ("sdxl", "lora"),
 ])  # fmt: skip
 def test_a_step_takes_as_much_as_with_fake_tensors_of_torch(family, options, checkpointing, family_folder, monkeypatch):
-    base = shapes_of(family_folder(family), "gpu")
+    base = fake_base(family_folder(family), "gpu")
     way = next(way for way in TRAININGS if way.options == options)
     precision = forecast_precision("auto", "gpu", adapting=way.trained == "lora")
-    setting = Setting("gpu", precision, 64, 2, 4, checkpointing=checkpointing)
+    setting = MemorySetting("gpu", precision, 64, 2, 4, checkpointing=checkpointing)
     told = step_memory(base, replace(way, pictures=2), setting)
     fake = FakeTensorMode()  # one for all blocks: tensors of two do not mix
-    monkeypatch.setattr(forecast, "Imagining", lambda: fake)
+    monkeypatch.setattr(memory, "FakeMode", lambda: fake)
     fakes = step_memory(base, replace(way, pictures=2), setting)
     assert (told.weights, told.trained) == (fakes.weights, fakes.trained)
     # Not equal: what a kernel keeps besides, some bytes for each group, is not the same in all releases of torch.

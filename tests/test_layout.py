@@ -131,7 +131,7 @@ def test_every_public_name_is_there():
 
 
 def test_help_and_completion_know_names_that_are_not_loaded_yet():
-    packages = ("sfumato", "sfumato.bases", "sfumato.compose", "sfumato.data", "sfumato.files")
+    packages = ("sfumato", "sfumato.models", "sfumato.compose", "sfumato.data", "sfumato.files")
     code = "import importlib\nfor name in {}:\n    package = importlib.import_module(name)\n"
     code += "    assert set(package.__all__) <= set(dir(package)), name"
     assert subprocess.run([sys.executable, "-c", code.format(packages)], cwd=ROOT).returncode == 0

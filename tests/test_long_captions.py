@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from sfumato import cli
-from sfumato.bases import load_base
-from sfumato.data.cache import Cache
-from sfumato.data.texts import CaptionEmbeddings
+from sfumato.data.preparation.cache import Cache
+from sfumato.data.preparation.texts import CaptionEmbeddings
 from sfumato.files import read_header, read_tensors
+from sfumato.models import load_base
 from tests.tiny import CPU
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -130,7 +130,7 @@ def test_what_is_cached_for_75_tokens_is_not_read_for_150(pocket_folder, tmp_pat
 
 def test_memory_is_counted_by_chunks(pocket_folder, monkeypatch):
     texts = embeddings(pocket_folder, 225)
-    monkeypatch.setattr("sfumato.data.texts.MOST_BYTES", 3 * texts._chunk_bytes)
+    monkeypatch.setattr("sfumato.data.preparation.texts.MAX_BYTES", 3 * texts._chunk_bytes)
     assert texts.fits(["a cat", FRONT])
     assert not texts.fits(["a cat", FRONT * 2])
 
@@ -166,7 +166,7 @@ def test_an_image_draws_the_whole_prompt_and_tells_how(pocket_folder, tmp_path, 
 
 
 def test_images_of_several_lengths_are_each_drawn_as_alone(pocket_folder):
-    from sfumato.drawing.pictures import draw
+    from sfumato.generation.draw import draw
 
     base = load_base(pocket_folder, precision=CPU, max_tokens=225)
     prompts = ["a cat", FRONT + "cat", FRONT * 2 + "dog"]

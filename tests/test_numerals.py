@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.numerals import lasting, pluralize, shortened
+from sfumato.utils.formatting import format_duration, pluralize, truncate_text
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_what_is_counted_is_in_the_plural_where_it_is_not_one(words, said):
 
 
 def test_of_a_long_text_the_beginning_is_shown():
-    assert (shortened("a" * 60), shortened("a" * 61)) == ("a" * 60, "a" * 57 + "...")
+    assert (truncate_text("a" * 60), truncate_text("a" * 61)) == ("a" * 60, "a" * 57 + "...")
 
 
 @pytest.mark.parametrize(
@@ -38,4 +38,4 @@ def test_of_a_long_text_the_beginning_is_shown():
     ],
 )
 def test_a_time_is_said_in_the_unit_that_one_would_say_it_in(seconds, said):
-    assert lasting(seconds) == said
+    assert format_duration(seconds) == said

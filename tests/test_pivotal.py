@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load
 from torch.testing import assert_close
 
-from sfumato import cli, data, diffusion, randomness
-from sfumato.bases import load_base
+from sfumato import cli, data
+from sfumato.adapters.embeddings import embedding
 from sfumato.files import read_lora, read_tensors
 from sfumato.files.header import read_header
-from sfumato.files.metadata import words_beside
-from sfumato.words import embedding
+from sfumato.files.metadata import embedding_files_of
+from sfumato.models import diffusion, load_base
+from sfumato.utils import randomness
 from tests.in_peft import layers_of_peft
 from tests.logged import log_in
 from tests.tiny import CPU
@@ -87,8 +88,8 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
     assert not torch.allclose(rows.detach(), start, atol=1e-3)
     assert max(module.delta().abs().max() for module in modules.values()) > 1e-3
     adapter, word = (read_header(tmp_path / "run" / name).metadata for name in ("run.safetensors", "run-x.safetensors"))
-    assert words_beside(adapter) == {"<x>": "run-x.safetensors"}
-    assert words_beside(word) == {}
+    assert embedding_files_of(adapter) == {"<x>": "run-x.safetensors"}
+    assert embedding_files_of(word) == {}
 
 
 @pytest.mark.slow
@@ -156,7 +157,7 @@ def test_a_card_that_lacks_the_words_is_written_by_going_on(pocket_folder, pictu
         raise OSError(errno.ENOSPC, "No space left on device", "README.md")
 
     with monkeypatch.context() as broken:
-        broken.setattr("sfumato.cards.words.add_words_section", full)
+        broken.setattr("sfumato.training.cards.methods.add_words_section", full)
         assert cli.main(words) == 2
     assert f"the rest is written by: sfumato resume {folder}" in capsys.readouterr().err
     assert cli.main(["resume", str(folder)]) == 0

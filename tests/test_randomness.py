@@ -2,7 +2,7 @@
 
 import torch
 
-from sfumato import randomness
+from sfumato.utils import randomness
 
 
 def test_a_draw_does_not_depend_on_draws_before_it():

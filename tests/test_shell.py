@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from sfumato import shell
+from sfumato.utils import formatting
 
 WORDS = [
     "",
@@ -27,23 +27,26 @@ WORDS = [
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_shell_hands_the_word_on_whole(word):
-    command = shell.quote(word)
+    command = formatting.quote_argument(word)
     assert shlex.split(command) == [word]
     assert subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True, text=True).stdout == word
 
 
 @pytest.mark.parametrize("word", ["a b", "<otter>", "it's", "(x:1.2), é", ""])
 def test_what_no_shell_reads_is_in_double_quotes(word):
-    assert shell.quote(word) == f'"{word}"'
+    assert formatting.quote_argument(word) == f'"{word}"'
 
 
 def test_windows_paths_stay_bare(monkeypatch):
-    monkeypatch.setattr(shell, "_WINDOWS", True)
-    assert shell.quote(r"C:\runs\line") == r"C:\runs\line"
-    assert shell.quote(r"C:\my runs\line") == r'"C:\my runs\line"'
-    assert shell.quote("C:\\my runs\\") == subprocess.list2cmdline(["C:\\my runs\\"])
-    assert shell.quote('say "a"') == r'"say \"a\""'
+    monkeypatch.setattr(formatting, "_WINDOWS", True)
+    assert formatting.quote_argument(r"C:\runs\line") == r"C:\runs\line"
+    assert formatting.quote_argument(r"C:\my runs\line") == r'"C:\my runs\line"'
+    assert formatting.quote_argument("C:\\my runs\\") == subprocess.list2cmdline(["C:\\my runs\\"])
+    assert formatting.quote_argument('say "a"') == r'"say \"a\""'
 
 
 def test_words_are_joined(tmp_path):
-    assert shell.join(["inspect", "my line.safetensors", "--verify"]) == 'inspect "my line.safetensors" --verify'
+    assert (
+        formatting.join_command(["inspect", "my line.safetensors", "--verify"])
+        == 'inspect "my line.safetensors" --verify'
+    )

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sfumato import cli
-from sfumato.bases import load_base
 from sfumato.files import inspect_file
+from sfumato.models import load_base
 from tests.logged import log_in
 from tests.tiny import CPU
 

@@ -34,9 +34,9 @@ from bench import (
 )
 from bench.mutation import NOT_PLACED, Loop, Mutant, scored, together, wilson
 from bench.real import BASE_CONCEPTS, cells_of, known_concepts, print_report, styles_of
-from sfumato.bases.loading import POCKET_FOLDER
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
+from sfumato.models.loading import POCKET_FOLDER
 from sfumato.training import finish
 
 CONCEPTS = list(json.loads(BASE_CONCEPTS.read_text()))[:6]

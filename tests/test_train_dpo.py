@@ -13,14 +13,16 @@ from sfumato.trainers.dpo import Config, resolve
 from torch.testing import assert_close
 
 from bench.runs_resume import run as run_apart
-from sfumato import cli, data, diffusion, randomness
+from sfumato import cli, data
 from sfumato.adapters import attach, target_layers
-from sfumato.bases import load_base
-from sfumato.data import ExampleSet, preparing
+from sfumato.data import ExampleSet
+from sfumato.data.preparation import prepare
 from sfumato.files import Description, Sampling, describe, read_header, read_lora, read_tensors
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of, sampling_of, trigger_words
+from sfumato.models import diffusion, load_base
 from sfumato.precision import decide
 from sfumato.training import sampling
+from sfumato.utils import randomness
 from tests.logged import log_beside
 from tests.runs.said import lines
 from tests.test_train_slider import assert_equal, assert_near
@@ -144,7 +146,7 @@ def test_one_that_goes_on_from_a_style_is_drawn_as_the_style_is(train, tmp_path,
     style = read_tensors(train("first", "--seed", "9"))
     save_file(style, tmp_path / "style.safetensors", describe(Description("style", "pocket", **asked)))
     drawn = []
-    monkeypatch.setattr(sampling, "drawing_of", lambda *given, **more: drawn.append((*given[2:], more)) or give_white)
+    monkeypatch.setattr(sampling, "make_sampler", lambda *given, **more: drawn.append((*given[2:], more)) or give_white)
     path = train("run", "--init-from", str(tmp_path / "style.safetensors"), "--sample-every", "4")
     told = read_header(path).metadata
     assert adapter_guidance_of(told) == 2.0
@@ -177,8 +179,8 @@ def test_each_kind_begins_with_nothing_learned_and_so_does_one_that_goes_on(kind
 
 
 def test_pairs_that_come_in_no_step_are_told_once_and_captions_embedded_once(train, monkeypatch, capsys):
-    embedded, own = [], preparing.CaptionEmbeddings
-    monkeypatch.setattr(preparing, "CaptionEmbeddings", lambda *given: embedded.append(given) or own(*given))
+    embedded, own = [], prepare.CaptionEmbeddings
+    monkeypatch.setattr(prepare, "CaptionEmbeddings", lambda *given: embedded.append(given) or own(*given))
     train("run", "--steps", "1")
     assert len(embedded) == 1
     assert len([line for line in lines(capsys) if "come in none" in line]) == 1

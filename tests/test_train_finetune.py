@@ -11,13 +11,14 @@ from sfumato.trainers.finetune import Config, resolve
 from torch.testing import assert_close
 
 from bench.runs_resume import run
-from sfumato import Adapter, cli, compose, data, diffusion, randomness
-from sfumato.bases import load_base
-from sfumato.bases.family import FAMILIES
+from sfumato import Adapter, cli, compose, data
 from sfumato.files import read_lora
-from sfumato.runs.step import Step
-from sfumato.training import noising
-from sfumato.training.prior import class_seed
+from sfumato.models import diffusion, load_base
+from sfumato.models.family import FAMILIES
+from sfumato.runs.run import Step
+from sfumato.training.loss import objective
+from sfumato.training.loss.prior import class_seed
+from sfumato.utils import randomness
 from tests.logged import log_beside
 from tests.tiny import CPU
 
@@ -222,7 +223,7 @@ def test_fused_weights_are_those_of_the_plain_run(clip, train):
 
 def test_what_led_to_a_loss_is_gone_before_the_next_is_computed(train, with_class, monkeypatch):
     """Where fp16 overflows, --fused does not go back through it a second time, which would let go of it."""
-    errors, alive = noising.per_sample_losses, []
+    errors, alive = objective.per_sample_losses, []
 
     def looked_at(*args, **options):
         assert [each() for each in alive] == [None] * len(alive)
@@ -234,7 +235,7 @@ def test_what_led_to_a_loss_is_gone_before_the_next_is_computed(train, with_clas
         step.skipped = True
         return False
 
-    monkeypatch.setattr(noising, "per_sample_losses", looked_at)
+    monkeypatch.setattr(objective, "per_sample_losses", looked_at)
     monkeypatch.setattr(Step, "healthy", overflows)
     train("run", "--images", str(with_class), "--caption", None, "--fused")
     assert len(alive) == STEPS

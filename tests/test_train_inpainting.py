@@ -13,21 +13,21 @@ from PIL import Image, ImageDraw
 from torch.testing import assert_close
 
 from bench.runs_resume import CASES, command, make_inputs, results, run
-from sfumato import Adapter, cli, compose, data, diffusion
-from sfumato.bases import Base, load_base
-from sfumato.data import planning
-from sfumato.data.holes import Holes
+from sfumato import Adapter, cli, compose, data
 from sfumato.data.options import Options
-from sfumato.data.planning import Plan
-from sfumato.drawing.pictures import Start, draw
+from sfumato.data.preparation import planning
+from sfumato.data.preparation.latents import InpaintingMasks
+from sfumato.data.preparation.planning import PreparationPlan
 from sfumato.errors import ConfigError
-from sfumato.forecast import Setting, Training, drawing_memory, shapes_of, step_memory
+from sfumato.generation.draw import Start, draw
+from sfumato.models import Base, diffusion, load_base
 from sfumato.precision.__init__ import forecast_precision
-from sfumato.runs.micro_batch import MicroBatch
-from sfumato.training.full import make_inpainting, write_folder
-from sfumato.training.lcm import Distillation
-from sfumato.training.metrics import Metrics
-from sfumato.training.noising import draw_noised, per_sample_losses
+from sfumato.runs.processes import MicroBatch
+from sfumato.training.loss.objective import draw_noised, per_sample_losses
+from sfumato.training.loss.validation import Metrics
+from sfumato.training.memory import MemorySetting, TrainingTask, drawing_memory, fake_base, step_memory
+from sfumato.training.methods.full import make_inpainting, write_folder
+from sfumato.training.methods.lcm import Distillation
 from tests.pixels import difference
 from tests.tiny import CPU
 
@@ -78,7 +78,7 @@ def test_what_is_known_is_of_the_very_sample(base, dataset, pictures):
     for index, mirrored in zip(batch.indices, batch.variants, strict=True):
         picture = torch.from_numpy(np.array(Image.open(pictures / dataset.names[index]), dtype=np.float32) / 127.5 - 1)
         pixels.append(picture.permute(2, 0, 1).flip(-1) if mirrored else picture.permute(2, 0, 1))
-    hidden = [Holes().draw((SIDE, SIDE), None, 0, 2, place) for place in range(6)]
+    hidden = [InpaintingMasks().draw((SIDE, SIDE), None, 0, 2, place) for place in range(6)]
     assert {0, 1} == set(batch.variants)
     assert_close(batch.known, base.known(torch.stack(pixels).contiguous(), torch.stack(hidden)), atol=1e-5, rtol=1e-4)
 
@@ -116,9 +116,11 @@ def test_a_cache_keeps_the_pixels_and_is_not_that_of_other_bases(base, pocket_fo
 
 def test_other_bases_find_in_a_cache_what_was_there_before(monkeypatch):
     """The names of their entries do not tell that no pixels are kept, which was so when none were."""
-    monkeypatch.setattr(planning, "key_of", lambda **told: told)
+    monkeypatch.setattr(planning, "cache_key", lambda **told: told)
     example = data.Example(Path("a.png"), "a", options=Options(resolution=SIDE))
-    plain, keeping = (Plan({SIDE: [(SIDE, SIDE)]}, 8, False, "", "", keeps_pixels=kept) for kept in (False, True))
+    plain, keeping = (
+        PreparationPlan({SIDE: [(SIDE, SIDE)]}, 8, False, "", "", keeps_pixels=kept) for kept in (False, True)
+    )
     keys = [planning.latents_key(example, ["digest"], plan) for plan in (plain, keeping)]
     assert keys[0] | {"keeps_pixels": True} == keys[1]
     assert "keeps_pixels" not in keys[0]
@@ -127,7 +129,7 @@ def test_other_bases_find_in_a_cache_what_was_there_before(monkeypatch):
 def test_random_crops_are_hidden_where_they_are(base, pictures, tmp_path, monkeypatch):
     Image.open(pictures / "red-square.png").resize((100, 60)).save(tmp_path / "wide.png")
     early = prepared(base, tmp_path, crop="random", buckets=False)
-    monkeypatch.setattr("sfumato.data.planning.MOST_VARIANTS", 0)
+    monkeypatch.setattr("sfumato.data.preparation.planning.MOST_VARIANTS", 0)
     late = prepared(base, tmp_path, crop="random", buckets=False)
     for step in range(3):
         one, other = early.batch(0, step, 2), late.batch(0, step, 2)
@@ -145,7 +147,7 @@ def test_the_loss_is_that_of_the_unet_on_what_diffusers_scripts_give_it(base, da
         seen = torch.cat([noisy, batch.known], dim=1)
         prediction = base.unet(seen, noised.timesteps, batch.text.hidden).sample
     alpha_bar = base.alpha_bar[noised.timesteps]
-    wanted = diffusion.target("v_prediction", batch.latents, noised.noise, alpha_bar)
+    wanted = diffusion.prediction_target("v_prediction", batch.latents, noised.noise, alpha_bar)
     assert_close(ours, (prediction - wanted).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
@@ -311,11 +313,11 @@ def test_generate_fills_a_mask_whole_unless_told_otherwise(inpainting_folder, ba
 
 
 def test_memory_counts_the_vae_that_stays(inpainting_folder, pocket_folder):
-    setting = Setting("cpu", forecast_precision("fp32", "cpu", adapting=True), SIDE, 1, 2)
-    own, plain = (shapes_of(str(folder), "cpu") for folder in (inpainting_folder, pocket_folder))
+    setting = MemorySetting("cpu", forecast_precision("fp32", "cpu", adapting=True), SIDE, 1, 2)
+    own, plain = (fake_base(str(folder), "cpu") for folder in (inpainting_folder, pocket_folder))
     inputs = 4 * own.unet.conv_in.weight[:, 4:].numel()
     vae = 4 * sum(p.numel() for p in own.vae.parameters())
-    way = Training("", "lora")
+    way = TrainingTask("", "lora")
     assert step_memory(own, way, setting).weights == step_memory(plain, way, setting).weights + inputs + vae
     assert drawing_memory(own, setting) >= drawing_memory(plain, setting) + inputs
 

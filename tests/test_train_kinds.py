@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sfumato import cli, data, diffusion, randomness
+from sfumato import cli, data
 from sfumato.adapters import Kind, attach, select
-from sfumato.adapters.dora import lengths
-from sfumato.bases import load_base
-from sfumato.bases.family import FAMILIES
+from sfumato.adapters.tuners.lora import weight_norm
 from sfumato.files import read_adapter, read_header, read_tensors
+from sfumato.models import diffusion, load_base
+from sfumato.models.family import FAMILIES
 from sfumato.precision import decide
+from sfumato.utils import randomness
 from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -72,7 +73,7 @@ def dora_layers(unet: nn.Module, kind: Kind, rank: int):
 
         def changed(self):
             direction = self.weight + self.up @ self.down
-            return (lengths(self.weight) + self.shift) * direction / direction.norm(dim=0, keepdim=True).detach()
+            return (weight_norm(self.weight) + self.shift) * direction / direction.norm(dim=0, keepdim=True).detach()
 
         def forward(self, x):
             return nn.functional.linear(x, self.changed(), self.bias)
@@ -320,7 +321,7 @@ def test_a_kind_needs_no_option_that_its_trainer_lacks(program, algo, tmp_path):
 
 @pytest.mark.parametrize("program", ["lora", "dreambooth", "slider", "dpo"])
 def test_each_dropout_reaches_the_adapter(program, tmp_path):
-    from sfumato.training.adapting import new_adapter
+    from sfumato.training.adapter import new_adapter
     from trainers import dpo, dreambooth, lora, slider
 
     shares = {"dropout": 0.1, "rank_dropout": 0.2, "module_dropout": 0.3}

@@ -11,15 +11,16 @@ from PIL import Image
 from sfumato.trainers.lcm import Config, resolve
 from torch.testing import assert_close
 
-from sfumato import cli, data, diffusion, randomness, schedulers
+from sfumato import cli, data
 from sfumato.adapters import attach, target_layers
-from sfumato.bases import load_base
-from sfumato.drawing.pictures import draw
 from sfumato.files import Sampling, read_header, read_lora, read_tensors, write_lora
 from sfumato.files.metadata import sampling_of
-from sfumato.pocket.prompts import known_prompts
+from sfumato.generation.draw import draw
+from sfumato.models import diffusion, load_base
 from sfumato.precision import decide
-from sfumato.training.lcm import prompts_to_draw
+from sfumato.training.methods.lcm import prompts_to_draw
+from sfumato.training.pretrain.dataset import known_prompts
+from sfumato.utils import randomness, schedulers
 from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -115,7 +116,7 @@ def test_the_files_sampling_is_drawn_with_where_nothing_else_is_asked_for(train,
     cells = [json.loads(Image.open(each).info["sfumato"]) for each in (tmp_path / "grid/cells").glob("*.png")]
     usual = load_base(str(pocket_folder)).defaults
     assert sorted((each["sampler"], each["steps"]) for each in cells) == [
-        (schedulers.find(usual.sampler).label, usual.sampling_steps),
+        (schedulers.find_sampler(usual.sampler).label, usual.sampling_steps),
         ("LCM", 3),
     ]
     card = (path.parent / "README.md").read_text(encoding="utf-8")

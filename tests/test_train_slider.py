@@ -11,14 +11,15 @@ from sfumato.trainers.slider import Config, check, resolve
 from torch.testing import assert_close
 
 from bench.runs_resume import run as run_apart
-from sfumato import cli, data, diffusion, randomness
+from sfumato import cli, data
 from sfumato.adapters import attach, target_layers
-from sfumato.bases import load_base
-from sfumato.drawing.pictures import draw
 from sfumato.files import read_header, read_lora, read_tensors
+from sfumato.generation.draw import draw
+from sfumato.models import diffusion, load_base
 from sfumato.precision import decide
-from sfumato.training.slider import drawn_images, ends_of, prompt_counts
-from sfumato.training.subject import with_caption
+from sfumato.training.methods.slider import drawn_images, prompt_counts, slider_prompts
+from sfumato.training.methods.subject import with_caption
+from sfumato.utils import randomness
 from tests.logged import log_beside
 from tests.runs.said import lines
 from tests.tiny import CPU
@@ -117,7 +118,7 @@ def test_words_are_equal_to_a_plain_loop(train, pocket_folder):
     """Gandikota et al. 2024, eq. 8, on images of the concepts and of both ends, with the concepts as captions."""
     path = train("run", WORDS, "--seed", "3", "--strength", "1.5")
     base = load_base(str(pocket_folder), precision=decide("fp32", device="cpu"))
-    ends = ends_of(["square", "dot"], ["{concept}, noto style"], ["{concept}, flat style"])
+    ends = slider_prompts(["square", "dot"], ["{concept}, noto style"], ["{concept}, flat style"])
     prompts = [prompt for one in ends for prompt in (one.concept, one.more, one.less)]
     pictures = [draw(base, prompt, 0)[0] for prompt in prompts]
     folder = path.parent / "own"
@@ -386,16 +387,16 @@ def test_it_goes_on_from_another_with_the_ranks_of_its_layers(train):
 
 
 def test_ends():
-    (one,) = ends_of(["a person"], ["{concept}, old"], [])
+    (one,) = slider_prompts(["a person"], ["{concept}, old"], [])
     assert (one.concept, one.more, one.less) == ("a person", "a person, old", "a person")
     assert one.prompts == ["a person", "a person, old"]
-    assert ends_of(["a cat"], ["a tiger"], [""])[0].less == ""
-    each = ends_of(["cat", "dog"], ["tiger", "wolf"], ["a small {concept}"])
+    assert slider_prompts(["a cat"], ["a tiger"], [""])[0].less == ""
+    each = slider_prompts(["cat", "dog"], ["tiger", "wolf"], ["a small {concept}"])
     assert [(one.more, one.less) for one in each] == [("tiger", "a small cat"), ("wolf", "a small dog")]
 
 
 def test_each_prompt_has_its_share_of_the_images():
-    images = drawn_images(ends_of(["a", "b"], ["{concept} x"], ["y"]), 8)
+    images = drawn_images(slider_prompts(["a", "b"], ["{concept} x"], ["y"]), 8)
     assert [(image.prompt, image.concept) for image in images] == [
         ("a", "a"), ("a x", "a"), ("y", "a"), ("b", "b"), ("b x", "b"), ("y", "b"), ("a", "a"), ("a x", "a"),
     ]  # fmt: skip

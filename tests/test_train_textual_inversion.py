@@ -13,15 +13,16 @@ from PIL import Image
 from sfumato.trainers.textual_inversion import Config, default_prompts, read_examples, resolve
 from torch.testing import assert_close
 
-from sfumato import cli, data, diffusion, randomness
+from sfumato import cli, data
 from sfumato.adapters import Attached
-from sfumato.bases import load_base
-from sfumato.bases.family import FAMILIES
-from sfumato.cards import adapter as card
-from sfumato.drawing.pictures import draw
+from sfumato.adapters.embeddings import embedding
 from sfumato.files import read_adapter, read_embedding, read_header, read_lora, read_tensors
+from sfumato.generation.draw import draw
+from sfumato.models import diffusion, load_base
+from sfumato.models.family import FAMILIES
 from sfumato.precision import decide
-from sfumato.words import embedding
+from sfumato.training.cards import adapter as card
+from sfumato.utils import randomness
 from tests.logged import log_beside
 from tests.tiny import CPU
 
@@ -150,7 +151,7 @@ def test_a_checkpoint_holds_the_new_rows_alone(train):
 
 
 def test_the_base_is_bit_for_bit_what_it_was(train, monkeypatch):
-    import sfumato.bases
+    import sfumato.models
 
     kept = []
 
@@ -162,7 +163,7 @@ def test_the_base_is_bit_for_bit_what_it_was(train, monkeypatch):
     def tensors(base):
         return [t for module in (base.unet, base.vae, *base.text_encoders) for t in module.state_dict().values()]
 
-    monkeypatch.setattr(sfumato.bases, "load_base", remember)
+    monkeypatch.setattr(sfumato.models, "load_base", remember)
     train("run", "--sample-every", "2", "--measure-every", "2")
     ((base, tokenizers, before),) = kept
     assert base.vae.encoder.conv_in.weight.is_meta, "it rests while nothing is drawn"

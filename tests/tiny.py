@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sfumato.bases.single_file import shipped
-from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges, clip_tokenizer
-from sfumato.files.ldm_names import clip_name, open_clip_name, unet_name, vae_name
+from sfumato.files.module_names import clip_name, open_clip_name, unet_name, vae_name
+from sfumato.models.single_file import packaged_config
+from sfumato.models.text import byte_pair_tokenizer, clip_merges, clip_tokenizer
 from sfumato.precision import decide
 
 CPU = decide("fp32", device="cpu")
@@ -79,21 +79,21 @@ def tiny_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = diffusers.UNet2DConditionModel.from_config(
-            shipped(family, "unet/config.json")
+            packaged_config(family, "unet/config.json")
             | WIDTHS[family]
             | (SHALLOW[family] if shallow else {})
             | {"sample_size": SAMPLE_SIZE}
             | ({"in_channels": 9} if inpainting else {})
         )
         vae = diffusers.AutoencoderKL.from_config(
-            shipped(family, "vae/config.json") | VAE_WIDTHS | ({"layers_per_block": 1} if shallow else {})
+            packaged_config(family, "vae/config.json") | VAE_WIDTHS | ({"layers_per_block": 1} if shallow else {})
         )
         text_sizes = {"vocab_size": tokens} | ({"num_hidden_layers": 2} if shallow else {})
         text = CLIPTextModel(_text_config(family, "text_encoder", FIRST_TEXT | text_sizes))
         second = None
         if family == "sdxl":
             second = CLIPTextModelWithProjection(_text_config(family, "text_encoder_2", SECOND_TEXT | text_sizes))
-    config = shipped(family, "scheduler/scheduler_config.json") | scheduler
+    config = packaged_config(family, "scheduler/scheduler_config.json") | scheduler
     parts: dict[str, Any] = {
         "unet": unet.eval(),
         "vae": vae.eval(),
@@ -115,11 +115,11 @@ def few_words(*, pad_token: str, positions: int) -> Any:
 
 
 def _text_config(family: str, folder: str, sizes: dict[str, int]) -> CLIPTextConfig:
-    return CLIPTextConfig(**(shipped(family, f"{folder}/config.json") | sizes))
+    return CLIPTextConfig(**(packaged_config(family, f"{folder}/config.json") | sizes))
 
 
 def _pad(family: str, folder: str) -> str:
-    return str(shipped(family, f"{folder}/tokenizer_config.json")["pad_token"])
+    return str(packaged_config(family, f"{folder}/tokenizer_config.json")["pad_token"])
 
 
 def write_folder(pipe: Any, path: Path) -> Path:

@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
+from sfumato.runs.folder import refuse_output_among
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import AdapterOptions, TrainingOptions
+from sfumato.utils.formatting import pluralize
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Attached
-    from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
+    from sfumato.models import Base
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training.ema import Ema
-    from sfumato.training.init_from import Asked
-    from sfumato.training.trained_adapter import TrainedAdapter
+    from sfumato.training.adapter import RequestedUse, TrainedAdapter
+    from sfumato.training.optim.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +95,16 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
+    from sfumato.runs.options import Request
     from sfumato.runs.processes import Processes
-    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
-    from sfumato.training import optimizers
-    from sfumato.training.adapting import adapted_layers, new_adapter
-    from sfumato.training.ema import Ema
+    from sfumato.training.adapter import RequestedUse, adapted_layers, init_from_file, new_adapter
     from sfumato.training.finish import finish_adapter
-    from sfumato.training.init_from import Asked, begin_with
-    from sfumato.training.pairs import prepare_sets
-    from sfumato.training.preferences import PreferenceMetrics, Preferences, Start, figures_of
-    from sfumato.training.prior import BasePrediction
+    from sfumato.training.loss.prior import BasePrediction
+    from sfumato.training.methods.dpo import PreferenceMetrics, Preferences, ReferenceAdapter, reward_figures
+    from sfumato.training.methods.pairs import prepare_sets
+    from sfumato.training.optim import optimizers
+    from sfumato.training.optim.ema import Ema
 
     check(config)
     processes = Processes.join(config.device)
@@ -116,7 +115,7 @@ def train(config: Config) -> Path:
     adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="dpo", processes=processes, writes=["adapters"] if config.save_every else [])
     run.say(precision.table())
-    run.say_filled(base.family.title, filled)
+    run.report_defaults(base.family.title, filled)
     run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
@@ -133,9 +132,11 @@ def train(config: Config) -> Path:
     run.say_notes(preferred, rejected)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)
-    begun = begin_with(config.init_from, run, base, lora, always=True)
-    asked = Asked.by(config.init_from) if config.init_from else Asked()  # a style stays drawn as it was
-    start = Start(lora, from_nothing=not config.init_from)  # before a checkpoint is read, which comes with the steps
+    begun = init_from_file(config.init_from, run, base, lora, always=True)
+    asked = RequestedUse.by(config.init_from) if config.init_from else RequestedUse()  # a style stays drawn as it was
+    start = ReferenceAdapter(
+        lora, from_nothing=not config.init_from
+    )  # before a checkpoint is read, which comes with the steps
     noising = config.noising(base)
     preferences = Preferences(
         base,
@@ -162,9 +163,13 @@ def train(config: Config) -> Path:
     run.say(f"{pluralize(len(preferred), 'pair')}, {layers}, {lora.count():,} trained numbers")
 
     parameters = list(lora.parameters())
-    groups = optimizers.groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
-    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    groups = optimizers.parameter_groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
@@ -204,7 +209,7 @@ def train(config: Config) -> Path:
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum_gradients(parameters, loss, prior_loss, sums)
         scaler.unscale_(optimizer)
-        norm = optimizers.clip(parameters, config.clip)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
             scaler.step(optimizer)
             if config.max_norm:
@@ -214,7 +219,7 @@ def train(config: Config) -> Path:
         optimizer.zero_grad()
         if prior:
             further["prior_loss"] = prior_loss
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **figures_of(sums, global_batch), **further)
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **reward_figures(sums, global_batch), **further)
 
     average.swap()
     path = config.output / f"{config.name}.safetensors"
@@ -245,12 +250,14 @@ def check(config: Config) -> None:
 
 def read_pairs(config: Config) -> tuple[ExampleSet, ExampleSet]:
     """The preferred images and their rejected partners."""
-    from sfumato.training.pairs import preference_pairs, read_told
+    from sfumato.training.methods.pairs import preference_pairs, read_captioned_folder
 
     if not config.resume:
-        checks.refuse_output_among(config.output, [config.preferred, config.rejected])
+        refuse_output_among(config.output, [config.preferred, config.rejected])
     # The captions of the partners are not learned, and need not be there.
-    return preference_pairs(read_told(config.preferred, config.caption), read_told(config.rejected, "{caption}"))
+    return preference_pairs(
+        read_captioned_folder(config.preferred, config.caption), read_captioned_folder(config.rejected, "{caption}")
+    )
 
 
 def resolve(config: Config, base: Base, pairs: ExampleSet, processes: int) -> tuple[Config, list[str]]:
@@ -264,16 +271,16 @@ def resolve(config: Config, base: Base, pairs: ExampleSet, processes: int) -> tu
 
 
 def samples_of(
-    config: Config, base: Base, lora: Attached, data: Dataset, run: Run, average: Ema, asked: Asked
+    config: Config, base: Base, lora: Attached, data: Dataset, run: Run, average: Ema, asked: RequestedUse
 ) -> Samples:
     """The run's sample images. asked: by the adapter that it goes on from."""
-    from sfumato.runs.samples import Samples
-    from sfumato.training.sampling import drawing_of
-    from sfumato.training.unrelated import default_prompts
+    from sfumato.runs.reporting.samples import Samples
+    from sfumato.training.loss.validation import default_prompts
+    from sfumato.training.sampling import make_sampler
 
     given, own = config.asked_samples()
     prompts = given or default_prompts(list(dict.fromkeys(data.captions)), None, None)
-    draw = drawing_of(
+    draw = make_sampler(
         base,
         lora,
         asked.adapter_guidance,
@@ -287,12 +294,12 @@ def samples_of(
 
 
 def trained_adapter_of(
-    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema, asked: Asked
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema, asked: RequestedUse
 ) -> TrainedAdapter:
     """The result of the training, and what its file says about itself. asked: by the adapter that it goes on from."""
     from sfumato.precision import DTYPES
+    from sfumato.training.adapter import TrainedAdapter
     from sfumato.training.finish import describe_run
-    from sfumato.training.trained_adapter import TrainedAdapter
 
     about = partial(
         describe_run,

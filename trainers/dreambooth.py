@@ -19,30 +19,30 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sfumato import shell
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize, some
-from sfumato.prompts.phrases import has_phrase
+from sfumato.models.prompts.syntax import has_phrase
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
+from sfumato.training.methods.subject import PreservedPrompts, Subject, read_subject, with_caption
 from sfumato.training.options import FullOptions, KindOptions
-from sfumato.training.subject import PreservedPrompts, Subject, read_subject, with_caption
+from sfumato.utils import formatting
+from sfumato.utils.formatting import format_list, pluralize
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
 
     from sfumato.adapters import Attached
-    from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
+    from sfumato.models import Base
     from sfumato.runs.processes import Processes
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training.ema import Ema
-    from sfumato.training.noising import NoiseSettings
-    from sfumato.training.prior import BasePrediction, ClassPictures
-    from sfumato.training.trained_adapter import TrainedAdapter
+    from sfumato.training.adapter import TrainedAdapter
+    from sfumato.training.loss.objective import NoiseSettings
+    from sfumato.training.loss.prior import BasePrediction, ClassPictures
+    from sfumato.training.optim.ema import Ema
 
 Pristine = Callable[[], AbstractContextManager[object]]
 """A context in which the model is the unchanged base model again."""
@@ -132,21 +132,25 @@ def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
     import torch
 
-    from sfumato import randomness
+    from sfumato.adapters.embeddings import tokens
+    from sfumato.runs.options import Request
     from sfumato.runs.processes import Processes
-    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
-    from sfumato.training import optimizers
-    from sfumato.training.adapting import adapted_layers, new_adapter
-    from sfumato.training.ema import Ema
-    from sfumato.training.full import decide_precision, unfreeze
-    from sfumato.training.fused import FusedStep
-    from sfumato.training.metrics import DriftLimit, Metrics
-    from sfumato.training.noising import draw_noised, per_sample_losses
-    from sfumato.training.prior import BasePrediction, prepare_datasets
-    from sfumato.training.unrelated import clear_first, unrelated_to
-    from sfumato.training.validation import prepare_validation
-    from sfumato.words import identifier
+    from sfumato.training.adapter import adapted_layers, new_adapter
+    from sfumato.training.loss.objective import draw_noised, per_sample_losses
+    from sfumato.training.loss.prior import BasePrediction, prepare_datasets
+    from sfumato.training.loss.validation import (
+        DriftLimit,
+        Metrics,
+        prepare_validation,
+        recognizable_first,
+        unrelated_to,
+    )
+    from sfumato.training.methods.full import decide_precision, unfreeze
+    from sfumato.training.optim import optimizers
+    from sfumato.training.optim.ema import Ema
+    from sfumato.training.optim.fused_backward import FusedBackwardPass
+    from sfumato.utils import randomness
 
     check(config)
     processes = Processes.join(config.device)
@@ -159,11 +163,11 @@ def train(config: Config) -> Path:
     adapted, notes = adapted_layers(config, base) if config.method == "lora" else ({}, [])
     run = Run.start(config, program="dreambooth", processes=processes, writes=written(config))
     run.say(precision.table())
-    run.say_filled(base.family.title, filled)
+    run.report_defaults(base.family.title, filled)
     run.say(*notes)
     found = identifiers(config, instance)
     for word in found[:3]:  # a folder may hold many subjects
-        run.say(*identifier.examine(word, base).lines())
+        run.say(*tokens.examine_identifier(word, base).lines())
 
     subjects = subjects_of(config, subject, found)
     class_prompts = [prompt for each in subjects for prompt in each.class_prompts(instance.captions)]
@@ -188,12 +192,14 @@ def train(config: Config) -> Path:
     size = sum(p.numel() for p in parameters)
     run.say(f"{pluralize(len(dataset), 'image')}, {len(class_set or [])} of the class, {size:,} trained numbers")
 
-    optimizer = optimizers.build(
+    optimizer = optimizers.build_optimizer(
         config.optimizer, groups(trained, config), weight_decay=config.weight_decay, args=config.optimizer_args
     )
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
     scaler = precision.scaler()
-    fused = FusedStep(optimizer, scaler) if config.fused else None
+    fused = FusedBackwardPass(optimizer, scaler) if config.fused else None
     average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     pristine: Pristine = lora.disabled if lora else nullcontext  # of a whole base nothing has been trained yet
@@ -203,7 +209,7 @@ def train(config: Config) -> Path:
     metrics = Metrics(base, dataset, drift_prompts, **contexts, modules=[trained], held_out=held_out)
     noising = config.noising(base)
     trigger = triggers(config, subjects, instance)
-    prompts = subject.sample_prompts(dataset.captions, clear_first(unrelated)[0])
+    prompts = subject.sample_prompts(dataset.captions, recognizable_first(unrelated)[0])
     samples = samples_of(config, base, trained, prompts, trigger, run, average)
     about = partial(description_of, config, base, dataset, samples, trigger)
     learned = trained_adapter_of(config, base, lora, about, average) if lora else None
@@ -213,7 +219,7 @@ def train(config: Config) -> Path:
     if learned:
         run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
     prior = prior_of(config, base, dataset, class_set, preserved, noising, pristine)
-    steps = run.steps_to_come(config.steps)
+    steps = run.remaining_steps(config.steps)
     if isinstance(prior, BasePrediction) and config.method == "full" and steps:
         run.say(prior.precompute_targets(steps, batches, shown=processes.is_main))
     trained.train()
@@ -244,7 +250,7 @@ def train(config: Config) -> Path:
             # Before unscaling, so that all processes find the same overflow and skip the same steps.
             processes.sum_gradients(parameters, loss, class_loss)
             scaler.unscale_(optimizer)
-            norm = optimizers.clip(parameters, config.clip)
+            norm = optimizers.clip_grad_norm(parameters, config.clip)
             if step.healthy(scaler, loss=loss, gradient_norm=norm):
                 scaler.step(optimizer)
             optimizer.zero_grad()
@@ -320,7 +326,7 @@ def check_words(config: Config) -> None:
         raise ConfigError("--identifier is empty; give a rare word, such as sks.")
     for option in ("class_name", "class_prompt", "instance_prompt"):
         if (words := getattr(config, option)) is not None and not words.strip():
-            raise ConfigError(f"{shell.option(option)} is empty; give words, or leave it out.")
+            raise ConfigError(f"{formatting.option_flag(option)} is empty; give words, or leave it out.")
     if config.instance_prompt and config.caption:
         raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
     if config.instance_prompt and config.wildcards:
@@ -412,12 +418,12 @@ def triggers(config: Config, subjects: Sequence[Subject], pictures: ExampleSet) 
 def identifiers(config: Config, subjects: ExampleSet) -> list[str]:
     """The words that subjects are bound to: --identifier, or the word before the class in captions that do not contain
     it."""
-    from sfumato.words.identifier import before
+    from sfumato.adapters.embeddings.tokens import words_before_class
 
     captions = list(dict.fromkeys(subjects.captions))
     if any(has_phrase(config.identifier, caption) for caption in captions):
         return [config.identifier]
-    return before(config.class_name or (config.class_prompt or "").split()[-1], captions)
+    return words_before_class(config.class_name or (config.class_prompt or "").split()[-1], captions)
 
 
 def class_pictures(
@@ -446,9 +452,9 @@ def class_pictures(
 
 def say_nothing_is_held(config: Config, run: Run) -> None:
     """Say which class images and prompts of the data and the options --prior none leaves aside."""
-    from sfumato.data.source import sources_of
+    from sfumato.data.dataset_config import read_sources
 
-    sources = sources_of(
+    sources = read_sources(
         config.images, caption_template=config.caption, trigger=_trigger(config), wildcards=config.wildcards
     )
     if config.prior_prompts or any(source.group == "class" for source in sources):
@@ -459,8 +465,8 @@ def draw_preserved(
     config: Config, base: Base, preserved: PreservedPrompts, run: Run, processes: Processes
 ) -> ExampleSet:
     """The base model's images of what shall draw as before: each is generated once and kept."""
-    from sfumato.data.planning import square_side
-    from sfumato.training.class_pictures import pictures_of_class
+    from sfumato.data.preparation.planning import square_side
+    from sfumato.training.loss.class_images import pictures_of_class
 
     counts = preserved.counts(config.class_count)
     folder = config.class_cache or config.output / "class"
@@ -468,7 +474,7 @@ def draw_preserved(
     pictures, drawn = pictures_of_class(base, counts, resolution=side, folder=folder, processes=processes)
     run.say(f"class images: {config.class_count} of {', '.join(counts)} ({drawn} drawn now)")
     if left := [prompt for prompt in preserved.prompts if prompt not in counts]:
-        run.say(f"nothing holds {some(left)}: --class-count {config.class_count} is too few for each")
+        run.say(f"nothing holds {format_list(left)}: --class-count {config.class_count} is too few for each")
     return pictures
 
 
@@ -483,7 +489,7 @@ def prior_of(
 ) -> ClassPictures | BasePrediction | None:
     """What gives the class half of each batch; None if there is no prior preservation. pristine: see
     `BasePrediction`."""
-    from sfumato.training.prior import BasePrediction, ClassPictures
+    from sfumato.training.loss.prior import BasePrediction, ClassPictures
 
     if config.prior == "pictures":
         return ClassPictures(base, class_set, config.seed, noising=noising)
@@ -504,13 +510,15 @@ def prior_of(
 def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own learning rate."""
     from sfumato.adapters import Attached
-    from sfumato.training import optimizers
+    from sfumato.training.optim import optimizers
 
     rates = config.learning_rate, config.text_learning_rate
     if isinstance(trained, Attached):
         ups, factors = trained.ups(), trained.rate_factors()
-        return optimizers.groups(trained.by_part(), *rates, ups=ups, up_ratio=config.loraplus_ratio, factors=factors)
-    return optimizers.groups({part: model.parameters() for part, model in trained.items()}, *rates)
+        return optimizers.parameter_groups(
+            trained.by_part(), *rates, ups=ups, up_ratio=config.loraplus_ratio, factors=factors
+        )
+    return optimizers.parameter_groups({part: model.parameters() for part, model in trained.items()}, *rates)
 
 
 def samples_of(
@@ -524,13 +532,13 @@ def samples_of(
 ) -> Samples:
     """The run's sample images, of these prompts if none are asked for, generated as a LoRA's file will ask for."""
     from sfumato.adapters import Attached
-    from sfumato.runs.samples import Samples
-    from sfumato.training.sampling import drawing_of
+    from sfumato.runs.reporting.samples import Samples
+    from sfumato.training.sampling import make_sampler
 
     lora = trained if isinstance(trained, Attached) else None
     asked, own = config.asked_samples()
     negatives = trigger if config.own_negative else ()
-    draw = drawing_of(
+    draw = make_sampler(
         base, lora, span=span_of(config, base), negatives=negatives, resolution=config.resolution, own=own
     )
     return Samples(run, asked or prompts, config.seed, draw, modules=[trained], within=average.applied)
@@ -561,7 +569,7 @@ def trained_adapter_of(
 ) -> TrainedAdapter:
     """What is written of a LoRA. about: see `TrainedAdapter`."""
     from sfumato.precision import DTYPES
-    from sfumato.training.trained_adapter import TrainedAdapter
+    from sfumato.training.adapter import TrainedAdapter
 
     return TrainedAdapter(lora, None, base.family.name, about, DTYPES[config.save_precision], average)
 
@@ -577,7 +585,7 @@ def save(
 ) -> None:
     """Write the adapter or the model, its card and the plot; upload them if asked."""
     from sfumato.training.finish import finish, upload
-    from sfumato.training.full import write_model
+    from sfumato.training.methods.full import write_model
 
     if learned:
         description, _ = learned.write(path, run.step)

@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import FullOptions
+from sfumato.utils.formatting import pluralize
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
 
-    from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
+    from sfumato.models import Base
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training.ema import Ema
+    from sfumato.training.optim.ema import Ema
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -67,19 +67,17 @@ def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
     import torch
 
-    from sfumato import randomness
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
-    from sfumato.training import optimizers
-    from sfumato.training.ema import Ema
     from sfumato.training.finish import describe_run
-    from sfumato.training.full import decide_precision, make_inpainting, unfreeze
-    from sfumato.training.fused import FusedStep
-    from sfumato.training.metrics import DriftLimit, Metrics
-    from sfumato.training.noising import draw_noised, per_sample_losses
-    from sfumato.training.prior import ClassPictures, prepare_datasets
-    from sfumato.training.unrelated import unrelated_to
-    from sfumato.training.validation import prepare_validation
+    from sfumato.training.loss.objective import draw_noised, per_sample_losses
+    from sfumato.training.loss.prior import ClassPictures, prepare_datasets
+    from sfumato.training.loss.validation import DriftLimit, Metrics, prepare_validation, unrelated_to
+    from sfumato.training.methods.full import decide_precision, make_inpainting, unfreeze
+    from sfumato.training.optim import optimizers
+    from sfumato.training.optim.ema import Ema
+    from sfumato.training.optim.fused_backward import FusedBackwardPass
+    from sfumato.utils import randomness
 
     check(config)
     processes = Processes.join(config.device)
@@ -92,7 +90,7 @@ def train(config: Config) -> Path:
     config, filled = resolve(config, base, examples, processes.count)
     run = Run.start(config, program="finetune", processes=processes, writes=written(config))
     run.say(precision.table())
-    run.say_filled(base.family.title, filled)
+    run.report_defaults(base.family.title, filled)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
     global_batch = batches.global_batch
@@ -111,11 +109,15 @@ def train(config: Config) -> Path:
     run.say(f"{pluralize(len(dataset), 'image')}, {beside}{size:,} trained numbers")
 
     parts = {part: model.parameters() for part, model in trained.items()}
-    groups = optimizers.groups(parts, config.learning_rate, config.text_learning_rate)
-    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    groups = optimizers.parameter_groups(parts, config.learning_rate, config.text_learning_rate)
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
     scaler = precision.scaler()
-    fused = FusedStep(optimizer, scaler) if config.fused else None
+    fused = FusedBackwardPass(optimizer, scaler) if config.fused else None
     average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
     run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
     class_captions = list(dict.fromkeys(of_class.captions))
@@ -153,7 +155,7 @@ def train(config: Config) -> Path:
             # Before unscaling, so that all processes find the same overflow and skip the same steps.
             processes.sum_gradients(parameters, loss, prior_loss)
             scaler.unscale_(optimizer)
-            norm = optimizers.clip(parameters, config.clip)
+            norm = optimizers.clip_grad_norm(parameters, config.clip)
             if step.healthy(scaler, loss=loss, gradient_norm=norm):
                 scaler.step(optimizer)
             optimizer.zero_grad()
@@ -227,21 +229,21 @@ def samples_of(
     config: Config, base: Base, trained: nn.Module, subjects: ExampleSet, dataset: Dataset, run: Run, average: Ema
 ) -> Samples:
     """The run's sample images: of some captions and of some plain things, if none are asked for."""
-    from sfumato.runs.samples import Samples
-    from sfumato.training.sampling import drawing_of
-    from sfumato.training.unrelated import default_prompts
+    from sfumato.runs.reporting.samples import Samples
+    from sfumato.training.loss.validation import default_prompts
+    from sfumato.training.sampling import make_sampler
 
     first = subjects[0]  # sources may have templates and triggers of their own
     asked, own = config.asked_samples()
     prompts = asked or default_prompts(dataset.captions, first.template, first.trigger)
-    draw = drawing_of(base, resolution=config.resolution, own=own)
+    draw = make_sampler(base, resolution=config.resolution, own=own)
     return Samples(run, prompts, config.seed, draw, modules=[trained], within=average.applied)
 
 
 def save(path: Path, config: Config, base: Base, about: Description, samples: Samples, run: Run) -> None:
     """Write the model, its card and the plot; upload them if asked."""
     from sfumato.training.finish import finish, upload
-    from sfumato.training.full import write_model
+    from sfumato.training.methods.full import write_model
 
     write_model(path, base, config, run, about)
     finish(run, config, path, about, samples, kind=config.save)

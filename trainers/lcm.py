@@ -20,24 +20,25 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sfumato.adapters.prompt_tags import refuse_tags, split_flags
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.limits import checked_guidance
-from sfumato.numerals import pluralize
-from sfumato.prompts.tags import refuse_tags, split_flags
+from sfumato.runs.folder import refuse_output_among
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import AdapterOptions, TrainingOptions
+from sfumato.utils.formatting import pluralize
+from sfumato.utils.limits import checked_guidance
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Attached
-    from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
+    from sfumato.models import Base
     from sfumato.runs.processes import Processes
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training.ema import Ema
-    from sfumato.training.trained_adapter import TrainedAdapter
+    from sfumato.training.adapter import TrainedAdapter
+    from sfumato.training.optim.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,10 @@ class Config(AdapterOptions, TrainingOptions):
 
     def __post_init__(self) -> None:
         """Read the prompts out of their files, so that a run keeps them, and not where they were."""
-        from sfumato.prompts.prompt_files import with_files_read
+        from sfumato.models.prompts.files import expand_prompt_files
 
         super().__post_init__()
-        object.__setattr__(self, "prompts", with_files_read(self.prompts, "--prompts"))
+        object.__setattr__(self, "prompts", expand_prompt_files(self.prompts, "--prompts"))
 
 
 _DIFFUSERS: Mapping[str, Any] = MappingProxyType(
@@ -111,15 +112,14 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
+    from sfumato.runs.options import Request
     from sfumato.runs.processes import Processes
-    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
-    from sfumato.training import optimizers
-    from sfumato.training.adapting import adapted_layers, new_adapter
-    from sfumato.training.ema import Ema
+    from sfumato.training.adapter import adapted_layers, init_from_file, new_adapter
     from sfumato.training.finish import finish_adapter
-    from sfumato.training.init_from import begin_with
-    from sfumato.training.lcm import ConsistencyMetrics, Distillation
+    from sfumato.training.methods.lcm import ConsistencyMetrics, Distillation
+    from sfumato.training.optim import optimizers
+    from sfumato.training.optim.ema import Ema
 
     check(config)
     processes = Processes.join(config.device)
@@ -130,7 +130,7 @@ def train(config: Config) -> Path:
     adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="lcm", processes=processes, writes=["adapters"] if config.save_every else [])
     run.say(precision.table())
-    run.say_filled(base.family.title, filled)
+    run.report_defaults(base.family.title, filled)
     run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
@@ -148,14 +148,18 @@ def train(config: Config) -> Path:
     distillation = Distillation(
         base, dataset, guidance=config.guidance, solver_steps=config.solver_steps, pristine=lora.disabled
     )
-    run.identify(data=dataset, **begin_with(config.init_from, run, base, lora), base=base.fingerprint())
+    run.identify(data=dataset, **init_from_file(config.init_from, run, base, lora), base=base.fingerprint())
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pluralize(len(dataset), 'image')}, {layers}, {lora.count():,} trained numbers")
 
     parameters = list(lora.parameters())
-    groups = optimizers.groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
-    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    groups = optimizers.parameter_groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
@@ -179,7 +183,7 @@ def train(config: Config) -> Path:
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum_gradients(parameters, loss)
         scaler.unscale_(optimizer)
-        norm = optimizers.clip(parameters, config.clip)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
             scaler.step(optimizer)
             if config.max_norm:
@@ -240,7 +244,7 @@ def read_images(config: Config) -> ExampleSet | None:
         return None
     examples = data.read_folder(config.images, caption_template=config.caption, skip_bad=None).in_group("instance")
     if not config.resume:
-        checks.refuse_output_among(config.output, [config.images])
+        refuse_output_among(config.output, [config.images])
     return examples
 
 
@@ -262,10 +266,10 @@ def resolve(config: Config, base: Base, given: ExampleSet | None, processes: int
 
 def draw_prompts(config: Config, base: Base, run: Run, processes: Processes) -> ExampleSet:
     """The base model's images of the prompts, which are their captions; generated once and kept in the run's folder."""
-    from sfumato.data.planning import square_side
-    from sfumato.pocket.prompts import known_prompts
-    from sfumato.training.class_pictures import pictures_of_class
-    from sfumato.training.lcm import prompts_to_draw
+    from sfumato.data.preparation.planning import square_side
+    from sfumato.training.loss.class_images import pictures_of_class
+    from sfumato.training.methods.lcm import prompts_to_draw
+    from sfumato.training.pretrain.dataset import known_prompts
 
     told = [split_flags(prompt) for prompt in config.prompts]
     if any(settings for _, settings in told):
@@ -286,14 +290,14 @@ def draw_prompts(config: Config, base: Base, run: Run, processes: Processes) -> 
 
 def samples_of(config: Config, base: Base, lora: Attached, dataset: Dataset, run: Run, average: Ema) -> Samples:
     """The run's sample images, drawn in few steps."""
-    from sfumato.runs.samples import Samples
-    from sfumato.training.sampling import drawing_of
-    from sfumato.training.unrelated import default_prompts
+    from sfumato.runs.reporting.samples import Samples
+    from sfumato.training.loss.validation import default_prompts
+    from sfumato.training.sampling import make_sampler
 
     asked, own = config.asked_samples()
     prompts = asked or default_prompts(dataset.captions, None, None)
     few = {"sampler": SAMPLER, "steps": config.drawn_steps, "guidance": 1.0}
-    draw = drawing_of(base, lora, resolution=config.resolution, own=own, usual=few)
+    draw = make_sampler(base, lora, resolution=config.resolution, own=own, usual=few)
     return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
 
 
@@ -303,8 +307,8 @@ def trained_adapter_of(
     """The result of the training, and what its file says about itself."""
     from sfumato.files import Sampling
     from sfumato.precision import DTYPES
+    from sfumato.training.adapter import TrainedAdapter
     from sfumato.training.finish import describe_run
-    from sfumato.training.trained_adapter import TrainedAdapter
 
     about = partial(
         describe_run,

@@ -17,38 +17,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sfumato.adapters.embeddings.tokens import (
+    DEFAULT_LEARNING_RATES,
+    DEFAULT_VECTORS,
+    MAX_VECTORS,
+    check_stands_for,
+    contains_placeholder,
+    embedding_files,
+    placeholder_warnings,
+    truncation_notes,
+)
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.limits import checked_adapter_guidance
-from sfumato.numerals import pluralize
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
-from sfumato.words.placeholders import (
-    DEFAULT_LEARNING_RATES,
-    DEFAULT_VECTORS,
-    MOST_VECTORS,
-    check_stands_for,
-    embedding_files,
-    holds,
-    truncation_notes,
-    warnings_of,
-)
+from sfumato.utils.formatting import pluralize
+from sfumato.utils.limits import checked_adapter_guidance
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from sfumato.adapters import Attached
-    from sfumato.bases import Base
+    from sfumato.adapters.embeddings.added_tokens import Words
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
+    from sfumato.models import Base
     from sfumato.runs.processes import Processes
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training.crossed import Crossing
-    from sfumato.training.ema import Ema
-    from sfumato.training.noising import NoiseSettings
-    from sfumato.training.prior import BasePrediction, ClassPictures
-    from sfumato.training.trained_adapter import TrainedAdapter
-    from sfumato.words.in_use import Words
+    from sfumato.training.adapter import TrainedAdapter
+    from sfumato.training.loss.crossed_samples import Crossing
+    from sfumato.training.loss.objective import NoiseSettings
+    from sfumato.training.loss.prior import BasePrediction, ClassPictures
+    from sfumato.training.optim.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +145,16 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
+    from sfumato.runs.options import Request
     from sfumato.runs.processes import Processes
-    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
-    from sfumato.training import optimizers
-    from sfumato.training.adapting import adapted_layers, new_adapter
-    from sfumato.training.ema import Ema
+    from sfumato.training.adapter import adapted_layers, init_from_file, new_adapter
     from sfumato.training.finish import finish_adapter
-    from sfumato.training.init_from import begin_with
-    from sfumato.training.metrics import Metrics
-    from sfumato.training.noising import draw_noised, per_sample_losses
-    from sfumato.training.prior import prepare_datasets
-    from sfumato.training.unrelated import UNRELATED
-    from sfumato.training.validation import prepare_validation
+    from sfumato.training.loss.objective import draw_noised, per_sample_losses
+    from sfumato.training.loss.prior import prepare_datasets
+    from sfumato.training.loss.validation import UNRELATED, Metrics, prepare_validation
+    from sfumato.training.optim import optimizers
+    from sfumato.training.optim.ema import Ema
 
     check(config)
     processes = Processes.join(config.device)
@@ -171,11 +168,11 @@ def train(config: Config) -> Path:
     adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="lora", processes=processes, writes=written(config))
     run.say(precision.table())
-    run.say_filled(base.family.title, filled)
+    run.report_defaults(base.family.title, filled)
     run.say(*notes)
     if words:
         tokenizer = base.tokenizers[0]
-        run.say(*warnings_of(config.train_words, tokenizer))
+        run.say(*placeholder_warnings(config.train_words, tokenizer))
         run.say(*truncation_notes(config.initial_words, config.word_vectors, tokenizer))
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
@@ -191,7 +188,9 @@ def train(config: Config) -> Path:
     lora = new_adapter(adapted, config)
     facts = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
     # A run that goes on needs the file for the words alone that its crossed samples began with.
-    start = begin_with(config.init_from, run, base, lora, words, config.initial_words, always=bool(words and crossed))
+    start = init_from_file(
+        config.init_from, run, base, lora, words, config.initial_words, always=bool(words and crossed)
+    )
     run.identify(**facts, **start, base=base.fingerprint())
     beside = f"{len(class_set)} of the class, " if class_set else ""
     pictures, layers = pluralize(len(dataset), "image"), pluralize(len(lora.layers), "adapted layer")
@@ -199,13 +198,15 @@ def train(config: Config) -> Path:
 
     parameters = [*lora.parameters(), *(words.parameters() if words else ())]
     rates = config.learning_rate, config.text_learning_rate
-    groups = optimizers.groups(
+    groups = optimizers.parameter_groups(
         lora.by_part(), *rates, ups=lora.ups(), up_ratio=config.loraplus_ratio, factors=lora.rate_factors()
     )
     if words:
         groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate, "is_table": True})
-    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
-    schedule = optimizers.Schedule(
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
         optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles, second=config.words_first
     )
     scaler = precision.scaler()
@@ -253,7 +254,7 @@ def train(config: Config) -> Path:
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum_gradients(parameters, loss, prior_loss)
         scaler.unscale_(optimizer)
-        norm = optimizers.clip(parameters, config.clip)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
             scaler.step(optimizer)
             if config.max_norm:
@@ -292,7 +293,7 @@ def check(config: Config) -> None:
 def check_words(config: Config) -> None:
     """Refuse new words, or options of new words, that make no sense."""
     for prompt in config.prior_prompts:
-        if new := [word for word in config.train_words if holds(word, prompt)]:
+        if new := [word for word in config.train_words if contains_placeholder(word, prompt)]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
     count = len(config.train_words)
     if not count:
@@ -300,8 +301,8 @@ def check_words(config: Config) -> None:
         checks.only_with(config, "--train-words", *of_words)
     else:
         checks.check_words_are_seen(config)
-    if config.word_vectors is not None and config.word_vectors > MOST_VECTORS:
-        raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MOST_VECTORS}.")
+    if config.word_vectors is not None and config.word_vectors > MAX_VECTORS:
+        raise ConfigError(f"--word-vectors is {config.word_vectors}; it must be 1 to {MAX_VECTORS}.")
     if config.stands_for and len(config.stands_for) != count:
         given, words = pluralize(len(config.stands_for), "time"), pluralize(count, "word")
         raise ConfigError(f"--stands-for is given {given} for {words}; give it for each.")
@@ -327,7 +328,7 @@ def resolve(
     share = {"batch": max(1, base.defaults.batch // kinds)} if kinds > 1 else {}
     config, filled = config_defaults.resolve(config, base, examples, processes, **share)
     if config.crossed_share and not config.resume:
-        from sfumato.training.crossed import first_timestep
+        from sfumato.training.loss.crossed_samples import first_timestep
 
         first, timesteps = first_timestep(base), config.noising(base).timesteps
         if timesteps.stop <= first:
@@ -367,7 +368,7 @@ def written(config: Config) -> list[str]:
 
 def read_examples(config: Config) -> ExampleSet:
     """Read the images and captions. Raises DataError for captions without the new words."""
-    from sfumato.data.folder import unused_trigger
+    from sfumato.data.folder import unused_trigger_note
     from sfumato.data.placeholder_captions import insert_placeholders
 
     examples = config.read_examples(words=config.stands_for or config.train_words)
@@ -377,7 +378,7 @@ def read_examples(config: Config) -> ExampleSet:
             "a dataset.toml, with class = true."
         )
     if config.own_negative and not config.train_words and not examples.in_group("instance").triggers:
-        unused = unused_trigger(examples, config.trigger) if config.trigger else ""
+        unused = unused_trigger_note(examples, config.trigger) if config.trigger else ""
         raise ConfigError(f"--own-negative: {unused or 'give the words of the subject by --trigger, as sks otter'}.")
     if not config.train_words:
         return examples
@@ -388,7 +389,7 @@ def read_examples(config: Config) -> ExampleSet:
 
 def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
     """Create the words to learn, and add them to the base model."""
-    from sfumato.words import embedding
+    from sfumato.adapters.embeddings import embedding
 
     words = embedding.new_words(
         base,
@@ -422,14 +423,14 @@ def samples_of(
     average: Ema,
 ) -> Samples:
     """The run's sample images, generated in the way that its file will ask for."""
-    from sfumato.runs.samples import Samples
-    from sfumato.training.sampling import drawing_of
-    from sfumato.training.unrelated import default_prompts
+    from sfumato.runs.reporting.samples import Samples
+    from sfumato.training.loss.validation import default_prompts
+    from sfumato.training.sampling import make_sampler
 
     first = subjects[0]  # sources may have templates and triggers of their own
     asked, own = config.asked_samples()
     prompts = asked or default_prompts(dataset.captions, first.template, first.trigger)
-    draw = drawing_of(
+    draw = make_sampler(
         base,
         lora,
         config.adapter_guidance,
@@ -451,7 +452,7 @@ def priors_of(
 ) -> list[ClassPictures | BasePrediction]:
     """What joins each batch for prior preservation: the class images, and the prior prompts with the images of that
     batch."""
-    from sfumato.training.prior import BasePrediction, ClassPictures
+    from sfumato.training.loss.prior import BasePrediction, ClassPictures
 
     priors: list[ClassPictures | BasePrediction] = []
     if class_set:
@@ -478,10 +479,10 @@ def crossing_of(
     """The base model's versions of the images for --crossed-share, if that was asked for."""
     if not config.crossed_share:
         return None
-    from sfumato.training.crossed import Course, Crossing
+    from sfumato.training.loss.crossed_samples import Crossing, CrossingPlan
 
     assert config.steps is not None, "resolve() fills it"
-    course = Course(config.steps, global_batch, config.noising(base).timesteps)
+    course = CrossingPlan(config.steps, global_batch, config.noising(base).timesteps)
     with lora.disabled():
         return Crossing(base, dataset, config.seed, config.crossed_share, course, shown=processes.is_main)
 
@@ -498,8 +499,8 @@ def trained_adapter_of(
 ) -> TrainedAdapter:
     """The result of the training, and what its files say about themselves."""
     from sfumato.precision import DTYPES
+    from sfumato.training.adapter import TrainedAdapter
     from sfumato.training.finish import describe_run
-    from sfumato.training.trained_adapter import TrainedAdapter
 
     def about(**more: Any) -> Description:
         return describe_run(

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.pocket.checks import check, check_compiler
-from sfumato.pocket.options import PretrainOptions, learning_rate_at, settled_for_device
 from sfumato.training.entry_point import training_entry_point
+from sfumato.training.pretrain.checks import check, check_compiler
+from sfumato.training.pretrain.options import PretrainOptions, learning_rate_at, resolve_for_device
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
@@ -29,12 +29,11 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from sfumato.pocket.latents import Latents
-    from sfumato.pocket.lessons import Lesson, Shares
-    from sfumato.pocket.pictures import Pictures
-    from sfumato.pocket.trained import PretrainState
     from sfumato.precision import Precision
     from sfumato.runs.run import Run
+    from sfumato.training.pretrain.batches import Latents, PretrainBatch, Shares
+    from sfumato.training.pretrain.dataset import Pictures
+    from sfumato.training.pretrain.outputs import PretrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,7 @@ class Config(PretrainOptions):
 
     def shares(self) -> Shares:
         """U-Net: how often each change is made to an image and its caption."""
-        from sfumato.pocket.lessons import Shares
+        from sfumato.training.pretrain.batches import Shares
 
         names = ("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved", "hands")
         values = {name: getattr(self, f"{name}_share") for name in names}
@@ -138,9 +137,9 @@ def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.dev
     """The VAE's input in a step, (b, 3, h, w) in [-1, 1]: some images mirrored, some changed as if by other hands."""
     import torch
 
-    from sfumato import randomness
-    from sfumato.pocket.pictures import batch_indices
-    from sfumato.pocket.style_augmentation import restyle_randomly
+    from sfumato.training.pretrain.batches import restyle_randomly
+    from sfumato.training.pretrain.dataset import batch_indices
+    from sfumato.utils import randomness
 
     pixels = pictures.floats(batch_indices(step, config.batch, len(pictures.names), config.seed))
     draws = torch.rand(config.batch, generator=randomness.generator(config.seed, "flip", step))
@@ -152,13 +151,12 @@ def draw_pixels(pictures: Pictures, config: Config, step: int, device: torch.dev
 
 def train_vae(config: Config, precision: Precision) -> Path:
     """Train the VAE on every image that it may see; returns the folder of its averaged weights, fp32."""
-    from sfumato import load_base, randomness
-    from sfumato.pocket.init_parts import fp32_on
-    from sfumato.pocket.outputs import save_model
-    from sfumato.pocket.parts import build_vae, first_weights
-    from sfumato.pocket.pictures import read_others, read_pictures
-    from sfumato.pocket.trained import trained_of
+    from sfumato import load_base
     from sfumato.runs.run import Run
+    from sfumato.training.pretrain.dataset import read_others, read_pictures
+    from sfumato.training.pretrain.model import build_vae, first_weights, fp32_precision
+    from sfumato.training.pretrain.outputs import make_pretrain_state, save_model
+    from sfumato.utils import randomness
 
     named = read_pictures(config.data)
     pictures = named.and_others(read_others(config.data))
@@ -166,7 +164,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
     run.say(precision.table())
     facts = {"data": pictures.fingerprint(), "init": "none"}
     if config.init:
-        base = load_base(config.init, precision=fp32_on(config.device))
+        base = load_base(config.init, precision=fp32_precision(config.device))
         facts["init"] = base.fingerprint()  # --init-share reads it anew where a run goes on
         vae = base.vae.requires_grad_(True)
     else:
@@ -177,7 +175,7 @@ def train_vae(config: Config, precision: Precision) -> Path:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    trained = trained_of({"vae": vae}, config, precision.device, first_share=config.init_share)
+    trained = make_pretrain_state({"vae": vae}, config, precision.device, first_share=config.init_share)
     run.keep(**trained.parts())
     run.identify(**facts)
     run.every(config.sample_every, lambda step: _reconstruct(trained, named, run, step))
@@ -202,7 +200,7 @@ def _reconstruct(trained: PretrainState, pictures: Pictures, run: Run, step: int
     """Log the PSNR over 96 fixed images, and draw sixteen of them beside their reconstructions."""
     import torch
 
-    from sfumato.pocket.outputs import save_sheet
+    from sfumato.training.pretrain.outputs import save_sheet
 
     pixels = pictures.floats(torch.linspace(0, len(pictures.names) - 1, 96).long()).to(trained.device)
     vae: Any = trained.modules["vae"]
@@ -216,16 +214,19 @@ def _reconstruct(trained: PretrainState, pictures: Pictures, run: Run, step: int
 
 def _scaling_factor(vae: AutoencoderKL, pictures: Pictures, device: torch.device) -> float:
     """The factor that brings the latents of the named images to a standard deviation of 1."""
-    from sfumato.pocket.latents import encode_all
+    from sfumato.training.pretrain.batches import encode_all
 
     mean, deviation = encode_all(vae, pictures, device)
     return float(1 / (mean.var() + deviation.square().mean()).sqrt())
 
 
-def draw_latents(cache: Latents, lesson: Lesson, alpha_bar: Tensor, config: Config, step: int) -> tuple[Tensor, Tensor]:
+def draw_latents(
+    cache: Latents, lesson: PretrainBatch, alpha_bar: Tensor, config: Config, step: int
+) -> tuple[Tensor, Tensor]:
     """(latents, noise) of a step's lesson, (b, channels, h/f, w/f). For a crossed sample the noise turns the image that
     is asked for into the image that is seen."""
-    from sfumato import diffusion, randomness
+    from sfumato.models import diffusion
+    from sfumato.utils import randomness
 
     mean, deviation, seen = cache.of(lesson)
     shape, device = tuple(mean.shape), alpha_bar.device
@@ -238,26 +239,22 @@ def draw_latents(cache: Latents, lesson: Lesson, alpha_bar: Tensor, config: Conf
 
 def unet_loss(drawn: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, config: Config) -> Tensor:
     """The batch's mean error of the predicted v, with min-SNR weights plus a flat one. alpha_bar: (b,)."""
-    from sfumato import diffusion
+    from sfumato.models import diffusion
 
     weight = 2 * diffusion.snr_weight("v_prediction", alpha_bar, config.snr_gamma) + config.flat_weight
-    wanted = diffusion.target("v_prediction", latents, noise, alpha_bar)
-    return diffusion.weighted_error(drawn, wanted, weight).mean()
+    wanted = diffusion.prediction_target("v_prediction", latents, noise, alpha_bar)
+    return diffusion.weighted_loss(drawn, wanted, weight).mean()
 
 
 def train_unet(config: Config, precision: Precision) -> Path:
     """Train the U-Net on cached latents, and the text encoder unless it stays frozen. Returns the folder of a pipeline
     with averaged weights, fp32."""
-    from sfumato import diffusion
-    from sfumato.pocket.captions import read_words
-    from sfumato.pocket.init_parts import learning_parts, read_vae
-    from sfumato.pocket.latents import Latents
-    from sfumato.pocket.lessons import Lessons
-    from sfumato.pocket.outputs import assemble, draw_samples, save_model
-    from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.pictures import VARIANTS, partners_of, read_manifest, seen_pictures
-    from sfumato.pocket.trained import trained_of
+    from sfumato.models import diffusion
     from sfumato.runs.run import Run
+    from sfumato.training.pretrain.batches import Latents, PretrainBatches
+    from sfumato.training.pretrain.dataset import VARIANTS, find_partners, read_manifest, read_words, seen_pictures
+    from sfumato.training.pretrain.model import build_scheduler, read_vae, trainable_parts
+    from sfumato.training.pretrain.outputs import assemble, draw_samples, make_pretrain_state, save_model
 
     device = precision.device
     if config.compile:
@@ -266,14 +263,14 @@ def train_unet(config: Config, precision: Precision) -> Path:
     check_style(config, manifest["styles"])
     words = [] if config.init else read_words(config.data)
     pictures, named = seen_pictures(config.data, config.others_share)
-    partners = partners_of(pictures, config.crossed_overlap)
+    partners = find_partners(pictures, config.crossed_overlap)
     check_partners(config, partners)
     vae = read_vae(config.vae, device) if config.vae else None
     run = Run.start(config, program="pretrain", writes=["model", "tokenizer"])
     run.say(precision.table())
     scheduler = build_scheduler()
     if config.init:
-        unet, text_encoder, tokenizer, own_vae = learning_parts(config.init, config.device, scheduler, option="--init")
+        unet, text_encoder, tokenizer, own_vae = trainable_parts(config.init, config.device, scheduler, option="--init")
         text_encoder.requires_grad_(config.train_text_encoder)
         vae = vae or own_vae
     else:
@@ -284,9 +281,9 @@ def train_unet(config: Config, precision: Precision) -> Path:
     run_unet = precision.compiled(unet) if config.compile else unet
     cache = Latents(vae, pictures, VARIANTS if config.varied_share else VARIANTS[:2], device)
     unet.register_to_config(sample_size=cache.means.shape[-1])
-    lessons = Lessons(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
+    lessons = PretrainBatches(pictures.names, named, manifest["concepts"], config.shares(), config.seed, partners)
     states_of = caption_states(config, text_encoder, tokenizer, device)
-    trained = trained_of(learning, config, device, first_share=config.init_share)
+    trained = make_pretrain_state(learning, config, device, first_share=config.init_share)
     run.keep(**trained.parts())
     run.identify(**facts_of(config, pictures, vae, manifest, tokenizer))
 
@@ -301,7 +298,7 @@ def train_unet(config: Config, precision: Precision) -> Path:
         latents, noise = draw_latents(cache, lesson, alpha_bar, config, step.number)
         with precision.autocast():
             hidden = states_of(lesson.captions, step.number)
-            drawn = run_unet(diffusion.noise_latents(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
+            drawn = run_unet(diffusion.add_noise(latents, noise, alpha_bar), timesteps.to(device), hidden).sample
         loss = unet_loss(drawn, latents, noise, alpha_bar, config)
         trained.learn(step, loss)
     with trained.result():
@@ -331,10 +328,10 @@ def facts_of(
     config: Config, pictures: Pictures, vae: AutoencoderKL, manifest: Mapping[str, Any], tokenizer: Any
 ) -> dict[str, str]:
     """What the U-Net's training depends on beside its config."""
-    from sfumato.data.cache import weights_digest
-    from sfumato.pocket.captions import captions_fingerprint
-    from sfumato.pocket.directions import Things
-    from sfumato.pocket.init_parts import base_fingerprint, tokenizer_fingerprint
+    from sfumato.data.preparation.cache import weights_digest
+    from sfumato.training.pretrain.dataset import captions_fingerprint
+    from sfumato.training.pretrain.model import base_fingerprint, tokenizer_fingerprint
+    from sfumato.training.pretrain.text import Things
 
     facts = {"data": pictures.fingerprint(), "vae": weights_digest([vae])}
     facts |= {"captions": captions_fingerprint(manifest), "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -350,9 +347,9 @@ def new_parts(config: Config, run: Run, manifest: Mapping[str, Any], words: Sequ
     tokenizer."""
     from transformers import CLIPTokenizer
 
-    from sfumato.pocket.captions import all_captions
-    from sfumato.pocket.outputs import save_model
-    from sfumato.pocket.parts import build_text_encoder, build_tokenizer, build_unet, first_weights
+    from sfumato.training.pretrain.dataset import all_captions
+    from sfumato.training.pretrain.model import build_text_encoder, build_tokenizer, build_unet, first_weights
+    from sfumato.training.pretrain.outputs import save_model
 
     if not (config.resume and (run.folder / "tokenizer").exists()):
         run.begin()
@@ -366,21 +363,19 @@ def caption_states(
     config: Config, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device
 ) -> Callable[[Sequence[str], int], Tensor]:
     """The function that encodes a step's captions for the U-Net: (captions, step) -> (captions, positions, width)."""
-    from sfumato.pocket.directions import Things
-    from sfumato.pocket.encoding import directions_of, encode_text
-    from sfumato.pocket.loosened import Loosened
+    from sfumato.training.pretrain.text import PairDropout, Things, directions_of, encode_text
 
     if config.train_text_encoder or config.style_together is None:
         return lambda captions, step: encode_text(encoder, tokenizer, captions, device)
     directions = directions_of(encoder, tokenizer, Things.read(config.data), config.seed, device)
-    return Loosened(directions, most=config.style_together, seed=config.seed).states
+    return PairDropout(directions, most=config.style_together, seed=config.seed).states
 
 
 @training_entry_point
 def train(config: Config) -> Path:
     """Run the stage that `config` names; returns the folder of what was trained."""
     check(config)
-    config, precision = settled_for_device(config)
+    config, precision = resolve_for_device(config)
     stages = {"vae": train_vae, "unet": train_unet}
     return stages[config.stage](config, precision)
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.pocket.checks import check_pretraining, check_shares
-from sfumato.pocket.options import PretrainOptions, learning_rate_at, settled_for_device
 from sfumato.training.entry_point import training_entry_point
+from sfumato.training.pretrain.checks import check_pretraining, check_shares
+from sfumato.training.pretrain.options import PretrainOptions, learning_rate_at, resolve_for_device
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
-    from sfumato.pocket.pictures import Pictures
+    from sfumato.training.pretrain.dataset import Pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +55,31 @@ def train(config: Config) -> Path:
 
     import torch
 
-    from sfumato import diffusion, randomness
-    from sfumato.bases import FAMILIES
-    from sfumato.data.cache import weights_digest
-    from sfumato.pocket.encoding import encode_text
-    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
-    from sfumato.pocket.latents import Latents
-    from sfumato.pocket.outputs import assemble, draw_samples, save_model
-    from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.pictures import VARIANTS, read_manifest
-    from sfumato.pocket.self_play import Pairs, discriminative_loss, grown_errors, own_drawings
-    from sfumato.pocket.trained import trained_of
+    from sfumato.data.preparation.cache import weights_digest
+    from sfumato.models import FAMILIES, diffusion
     from sfumato.runs.run import Run
+    from sfumato.training.pretrain.batches import Latents
+    from sfumato.training.pretrain.dataset import VARIANTS, read_manifest
+    from sfumato.training.pretrain.model import base_fingerprint, build_scheduler, trainable_parts
+    from sfumato.training.pretrain.outputs import assemble, draw_samples, make_pretrain_state, save_model
+    from sfumato.training.pretrain.self_play import Pairs, discriminative_loss, error_increase, own_drawings
+    from sfumato.training.pretrain.text import encode_text
+    from sfumato.utils import randomness
 
     check(config)
-    config, precision = settled_for_device(config, learning_rate=3e-5)
+    config, precision = resolve_for_device(config, learning_rate=3e-5)
     manifest = read_manifest(config.data)
     pictures = played_pictures(config)
     run = Run.start(config, program="self_play", writes=["model", "own-drawings.safetensors"])
     run.say(precision.table())
     scheduler, device = build_scheduler(), precision.device
-    unet, text_encoder, tokenizer, vae = learning_parts(config.base, config.device, scheduler)
+    unet, text_encoder, tokenizer, vae = trainable_parts(config.base, config.device, scheduler)
     text_encoder.requires_grad_(False)
     cache = Latents(vae, pictures, VARIANTS[:1], device)
     unet.register_to_config(sample_size=cache.means.shape[-1])
     first = copy.deepcopy(unet).requires_grad_(False)
     precision.prepare_for_training(unet)
-    trained = trained_of({"unet": unet}, config, device)
+    trained = make_pretrain_state({"unet": unet}, config, device)
     run.keep(**trained.parts())
     fingerprint = base_fingerprint(config.base, config.device)
     run.identify(data=pictures.fingerprint(), vae=weights_digest([vae]), base=fingerprint)
@@ -121,7 +119,7 @@ def train(config: Config) -> Path:
         latents, hidden = pairs.at(step.number, config.batch, config.seed, config.empty_share)
         timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
         noise = randomness.normal((config.batch, *own.shape[1:]), config.seed, "noise", step.number)
-        real, of_own = grown_errors(unet, first, latents, hidden, timesteps, noise, scheduler, precision)
+        real, of_own = error_increase(unet, first, latents, hidden, timesteps, noise, scheduler, precision)
         trained.learn(step, discriminative_loss(real, of_own, config.sharpness))
     with trained.result():
         path = save_model(pipeline, config.output / "model")
@@ -143,11 +141,11 @@ def check(config: Config) -> None:
 def played_pictures(config: Config) -> Pictures:
     """The images that the base model generates again and is trained on: all of the concepts, and others by their
     share."""
-    from sfumato.pocket.pictures import seen_pictures
-    from sfumato.pocket.self_play import taking_part
+    from sfumato.training.pretrain.dataset import seen_pictures
+    from sfumato.training.pretrain.self_play import select_pictures
 
     pictures, named = seen_pictures(config.data, config.others_share)
-    chosen = taking_part(len(pictures.names), named, config.others_share, config.seed)
+    chosen = select_pictures(len(pictures.names), named, config.others_share, config.seed)
     if config.others_share and len(chosen) == named:
         raise ConfigError(
             f"--others-share {config.others_share} beside {named} images is no other drawing; raise it to "

@@ -19,26 +19,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sfumato import shell
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
+from sfumato.runs.folder import refuse_output_among
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import AdapterOptions, TrainingOptions
+from sfumato.utils import formatting
+from sfumato.utils.formatting import pluralize
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from PIL.Image import Image
 
     from sfumato.adapters import Attached
-    from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
+    from sfumato.models import Base
     from sfumato.runs.processes import Processes
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training.ema import Ema
-    from sfumato.training.slider import Ends, Way
-    from sfumato.training.trained_adapter import TrainedAdapter
+    from sfumato.training.adapter import TrainedAdapter
+    from sfumato.training.methods.slider import SliderObjective, SliderPrompts
+    from sfumato.training.optim.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +112,17 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
+    from sfumato.runs.options import Request
     from sfumato.runs.processes import Processes
-    from sfumato.runs.request import Request
     from sfumato.runs.run import Run
-    from sfumato.training import optimizers
-    from sfumato.training.adapting import adapted_layers, new_adapter
-    from sfumato.training.ema import Ema
-    from sfumato.training.init_from import begin_with
-    from sfumato.training.noising import per_sample_losses
-    from sfumato.training.pairs import prepare_sets
-    from sfumato.training.prior import BasePrediction
-    from sfumato.training.slider import WEIGHTS, SliderMetrics
-    from sfumato.training.unrelated import unrelated_to
+    from sfumato.training.adapter import adapted_layers, init_from_file, new_adapter
+    from sfumato.training.loss.objective import per_sample_losses
+    from sfumato.training.loss.prior import BasePrediction
+    from sfumato.training.loss.validation import unrelated_to
+    from sfumato.training.methods.pairs import prepare_sets
+    from sfumato.training.methods.slider import WEIGHTS, SliderMetrics
+    from sfumato.training.optim import optimizers
+    from sfumato.training.optim.ema import Ema
 
     ends = check(config)
     processes = Processes.join(config.device)
@@ -133,7 +133,7 @@ def train(config: Config) -> Path:
     adapted, notes = adapted_layers(config, base)
     run = Run.start(config, program="slider", processes=processes, writes=["adapters"] if config.save_every else [])
     run.say(precision.table())
-    run.say_filled(base.family.title, filled)
+    run.report_defaults(base.family.title, filled)
     run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
@@ -157,15 +157,19 @@ def train(config: Config) -> Path:
             base, sets[0], config.prior_prompts, config.seed, order=config.seed, pristine=lora.disabled, noising=noising
         )
     facts = {"data": sets[0], "partners": sets[1] if sets[1:] else "none"}
-    run.identify(**facts, **begin_with(config.init_from, run, base, lora), base=base.fingerprint())
+    run.identify(**facts, **init_from_file(config.init_from, run, base, lora), base=base.fingerprint())
     pictures = pluralize(len(sets[0]), "image" if ends else "pair")
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {layers}, {lora.count():,} trained numbers")
 
     parameters = list(lora.parameters())
-    groups = optimizers.groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
-    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    groups = optimizers.parameter_groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)
     run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
@@ -208,7 +212,7 @@ def train(config: Config) -> Path:
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum_gradients(parameters, loss, prior_loss)
         scaler.unscale_(optimizer)
-        norm = optimizers.clip(parameters, config.clip)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
             scaler.step(optimizer)
             if config.max_norm:
@@ -229,7 +233,7 @@ def train(config: Config) -> Path:
     return path
 
 
-def check(config: Config) -> list[Ends]:
+def check(config: Config) -> list[SliderPrompts]:
     """Refuse options that make no sense, before anything is loaded. Returns the ends that prompts name; none where
     pairs of images show them."""
     checks.check_trainer(config)
@@ -254,9 +258,9 @@ def check(config: Config) -> list[Ends]:
     return []
 
 
-def check_words(config: Config) -> list[Ends]:
+def check_words(config: Config) -> list[SliderPrompts]:
     """The ends that the prompts name. Raises ConfigError where they name none."""
-    from sfumato.training.slider import ends_of
+    from sfumato.training.methods.slider import slider_prompts
 
     if not config.concept or not config.more:
         missing = "--more" if config.concept else "--concept"
@@ -271,14 +275,14 @@ def check_words(config: Config) -> list[Ends]:
         raise ConfigError("--images and --drawn are both given; learn on your own images, or on generated ones.")
     if config.images is not None and len(set(config.concept)) > 1:
         raise ConfigError("--images are of one concept, and --concept is given several times; give it once.")
-    return ends_of(config.concept, config.more, config.less)
+    return slider_prompts(config.concept, config.more, config.less)
 
 
 def read_images(config: Config) -> list[ExampleSet]:
     """The images that are given: those of the concept, or both folders of pairs; none where the base draws them."""
     from sfumato import data
-    from sfumato.training.pairs import paired
-    from sfumato.training.slider import of_concept
+    from sfumato.training.methods.pairs import pair_folders
+    from sfumato.training.methods.slider import of_concept
 
     if config.images is not None:
         folders = [config.images]
@@ -292,11 +296,11 @@ def read_images(config: Config) -> list[ExampleSet]:
             data.read_folder(path, caption_template=form, skip_bad=None)
             for path, form in zip(folders, templates, strict=True)
         )
-        found = [*paired(*read)]
+        found = [*pair_folders(*read)]
     else:
         return []
     if not config.resume:
-        checks.refuse_output_among(config.output, folders)
+        refuse_output_among(config.output, folders)
     return found
 
 
@@ -316,12 +320,12 @@ def resolve(config: Config, base: Base, given: Sequence[ExampleSet], processes: 
     return dataclasses.replace(config, **values), filled
 
 
-def draw_ends(config: Config, base: Base, ends: Sequence[Ends], run: Run, processes: Processes) -> ExampleSet:
+def draw_ends(config: Config, base: Base, ends: Sequence[SliderPrompts], run: Run, processes: Processes) -> ExampleSet:
     """The base model's images of the concepts and their ends, each with the concept as its caption; generated once and
     kept in the run's folder."""
-    from sfumato.data.planning import square_side
-    from sfumato.training.class_pictures import pictures_of_class
-    from sfumato.training.slider import drawn_images, learned_as_concepts, prompt_counts
+    from sfumato.data.preparation.planning import square_side
+    from sfumato.training.loss.class_images import pictures_of_class
+    from sfumato.training.methods.slider import drawn_images, learned_as_concepts, prompt_counts
 
     images = drawn_images(ends, config.drawn)
     drawn, now = pictures_of_class(
@@ -337,33 +341,35 @@ def draw_ends(config: Config, base: Base, ends: Sequence[Ends], run: Run, proces
     return learned_as_concepts(images, drawn)
 
 
-def way_of(config: Config, base: Base, ends: Sequence[Ends], sets: Sequence[Dataset], lora: Attached) -> Way:
+def way_of(
+    config: Config, base: Base, ends: Sequence[SliderPrompts], sets: Sequence[Dataset], lora: Attached
+) -> SliderObjective:
     """How the slider is told its two ways."""
-    from sfumato.training.slider import ShownWay, WordedWay
+    from sfumato.training.methods.slider import ImagePairObjective, PromptObjective
 
     noising = config.noising(base)
     if not ends:
-        return ShownWay(base, sets[0], sets[1], noising=noising)
-    return WordedWay(base, sets[0], ends, config.strength, pristine=lora.disabled, noising=noising)
+        return ImagePairObjective(base, sets[0], sets[1], noising=noising)
+    return PromptObjective(base, sets[0], ends, config.strength, pristine=lora.disabled, noising=noising)
 
 
 def samples_of(
-    config: Config, base: Base, lora: Attached, ends: Sequence[Ends], data: Dataset, run: Run, average: Ema
+    config: Config, base: Base, lora: Attached, ends: Sequence[SliderPrompts], data: Dataset, run: Run, average: Ema
 ) -> Samples:
     """The run's sample images: each prompt at each of the weights SHOWN."""
-    from sfumato.runs.samples import Samples
-    from sfumato.training.sampling import drawing_of
-    from sfumato.training.slider import drawing_at_weights
-    from sfumato.training.unrelated import clear_first, default_prompts, unrelated_to
+    from sfumato.runs.reporting.samples import Samples
+    from sfumato.training.loss.validation import default_prompts, recognizable_first, unrelated_to
+    from sfumato.training.methods.slider import drawing_at_weights
+    from sfumato.training.sampling import make_sampler
 
     asked, own = config.asked_samples()
     concepts = [one.concept for one in ends if one.concept]
     prompts = asked or (
-        [*concepts[:2], clear_first(unrelated_to(concepts))[0]]
+        [*concepts[:2], recognizable_first(unrelated_to(concepts))[0]]
         if concepts
         else default_prompts(data.captions, None, None)
     )
-    draw = drawing_of(base, lora, span=config_defaults.span_of(config, base), resolution=config.resolution, own=own)
+    draw = make_sampler(base, lora, span=config_defaults.span_of(config, base), resolution=config.resolution, own=own)
     return Samples(
         run,
         prompts * len(SHOWN),
@@ -391,8 +397,8 @@ def trained_adapter_of(
 ) -> TrainedAdapter:
     """The result of the training, and what its file says about itself."""
     from sfumato.precision import DTYPES
+    from sfumato.training.adapter import TrainedAdapter
     from sfumato.training.finish import describe_run
-    from sfumato.training.trained_adapter import TrainedAdapter
 
     about = partial(
         describe_run, config, base, data, samples, trigger=(), over_steps=config_defaults.span_of(config, base)
@@ -406,14 +412,14 @@ def trained_adapter_of(
 
 def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, run: Run) -> None:
     """Write the adapter, its model card and the plot; upload them if asked."""
-    from sfumato.cards.slider import write_slider_card
+    from sfumato.training.cards.methods import write_slider_card
     from sfumato.training.finish import drawing_command, plot_and_tell, upload
 
     description, _ = learned.write(path, run.step)
     prompts, rows = samples_by_weight(samples)
     card = write_slider_card(run.folder, path, description, prompts, rows)
     command = drawing_command(config, description, prompts[0] if prompts else "a dog", lora=path)
-    several = shell.quote(f"{path.stem}=-1,0,1")
+    several = formatting.quote_argument(f"{path.stem}=-1,0,1")
     plot_and_tell(run, f"slider   {path}", card, f"{command} --sweep {several}", has_samples=bool(rows))
     upload(run, [path], config.push_to_hub)
 

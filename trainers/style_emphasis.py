@@ -14,9 +14,9 @@ from pathlib import Path
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.pocket.checks import check_pretraining, check_shares
-from sfumato.pocket.options import PretrainOptions, learning_rate_at, settled_for_device
 from sfumato.training.entry_point import training_entry_point
+from sfumato.training.pretrain.checks import check_pretraining, check_shares
+from sfumato.training.pretrain.options import PretrainOptions, learning_rate_at, resolve_for_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +43,23 @@ def train(config: Config) -> Path:
     """Train, and return the folder of a pipeline with the averaged weights, fp32."""
     import copy
 
-    from sfumato.pocket.directions import Things
-    from sfumato.pocket.emphasis import Emphasis
-    from sfumato.pocket.encoding import directions_of, encode_text
-    from sfumato.pocket.init_parts import base_fingerprint, learning_parts
-    from sfumato.pocket.outputs import assemble, draw_samples, save_model
-    from sfumato.pocket.parts import build_scheduler
-    from sfumato.pocket.trained import trained_of
     from sfumato.runs.run import Run
+    from sfumato.training.pretrain.model import base_fingerprint, build_scheduler, trainable_parts
+    from sfumato.training.pretrain.outputs import assemble, draw_samples, make_pretrain_state, save_model
+    from sfumato.training.pretrain.text import Emphasis, Things, directions_of, encode_text
 
     check(config)
-    config, precision = settled_for_device(config)
+    config, precision = resolve_for_device(config)
     things = Things.read(config.data)
     run = Run.start(config, program="style_emphasis", writes=["model"])
     run.say(precision.table())
     scheduler, device = build_scheduler(), precision.device
-    unet, text_encoder, tokenizer, vae = learning_parts(config.base, config.device, scheduler)
+    unet, text_encoder, tokenizer, vae = trainable_parts(config.base, config.device, scheduler)
     precision.prepare_for_training(text_encoder)
     taught = copy.deepcopy(text_encoder).requires_grad_(False)
     directions = directions_of(taught, tokenizer, things, config.seed, device)
     emphasis = Emphasis(directions, strength=config.style_emphasis, together=config.style_together, seed=config.seed)
-    trained = trained_of({"text_encoder": text_encoder}, config, device)
+    trained = make_pretrain_state({"text_encoder": text_encoder}, config, device)
     run.keep(**trained.parts())
     run.identify(things=things.fingerprint(), base=base_fingerprint(config.base, config.device))
 

@@ -19,33 +19,33 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from sfumato.adapters.embeddings.tokens import (
+    DEFAULT_LEARNING_RATES,
+    DEFAULT_VECTORS,
+    MAX_VECTORS,
+    check_stands_for,
+    contains_placeholder,
+    embedding_files,
+    placeholder_warnings,
+    truncation_notes,
+)
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
 from sfumato.runs.folder import snapshot_name
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import TrainerOptions
-from sfumato.words.placeholders import (
-    DEFAULT_LEARNING_RATES,
-    DEFAULT_VECTORS,
-    MOST_VECTORS,
-    check_stands_for,
-    embedding_files,
-    holds,
-    truncation_notes,
-    warnings_of,
-)
+from sfumato.utils.formatting import pluralize
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
-    from sfumato.bases import Base
+    from sfumato.adapters.embeddings.added_tokens import Words
     from sfumato.data import ExampleSet
-    from sfumato.data.source import Source
+    from sfumato.data.dataset_config import Source
     from sfumato.files import Description
+    from sfumato.models import Base
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training.ema import Ema
-    from sfumato.words.in_use import Words
+    from sfumato.training.optim.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,20 +105,19 @@ def train(config: Config) -> Path:
     """Train, and return the path of the embedding; of the first one if there are several."""
     import torch
 
+    from sfumato.adapters.embeddings import embedding
+    from sfumato.runs.options import Request
     from sfumato.runs.processes import Processes
-    from sfumato.runs.request import Request
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
-    from sfumato.training import optimizers
-    from sfumato.training.ema import Ema
     from sfumato.training.finish import describe_run
-    from sfumato.training.metrics import Metrics
-    from sfumato.training.noising import draw_noised, per_sample_losses
-    from sfumato.training.prior import prepare_datasets
-    from sfumato.training.sampling import drawing_of
-    from sfumato.training.templates import TEMPLATES, put_into
-    from sfumato.training.validation import prepare_validation
-    from sfumato.words import embedding
+    from sfumato.training.loss.objective import draw_noised, per_sample_losses
+    from sfumato.training.loss.prior import prepare_datasets
+    from sfumato.training.loss.validation import Metrics, prepare_validation
+    from sfumato.training.methods.caption_templates import TEMPLATES, fill_templates
+    from sfumato.training.optim import optimizers
+    from sfumato.training.optim.ema import Ema
+    from sfumato.training.sampling import make_sampler
 
     check(config)
     processes = Processes.join(config.device)
@@ -143,9 +142,9 @@ def train(config: Config) -> Path:
     names = [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
     run = Run.start(config, program="textual_inversion", processes=processes, writes=names)
     run.say(precision.table())
-    run.say_filled(base.family.title, filled)
+    run.report_defaults(base.family.title, filled)
     tokenizer = base.tokenizers[0]
-    run.say(*warnings_of(config.placeholder, tokenizer))
+    run.say(*placeholder_warnings(config.placeholder, tokenizer))
     run.say(*truncation_notes(config.initial_words, config.vectors, tokenizer))
 
     # Encoded in the loop, each distinct caption once: what they mean is what is learned.
@@ -160,14 +159,18 @@ def train(config: Config) -> Path:
 
     parameters = list(words.parameters())
     groups = [{"params": parameters, "lr": config.learning_rate}]
-    optimizer = optimizers.build(config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args)
-    schedule = optimizers.Schedule(optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles)
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
     scaler = precision.scaler()
     average = Ema(parameters, config.ema)
     run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
     # No drift: nothing that draws other prompts changes.
     metrics = Metrics(base, dataset, {}, within=average.applied, held_out=held_out)
-    draw = drawing_of(base, resolution=config.resolution, own=own)
+    draw = make_sampler(base, resolution=config.resolution, own=own)
     samples = Samples(run, prompts, config.seed, draw, within=average.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
@@ -179,7 +182,7 @@ def train(config: Config) -> Path:
         loss = torch.zeros((), device=precision.device)
         for micro in batches.of(step.number):
             noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
-            captions = put_into(noised.batch.captions, templates, config.seed, micro)
+            captions = fill_templates(noised.batch.captions, templates, config.seed, micro)
             noised = dataclasses.replace(noised, batch=dataclasses.replace(noised.batch, captions=captions))
             with precision.autocast():
                 errors = per_sample_losses(base, [noised], encode=True, settings=config.loss())
@@ -192,7 +195,7 @@ def train(config: Config) -> Path:
         # Before unscaling, so that all processes find the same overflow and skip the same steps.
         processes.sum_gradients(parameters, loss)
         scaler.unscale_(optimizer)
-        norm = optimizers.clip(parameters, config.clip)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
         if step.healthy(scaler, loss=loss, gradient_norm=norm):
             scaler.step(optimizer)
             if config.keep_scale:
@@ -229,22 +232,22 @@ def check(config: Config) -> None:
     check_stands_for(config.stands_for)
     if config.initial_words and config.start != "mean" and not config.resume:
         raise ConfigError("--initial-words and --start random are both given; each says where to start, so give one.")
-    if config.vectors is not None and config.vectors > MOST_VECTORS:
-        raise ConfigError(f"--vectors is {config.vectors}; it must be 1 to {MOST_VECTORS}.")
+    if config.vectors is not None and config.vectors > MAX_VECTORS:
+        raise ConfigError(f"--vectors is {config.vectors}; it must be 1 to {MAX_VECTORS}.")
 
 
 def read_examples(config: Config) -> ExampleSet:
     """Read the images, with captions that contain the placeholders; notes say what is left out. Raises DataError for
     captions without a placeholder."""
+    from sfumato.data.dataset_config import read_sources
     from sfumato.data.placeholder_captions import insert_placeholders
-    from sfumato.data.source import sources_of
 
     alone = caption_is_placeholder(config)
     template = ALONE if alone else config.caption
     trigger = " ".join(config.placeholder) if template and "{trigger}" in template else None
     named = dataclasses.replace(config, caption=template, trigger=trigger)
     examples = named.read_examples(words=config.stands_for or config.placeholder, of_class=False)
-    sources = sources_of(config.images, caption_template=template, trigger=trigger, wildcards=config.wildcards)
+    sources = read_sources(config.images, caption_template=template, trigger=trigger, wildcards=config.wildcards)
     notes = [unread_captions(sources, config.placeholder[0])] if alone else []
     if left := [source.path.name for source in sources if source.group == "class"]:
         named_so = ", ".join(left)
@@ -266,7 +269,7 @@ def unread_captions(sources: Sequence[Source], placeholder: str) -> str:
     texts = [text for text in found if text and text != placeholder]
     if not texts:
         return ""
-    holding = [text for text in texts if holds(placeholder, text)]
+    holding = [text for text in texts if contains_placeholder(placeholder, text)]
     template = "{caption}" if holding else f"{{caption}}, {placeholder}"
     first = (holding or texts)[0]
     first = first if len(first) <= 80 else f"{first[:77]}..."
@@ -305,8 +308,8 @@ def save(
     paths: dict[str, Path], words: Words, config: Config, description: Description, run: Run, samples: Samples
 ) -> None:
     """Write each word's file, the model card and the plot; upload them if asked."""
-    from sfumato.cards.adapter import example_of
-    from sfumato.cards.words import write_embedding_card
+    from sfumato.training.cards.adapter import example_of
+    from sfumato.training.cards.methods import write_embedding_card
     from sfumato.training.finish import drawing_command, plot_and_tell, upload
 
     rows = samples.ends
@@ -323,7 +326,7 @@ def save(
 def write_words(paths: Mapping[str, Path], words: Words, config: Config, about: Description) -> list[str]:
     """Write each word as it is now. Returns the base model's words that are nearest to it; the files say this, too."""
     from sfumato.files import describe
-    from sfumato.files.write_embedding import write_embedding
+    from sfumato.files.writing.embedding import write_embedding
     from sfumato.precision import DTYPES
 
     report = words.report()

@@ -29,7 +29,7 @@ from bench.clients.forge import forge
 from bench.clients.invokeai import invokeai
 from bench.clients.models import CHANNELS, build
 from bench.clients.sd_scripts import sd_scripts
-from sfumato.files.kohya import kohya_name
+from sfumato.files.module_names import kohya_name
 
 CLIENTS = {"a1111": a1111, "comfyui": comfyui, "forge": forge, "invokeai": invokeai, "sd-scripts": sd_scripts}
 EXPECTED = {

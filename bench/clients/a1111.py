@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench.clients.client import Client, changed, stand_in, zeroed
-from sfumato.files.ldm_names import unet_name
+from sfumato.files.module_names import unet_name
 
 
 def a1111(checkout: Path) -> Client:

@@ -5,17 +5,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sfumato.files.changes import Change, LoraModule
-from sfumato.files.changes.boft import OutputBoft
-from sfumato.files.changes.difference import Difference
-from sfumato.files.changes.dora import Dora
-from sfumato.files.changes.glora import Glora
-from sfumato.files.changes.ia3 import Ia3
-from sfumato.files.changes.loha import Loha
-from sfumato.files.changes.lokr import Factor, Lokr
-from sfumato.files.changes.oft import OutputOft
-from sfumato.files.kohya import Target
-from sfumato.randomness import generator
+from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.kinds.dora import Dora, Glora
+from sfumato.files.kinds.ia3 import Difference, Ia3
+from sfumato.files.kinds.lokr import Factor, Loha, Lokr
+from sfumato.files.kinds.oft import OutputBoft, OutputOft
+from sfumato.files.module_names import Target
+from sfumato.utils.randomness import generator
 
 RANK = 4
 TENTH = 0.1

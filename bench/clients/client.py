@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sfumato.files.kohya import Target, kohya_name
+from sfumato.files.module_names import Target, kohya_name
 
 Client = Callable[[str, Mapping[str, nn.Module], Path], dict[str, Tensor]]
 """(family, parts, file) -> the delta of each weight applied, by kohya's name, and of each bias, by that + ".bias"."""

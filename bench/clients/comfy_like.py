@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench.clients.client import Client, named
-from sfumato.files.ldm_names import unet_name
+from sfumato.files.module_names import unet_name
 
 
 def ldm_config(config: Any) -> dict[str, Any]:

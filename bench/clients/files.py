@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.clients.changes import KINDS, RANK, norm_changes, random_changes, random_lora, without_bias
-from sfumato.files.changes import Change, LoraModule
-from sfumato.files.kohya import Target, kohya_name
-from sfumato.files.write_difference import write_difference
-from sfumato.files.write_kohya import write_lora
-from sfumato.merging.convert import Deltas, as_lora
+from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.module_names import Target, kohya_name
+from sfumato.files.writing.kohya import write_difference, write_lora
+from sfumato.merging.extract import Deltas, as_lora
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import MergeSource
 

@@ -14,7 +14,7 @@ were.
 
 from diffusers import StableDiffusionPipeline
 
-from sfumato.drawing.tagged import TaggedPrompts
+from sfumato.generation.prompt_adapters import TaggedPrompts
 
 
 class MixingStableDiffusionPipeline(TaggedPrompts, StableDiffusionPipeline):

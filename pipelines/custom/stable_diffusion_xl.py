@@ -10,7 +10,7 @@ An existing script needs only the argument custom_pipeline; see stable_diffusion
 
 from diffusers import StableDiffusionXLPipeline
 
-from sfumato.drawing.tagged import TaggedPrompts
+from sfumato.generation.prompt_adapters import TaggedPrompts
 
 
 class MixingStableDiffusionXLPipeline(TaggedPrompts, StableDiffusionXLPipeline):

@@ -6,26 +6,31 @@ Importing this package loads nothing heavy; a public name loads its module when 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sfumato.utils.old_names import install as _install_old_names
+
 if TYPE_CHECKING:
-    from sfumato.bases import Base, load_base
+    from sfumato.adapters.embeddings import embedding
     from sfumato.compose import Adapter, Mix, compose
-    from sfumato.drawing.pictures import draw
     from sfumato.errors import SfumatoError
-    from sfumato.words import embedding
+    from sfumato.generation.draw import draw
+    from sfumato.models import Base, load_base
 
 __version__ = "0.27.0"
 __all__ = ["Adapter", "Base", "Mix", "SfumatoError", "compose", "draw", "embedding", "load_base"]
 
 _HOME = {
     "Adapter": "sfumato.compose",
-    "Base": "sfumato.bases",
+    "Base": "sfumato.models",
     "Mix": "sfumato.compose",
     "SfumatoError": "sfumato.errors",
     "compose": "sfumato.compose",
-    "draw": "sfumato.drawing.pictures",
-    "embedding": "sfumato.words.embedding",
-    "load_base": "sfumato.bases",
+    "draw": "sfumato.generation.draw",
+    "embedding": "sfumato.adapters.embeddings.embedding",
+    "load_base": "sfumato.models",
 }
+
+
+_install_old_names()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import sfumato
-from sfumato import shell
-from sfumato.command_line import threads
-from sfumato.command_line.streams import keep_unbroken
-from sfumato.command_line.terminal import escape_control
-from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory, nearest, unusable_package
-from sfumato.json_text import object_in
+from sfumato.errors import ConfigError, SfumatoError, did_you_mean, is_out_of_memory, package_error
+from sfumato.utils import formatting, processes
+from sfumato.utils.formatting import escape_control
+from sfumato.utils.processes import ignore_broken_pipes
+from sfumato.utils.text_files import read_json_object
 
 TRAINERS = {
     "dreambooth": "a subject bound to a rare word, in the whole U-Net or a LoRA; the class is preserved",
@@ -122,8 +121,8 @@ def _as_process(program_main: Main) -> int:
     # torch, diffusers and transformers come as half a million objects that stay: looking for garbage among them as
     # often as Python does holds up a command's start.
     gc.set_threshold(10_000, 20, 20)
-    keep_unbroken()
-    # A training takes both over for its steps (sfumato.runs.signals).
+    ignore_broken_pipes()
+    # A training takes both over for its steps (sfumato.runs.progress).
     for number in _TERMINATIONS:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
@@ -157,7 +156,7 @@ def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
 
 def _guarded(program_main: Main, argv: Sequence[str]) -> int:
     _quieten()
-    threads.settle(os.environ)
+    processes.set_thread_environment(os.environ)
     _forget_no_width(os.environ)
     try:
         _refuse_surrogates(argv)
@@ -175,7 +174,7 @@ def _guarded(program_main: Main, argv: Sequence[str]) -> int:
             return _failed("what it says is read no more, or what it sends.", _OUTPUT_CLOSED)
         return _OUTPUT_CLOSED
     except Exception as error:
-        line = _on_memory(error) if is_out_of_memory(error) else unusable_package(error)
+        line = _on_memory(error) if is_out_of_memory(error) else package_error(error)
         if not line and isinstance(error, OSError):  # a disk that fills while a card or a plot is written
             line = _on_file(error)
         if not line:
@@ -227,8 +226,8 @@ def _refuse_no_docstrings() -> None:
 
 
 def _end_unbegun_runs(how: Literal["abandon_unbegun", "close_unbegun"]) -> None:
-    """Call this function of `sfumato.runs.unfinished`, which only a program that trains has loaded."""
-    if runs := sys.modules.get("sfumato.runs.unfinished"):
+    """Call this function of `sfumato.runs.progress`, which only a program that trains has loaded."""
+    if runs := sys.modules.get("sfumato.runs.progress"):
         getattr(runs, how)()
 
 
@@ -240,7 +239,7 @@ def _failed(line: str, code: int = 2) -> int:
 
 def _kept() -> str:
     """What is kept of a training that an error stopped after its last step, after a space; nothing of others."""
-    runs = sys.modules.get("sfumato.runs.unfinished")
+    runs = sys.modules.get("sfumato.runs.progress")
     return runs.stopped_while_writing() if runs else ""
 
 
@@ -290,7 +289,7 @@ def _dispatch(words: Sequence[str]) -> object:
     own: dict[str, Callable[[list[str]], object]] = {"train": _train, "resume": _resume, "ls": _list, "cp": _copy}
     if command not in own:
         known = ["train", "resume", *PIPELINES, "ls", "cp"]
-        raise ConfigError(f"there is no command {command!r}; {nearest(command, known)} See sfumato --help.")
+        raise ConfigError(f"there is no command {command!r}; {did_you_mean(command, known)} See sfumato --help.")
     return own[command](rest)
 
 
@@ -314,20 +313,20 @@ def _resume(words: list[str]) -> object:
         raise ConfigError("resume wants the folder of a run: sfumato resume RUN [OPTIONS of its trainer].")
     folder = Path(words[0])
     config = folder / "config.toml"
-    facts = object_in(folder / "run.json")
+    facts = read_json_object(folder / "run.json")
     if "program" not in facts:
         raise ConfigError(f"{folder} holds no run to resume; {_runs_near(folder)}")
     copy = facts.get("copy")
     if isinstance(copy, str) and copy:
         raise ConfigError(
             f"{folder}: its program is {copy}, which may do otherwise than sfumato's own. Go on with: python "
-            f"{shell.quote(copy)} {shell.quote(str(config))} --output {shell.quote(str(folder))} --resume"
+            f"{formatting.quote_argument(copy)} {formatting.quote_argument(str(config))} --output {formatting.quote_argument(str(folder))} --resume"
         )
     trainer = find(str(facts["program"]), TRAINERS)
     if not config.is_file():
         raise ConfigError(
             f"{config} is gone, and with it the options of the run. Give the same again: sfumato train "
-            f"{facts['program']} [OPTIONS] --output {shell.quote(str(folder))} --resume --force"
+            f"{facts['program']} [OPTIONS] --output {formatting.quote_argument(str(folder))} --resume --force"
         )
     return _load(trainer)([str(config), "--output", str(folder), "--resume", *words[1:]])
 
@@ -337,7 +336,7 @@ def _runs_near(folder: Path) -> str:
     if not folder.exists():
         return "there is no such folder; name the one that --output named."
     if (folder.parent / "run.json").is_file():
-        return f"{folder.parent} does: sfumato resume {shell.quote(str(folder.parent))}"
+        return f"{folder.parent} does: sfumato resume {formatting.quote_argument(str(folder.parent))}"
     if found := sorted(each.parent.name for each in folder.glob("*/run.json")):
         return f"there are {', '.join(found[:4])}{' and more' if found[4:] else ''} in it; name one."
     return "name the folder that --output named."
@@ -346,7 +345,7 @@ def _runs_near(folder: Path) -> str:
 def find(name: str, among: dict[str, str]) -> str:
     """The module of the trainer called `name`."""
     if name not in among:
-        raise ConfigError(f"there is no trainer {name!r}; {nearest(name, among)} See sfumato --help.")
+        raise ConfigError(f"there is no trainer {name!r}; {did_you_mean(name, among)} See sfumato --help.")
     return f"sfumato.trainers.{name}"
 
 
@@ -384,7 +383,7 @@ def _copy(words: list[str]) -> int:
     name, target = words[0], Path(words[1])
     programs = _programs()
     if name not in programs:
-        raise ConfigError(f"there is no program {name!r}; {nearest(name, list(programs))}")
+        raise ConfigError(f"there is no program {name!r}; {did_you_mean(name, list(programs))}")
     if words[1].endswith(("/", os.sep)) and not target.is_dir():
         raise ConfigError(f"{words[1]} is not a folder; make it first, or name another place.")
     original = source(programs[name])
@@ -398,8 +397,8 @@ def _copy(words: list[str]) -> int:
         raise ConfigError(f"{target} exists and is not overwritten; name another file.")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not a folder; make it first, or name another place.")
-    from sfumato.files.atomic import write_text
+    from sfumato.utils.atomic import write_text
 
     write_text(target, original.read_text(encoding="utf-8"))
-    print(f"{target} is yours; run it with: python {shell.quote(str(target))} --help")
+    print(f"{target} is yours; run it with: python {formatting.quote_argument(str(target))} --help")
     return 0

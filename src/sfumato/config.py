@@ -23,11 +23,11 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from sfumato import shell
-from sfumato.errors import ConfigError, nearest
-from sfumato.foreign_options import called_here, value_here
-from sfumato.numerals import shortened
-from sfumato.toml import check_path, read_toml
+from sfumato.errors import ConfigError, did_you_mean
+from sfumato.utils import formatting
+from sfumato.utils.formatting import truncate_text
+from sfumato.utils.option_names import suggest_option, suggest_value
+from sfumato.utils.text_files import check_toml_path, read_toml
 
 if TYPE_CHECKING:
     import cyclopts
@@ -64,17 +64,17 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
         config = app(rest, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         known = [field.name for field in dataclasses.fields(config_type)]
-        raise ConfigError(f"{_complaint(error, file, known, rest)} See {called} --help.") from None
+        raise ConfigError(f"{_parse_error_message(error, file, known, rest)} See {called} --help.") from None
     if config is None:
         raise SystemExit(0)
-    return _with_paths_at_home(cast(Config, config))
+    return _expand_paths(cast(Config, config))
 
 
 def _refuse_config_of_others(config_type: type[DataclassInstance], first: str) -> None:
     is_trainer = "learning_rate" in {field.name for field in dataclasses.fields(config_type)}
     if is_trainer and not first.startswith("--") and first.lower().endswith((".yaml", ".yml", ".json")):
         raise ConfigError(
-            f"{first}: a config is a .toml here; sfumato recipe {shell.quote(first)} -o mine.toml converts a training "
+            f"{first}: a config is a .toml here; sfumato recipe {formatting.quote_argument(first)} -o mine.toml converts a training "
             "of another tool."
         )
 
@@ -152,7 +152,9 @@ _WANTED: Mapping[type | None, str] = {int: "a whole number", float: "a number", 
 """What an option of this type takes, for a value that is none."""
 
 
-def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collection[str], words: Sequence[str]) -> str:
+def _parse_error_message(
+    error: cyclopts.CycloptsError, file: Path | None, known: Collection[str], words: Sequence[str]
+) -> str:
     """What cyclopts found wrong in the words, as sentences. file: the TOML file that was read, if one was. known: the
     options."""
     import cyclopts
@@ -161,14 +163,14 @@ def _complaint(error: cyclopts.CycloptsError, file: Path | None, known: Collecti
         return f"{words[0]}: the config's name ends in .toml; write {words[0]}.toml."
     if isinstance(error, cyclopts.UnknownOptionError) and error.token is not None:
         option = (error.token.keyword or error.token.value).partition("=")[0]
-        if here := called_here(option.lstrip("-"), known):
+        if here := suggest_option(option.lstrip("-"), known):
             return f"Unknown option: {option}. {here}"
     if isinstance(error, cyclopts.CoercionError) and error.token and error.argument:
         option, value = error.argument.name, error.token.value
-        if here := value_here(option.lstrip("-"), value):
+        if here := suggest_value(option.lstrip("-"), value):
             return f"{option} {value}: {here}"
         if error.token.source == "cli" and (wanted := _WANTED.get(error.target_type)):
-            return f"{option} {shell.quote(' '.join(value.split()))}: wanted {wanted}."
+            return f"{option} {formatting.quote_argument(' '.join(value.split()))}: wanted {wanted}."
     for flag, after in itertools.pairwise(words):
         if flag == "--resume" and not after.startswith("-") and after in (error.unused_tokens or ()):
             return f"--resume {after}: it is the run in --output that goes on; sfumato resume {after} needs no option."
@@ -191,11 +193,11 @@ def _missing(error: cyclopts.MissingArgumentError, known: Collection[str]) -> st
     unused = error.unused_tokens or ()
     options = [word.partition("=")[0] for word in unused if word.startswith("--")]
     unknown = [f"{option} is no option" for option in options] or [f"{word!r} belongs to no option" for word in unused]
-    here = called_here(options[0].lstrip("-"), known) if options else None
+    here = suggest_option(options[0].lstrip("-"), known) if options else None
     return f"{name} is needed{f', and {unknown[0]}' if unknown else ''}.{f' {here}' if here else ''}"
 
 
-def at_home(text: str) -> str:
+def expand_home(text: str) -> str:
     """The text with the home folder for the ~ that a path in it begins with, also after LABEL=.
 
     A shell leaves it in `--images=~/dogs`, in quotes and after LABEL=, and nothing else reads it in a TOML file.
@@ -203,9 +205,9 @@ def at_home(text: str) -> str:
     return re.sub(r"(^|(?<==))~(?=[\\/]|$)", lambda _: os.path.expanduser("~"), text)
 
 
-def _with_paths_at_home(config: Config) -> Config:
+def _expand_paths(config: Config) -> Config:
     def expanded(value: Any) -> Any:
-        return tuple(map(expanded, value)) if isinstance(value, tuple) else Path(at_home(str(value)))
+        return tuple(map(expanded, value)) if isinstance(value, tuple) else Path(expand_home(str(value)))
 
     paths = {name: getattr(config, name) for name in _fields_of(type(config), Path)}
     return dataclasses.replace(config, **{name: expanded(value) for name, value in paths.items() if value})
@@ -213,7 +215,7 @@ def _with_paths_at_home(config: Config) -> Config:
 
 def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """Whole numbers with a fraction are an error: the parser would round `--steps 1.5` and say nothing."""
-    whole = {shell.option(name) for name in _fields_of(config_type, int)}
+    whole = {formatting.option_flag(name) for name in _fields_of(config_type, int)}
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.replace("_", "-") in whole:
@@ -225,8 +227,8 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
 def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """A path of no letters is an error, such as `--images "$UNSET"`: it would be the present folder."""
     names = _fields_of(config_type, Path)
-    paths = {shell.option(name) for name in names} | ({"-o"} if "output" in names else set())
-    first = shell.option(dataclasses.fields(config_type)[0].name)  # also given without its name
+    paths = {formatting.option_flag(name) for name in names} | ({"-o"} if "output" in names else set())
+    first = formatting.option_flag(dataclasses.fields(config_type)[0].name)  # also given without its name
     words = [first, *words] if words[:1] == [""] else words
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -235,14 +237,14 @@ def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[st
 
 
 @dataclass(frozen=True)
-class Settled:
+class TypedConfig:
     """A config that has the types of its fields, however it was made: see `settle`."""
 
     def __post_init__(self) -> None:
-        settle(self)
+        coerce_fields(self)
 
 
-def settle(config: DataclassInstance) -> None:
+def coerce_fields(config: DataclassInstance) -> None:
     """Give a config that was made in Python the types that its fields declare: a text for a path is one, a path for a
     text is its text, and one text or number for several is one of these. Raises ConfigError for what is of another
     type."""
@@ -254,14 +256,14 @@ def settle(config: DataclassInstance) -> None:
         if several and isinstance(value, str | Path | Number):
             value = (value,)
         if several and isinstance(value, list | tuple | range):
-            value = tuple(_settled(each, kind) for each in value)
+            value = tuple(_coerce(each, kind) for each in value)
         else:
-            value = _settled(value, kind)
+            value = _coerce(value, kind)
         object.__setattr__(config, field.name, value)
         _check_type(config, field.name, value)
 
 
-def _settled(value: Any, kind: type[Path] | type[str] | None) -> Any:
+def _coerce(value: Any, kind: type[Path] | type[str] | None) -> Any:
     if kind and isinstance(value, str | Path):
         return kind(value)
     is_other_number = hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0  # numpy's or torch's
@@ -324,7 +326,7 @@ def split_off_file(argv: list[str], *, first_may_be_config: bool) -> tuple[Path 
         if file is not None:
             raise ConfigError(f"--config {given}: {file} is the config already; give one.")
         file = given
-    return None if file is None else Path(at_home(file)), others
+    return None if file is None else Path(expand_home(file)), others
 
 
 def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
@@ -345,7 +347,7 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     base = "pretrained_model_name_or_path"
     if "learning_rate" in known and (base in in_sections or {base, "output_dir"} <= in_sections | values.keys()):
         raise ConfigError(
-            f"{path}: a training of sd-scripts; sfumato recipe {shell.quote(str(path))} -o mine.toml converts it."
+            f"{path}: a training of sd-scripts; sfumato recipe {formatting.quote_argument(str(path))} -o mine.toml converts it."
         )
     hints, paths = _hints(config_type), _fields_of(config_type, Path)
     found: dict[str, Any] = {}
@@ -358,12 +360,12 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
         if wanted := _wanted(hints[name], value):
             is_date = not isinstance(value, str | float | int | list | dict)
             shown = str(value) if is_date else json.dumps(value, default=str, ensure_ascii=False)
-            here = value_here(name, value) if isinstance(value, str) else None
-            raise ConfigError(f"{path}: {key} is {shortened(shown)}; {here or f'wanted {wanted}.'}")
+            here = suggest_value(name, value) if isinstance(value, str) else None
+            raise ConfigError(f"{path}: {key} is {truncate_text(shown)}; {here or f'wanted {wanted}.'}")
         for text in (value if isinstance(value, list) else [value]) if name in paths or name == "base" else []:
             if text == "" and name in paths:
                 raise ConfigError(f"{path}: {key} is empty; wanted a path, where . is the present folder.")
-            check_path(str(text), f"{path}: {key} ")
+            check_toml_path(str(text), f"{path}: {key} ")
         found[name.replace("_", "-")] = value
     return found
 
@@ -373,8 +375,8 @@ def _unknown(key: str, value: Any, known: Sequence[str]) -> str:
     if isinstance(value, dict):
         return f"[{key}] is a table; wanted the options by themselves, such as {known[0]} = ..."
     name = key.replace("-", "_")
-    here = called_here(name, known)
-    return f"unknown key {key!r}; {here[0].lower() + here[1:] if here else nearest(name, known)}"
+    here = suggest_option(name, known)
+    return f"unknown key {key!r}; {here[0].lower() + here[1:] if here else did_you_mean(name, known)}"
 
 
 _KINDS: Mapping[Any, tuple[tuple[type, ...], str]] = {
@@ -467,7 +469,7 @@ def to_toml(config: DataclassInstance) -> str:
     return tomlkit.dumps(to_dict(config))
 
 
-def fill(config: Config, defaults: Mapping[str, Any]) -> tuple[Config, list[str]]:
+def fill_unset(config: Config, defaults: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The config with its unset fields taken from `defaults` where that has an entry of the name.
 
     Returns the filled config and the names that were filled, to be printed: a default that depends on the base is

@@ -19,13 +19,13 @@ from collections.abc import Collection
 from typing import Literal
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of an error message about an unknown name: the most similar name of `known`, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
 
 
-def about_address(text: str, *, of_hub: Literal["nothing", "repositories", "files"] = "nothing") -> str:
+def web_address_error(text: str, *, of_hub: Literal["nothing", "repositories", "files"] = "nothing") -> str:
     """The error message about a web address where a file or folder is wanted; empty for any other text.
 
     of_hub: what can be named there as the hub calls it: owner/name, or owner/name/file.safetensors, too.
@@ -55,7 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError)
 
 
-def unusable_package(error: BaseException) -> str:
+def package_error(error: BaseException) -> str:
     """One line on the package of others that is missing, or whose import raised `error`; empty where none did.
 
     Packages are loaded that nobody asked for: diffusers and transformers load xformers, bitsandbytes and torchvision

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from sfumato.bases import Base, load_base, loading
+from sfumato.models import Base, load_base, loading
 from tests.tiny import CPU, few_words, tiny_pipeline, write_folder, write_single_file
 
 

@@ -15,17 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sfumato.bases import load_base
-from sfumato.bases.family import FAMILIES, family_of_config
-from sfumato.bases.fingerprint import public_config
-from sfumato.bases.lazy_weights import LazyWeights
-from sfumato.bases.noise_schedule import alpha_bar
-from sfumato.bases.single_file import shipped
-from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_merges
-from sfumato.bases.weights import LazyModel, StoredWeight
+from sfumato.adapters.embeddings import embedding
 from sfumato.errors import BaseModelError, ConfigError, FileError
 from sfumato.files.header import read_header
-from sfumato.words import embedding
+from sfumato.models import load_base
+from sfumato.models.base import public_config
+from sfumato.models.diffusion import alphas_cumprod
+from sfumato.models.family import FAMILIES, family_of_config
+from sfumato.models.single_file import packaged_config
+from sfumato.models.text import byte_pair_tokenizer, clip_merges
+from sfumato.models.weights import LazyModel, LazyWeights, StoredWeight
 from tests.tiny import CPU, MERGES, few_words, tiny_pipeline, write_folder
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -48,14 +47,14 @@ def test_prediction_types_are_those_of_the_published_schedulers(sd1, sd2, sdxl):
 
 def test_zero_terminal_snr_ends_in_zero_as_ddim_has_it():
     config = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    values = alpha_bar(config, "base")
+    values = alphas_cumprod(config, "base")
     assert torch.equal(values, diffusers.DDIMScheduler(**config).alphas_cumprod)
     assert values[-1] == 0
-    assert torch.allclose(values[:1], alpha_bar(BETAS, "base")[:1])
+    assert torch.allclose(values[:1], alphas_cumprod(BETAS, "base")[:1])
 
 
 def test_betas_that_a_schedule_lists_are_its_own():
-    values = alpha_bar({"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 0.5]}, "base")
+    values = alphas_cumprod({"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 0.5]}, "base")
     assert torch.allclose(values, torch.tensor([0.9, 0.72, 0.36]))
 
 
@@ -70,7 +69,7 @@ def test_betas_that_a_schedule_lists_are_its_own():
 )
 def test_schedules_that_cannot_be_trained_are_refused(config, message):
     with pytest.raises(BaseModelError, match=message):
-        alpha_bar(config, "base")
+        alphas_cumprod(config, "base")
 
 
 def test_the_users_prediction_type_wins(sd1):
@@ -107,7 +106,7 @@ def test_the_prediction_is_the_unets(sdxl):
     added = sdxl.base.added_conditions(text, [(64, 64)], [(0, 0)], [(64, 64)])
     with torch.no_grad():
         wanted = sdxl.pipe.unet(latents, 500, text.hidden, added_cond_kwargs=added).sample
-    # To rounding: the base's products are another library's on some CPUs (sfumato.precision.products).
+    # To rounding: the base's products are another library's on some CPUs (sfumato.precision.cpu_matmul).
     torch.testing.assert_close(sdxl.base.predict(latents, torch.tensor([500]), text, added), wanted)
 
 
@@ -369,7 +368,7 @@ def test_text_carries_gradients_only_where_asked(sd1):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_published_unets_are_recognised(family):
-    assert family_of_config(shipped(family, "unet/config.json")).name == family
+    assert family_of_config(packaged_config(family, "unet/config.json")).name == family
 
 
 def test_sizes_are_read_from_the_model(sd1):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.bases.family import FAMILIES
+from sfumato.models.family import FAMILIES
 
 
 @pytest.mark.parametrize(

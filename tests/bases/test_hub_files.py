@@ -10,18 +10,18 @@ from safetensors.torch import save_file
 from sfumato.pipelines import generate, grid, merge
 
 from sfumato.adapters import attach, select
-from sfumato.bases import hub
-from sfumato.bases.hub import LORA, WORD
 from sfumato.cli import guarded
-from sfumato.command_line.axes import parse_axis
-from sfumato.command_line.specs import is_hub_name, parse_adapter, parse_embedding, public_embedding
 from sfumato.compose import Adapter
-from sfumato.drawing.drawn import save_drawn
-from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.errors import BaseModelError, SfumatoError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.header import read_header
+from sfumato.generation.arguments.adapters import is_hub_id, parse_adapter, parse_embedding, public_embedding
+from sfumato.generation.arguments.axes import parse_axis
+from sfumato.generation.metadata.png_info import read_picture_info
+from sfumato.generation.settings import save_with_settings
 from sfumato.merging.sources import adapter_hash
+from sfumato.models import folder as hub
+from sfumato.models.folder import LORA, WORD
 from tests.tiny import hub_with, tiny_pocket_folder
 
 
@@ -179,11 +179,11 @@ def test_a_web_address_is_told_by_what_to_give_instead(given, advice, form):
 def test_a_folder_that_is_here_is_meant_before_the_hub(tmp_path):
     (tmp_path / "here/runs").mkdir()
     for name in ("runs/line", "runs/line/line.safetensors", "runs/line.safetensors"):
-        assert not is_hub_name(name)
+        assert not is_hub_id(name)
         with pytest.raises(SfumatoError, match="no such file"):
             parse_adapter(f"{name}:0.8")
-    assert not any(map(is_hub_name, ("line.safetensors", "line", "../a/b", "/a/b", "a/b.safetensors", "a/b/c", "")))
-    assert all(map(is_hub_name, ("a/b", "a/b-1.0", "a/b/c.safetensors", "a/b/c/d e.safetensors")))
+    assert not any(map(is_hub_id, ("line.safetensors", "line", "../a/b", "/a/b", "a/b.safetensors", "a/b/c", "")))
+    assert all(map(is_hub_id, ("a/b", "a/b-1.0", "a/b/c.safetensors", "a/b/c/d e.safetensors")))
 
 
 def test_a_picture_is_drawn_with_adapters_of_the_hub(cached, tmp_path, quick, monkeypatch):
@@ -217,7 +217,7 @@ def test_tags_tell_files_of_the_usual_name_apart(cached, file, tmp_path):
         used.append(Adapter(cached(f"owner/{name}", (file, LORA)) / LORA, weight, name))
     about = {"prompt": "a cat", "negative": "", "adapter_guidance": {}, "steps": 2, "guidance": 1, "seed": 0}
     about |= {"width": 8, "height": 8, "base": "pocket", "vae": None, "clip_skip": 0}
-    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("Euler", None))
+    save_with_settings(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("Euler", None))
     told = read_picture_info(tmp_path / "a.png").parameters
     assert told.prompt == "a cat <lora:line:0.8> <lora:otter-v1.5:0.6>"
     hashes = ", ".join(f"{each.name}: {adapter_hash(each.path)}" for each in used)

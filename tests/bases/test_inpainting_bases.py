@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
+from sfumato.models import load_base
 from tests.pixels import picture_with_mask
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
 

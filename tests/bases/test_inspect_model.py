@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from sfumato.pipelines import inspect_file
 
-from sfumato.bases.inspect_model import inspect_model, render
 from sfumato.cli import guarded
 from sfumato.errors import BaseModelError
 from sfumato.merging.sources import adapter_hash
+from sfumato.models.inspect import inspect_model, render
 from tests.tiny import write_single_file
 
 

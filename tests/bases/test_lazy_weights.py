@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sfumato.bases import load_base
-from sfumato.bases.folder import load_unet, load_vae
-from sfumato.bases.lazy_weights import LazyWeights
 from sfumato.errors import FileError
+from sfumato.models import load_base
+from sfumato.models.folder import load_unet, load_vae
+from sfumato.models.weights import LazyWeights
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder, write_single_file
 
 

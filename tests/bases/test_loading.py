@@ -17,14 +17,13 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors.torch import load_file, save_file
 from sfumato.trainers import lora
 
-from sfumato.bases import hub, loading
-from sfumato.bases.family import family_of_config
-from sfumato.bases.folder import load_tokenizer, weight_files
-from sfumato.bases.hub import files_to_fetch
-from sfumato.bases.loading import find_vae, load_base
-from sfumato.bases.recognise import family_of_names
-from sfumato.bases.weights import text_skeleton
 from sfumato.errors import BaseModelError, ConfigError, SfumatoError
+from sfumato.models import folder as hub
+from sfumato.models import loading
+from sfumato.models.family import family_from_keys, family_of_config
+from sfumato.models.folder import files_to_fetch, load_tokenizer, weight_files
+from sfumato.models.loading import find_vae, load_base
+from sfumato.models.weights import text_skeleton
 from tests.tiny import CPU, hub_with, tiny_pipeline, tiny_pocket_folder, write_folder
 
 
@@ -110,8 +109,8 @@ def test_a_package_that_diffusers_cannot_load_is_no_fault_of_the_base(sd1, tmp_p
     def load(*_, **__):
         importlib.import_module("brokenformers")
 
-    monkeypatch.setattr("sfumato.bases.weights._check_layers", load)
-    monkeypatch.setattr("sfumato.bases.folder.CLIPTokenizer.from_pretrained", load)
+    monkeypatch.setattr("sfumato.models.weights._check_layers", load)
+    monkeypatch.setattr("sfumato.models.folder.CLIPTokenizer.from_pretrained", load)
     with pytest.raises(OSError, match="libcudart"):
         text_skeleton("CLIPTextModel", {})
     with pytest.raises(OSError, match="libcudart"):
@@ -209,7 +208,7 @@ def test_a_pickle_named_safetensors_is_refused(tmp_path):
 )
 def test_other_files_are_called_by_their_names(names, what):
     with pytest.raises(BaseModelError, match=what):
-        family_of_names(names, "a.safetensors")
+        family_from_keys(names, "a.safetensors")
 
 
 def test_a_lora_given_as_base(tmp_path):
@@ -480,7 +479,7 @@ def test_words_of_several_vectors_that_diffusers_loaded_are_read_as_its_pipeline
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, sfumato.bases, sfumato.bases.recognise; assert 'torch' not in sys.modules"
+    code = "import sys, sfumato.models, sfumato.models.family; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

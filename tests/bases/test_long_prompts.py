@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato.bases import TextEmbedding, load_base
 from sfumato.errors import BaseModelError
-from sfumato.limits import more_tokens
+from sfumato.models import TextEmbedding, load_base
 from sfumato.precision import decide
+from sfumato.utils.limits import truncation_hint
 
 SHORT = "a red cat"
 TWO = "cat " * 80 + "red dog"
@@ -54,7 +54,7 @@ def test_embeddings_equal_compels(tiny, prompt):
     compel = pytest.importorskip("compel")
     base = long(tiny)
     is_sdxl, kind = len(base.text_encoders) > 1, compel.ReturnedEmbeddingsType
-    from sfumato.prompts.encoding import _WithTextModel
+    from sfumato.models.prompts.encoding import _WithTextModel
 
     hidden = []
     for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
@@ -138,8 +138,8 @@ def test_what_is_read_is_limited_and_counted(sd1):
 
 
 def test_more_tokens_are_offered_where_there_are_more():
-    assert more_tokens(75) == more_tokens(150) == "; --max-tokens 225 reads up to 225"
-    assert more_tokens(225) == ""
+    assert truncation_hint(75) == truncation_hint(150) == "; --max-tokens 225 reads up to 225"
+    assert truncation_hint(225) == ""
 
 
 @pytest.mark.parametrize("tokens", [0, 76, 77, 300, -75, 150.0, True, "150"])

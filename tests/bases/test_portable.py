@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from sfumato import load_base
-from sfumato.bases.fingerprint import vocabulary
-from sfumato.training.full import write_folder
+from sfumato.models.base import vocabulary_digest
+from sfumato.training.methods.full import write_folder
 from tests.tiny import CPU
 
 
@@ -41,7 +41,9 @@ def test_tokenizers_have_the_two_files_of_before_transformers_5(both):
 def test_the_base_is_known_again(both):
     base, folder = both
     again = load_base(str(folder), precision=CPU)
-    assert [vocabulary(each) for each in again.tokenizers] == [vocabulary(each) for each in base.tokenizers]
+    assert [vocabulary_digest(each) for each in again.tokenizers] == [
+        vocabulary_digest(each) for each in base.tokenizers
+    ]
     for encoder, before in zip(again.text_encoders, base.text_encoders, strict=True):
         weights = encoder.state_dict()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in before.state_dict().items())

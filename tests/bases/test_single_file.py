@@ -9,18 +9,16 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 
-from sfumato.bases import load_base, loading
-from sfumato.bases.family import FAMILIES
-from sfumato.bases.needs import needs_of
-from sfumato.bases.recognise import predicted
-from sfumato.bases.single_file import shipped, text_config, unet_config, vae_config
-from sfumato.bases.vocabulary import clip_tokenizer
-from sfumato.bases.weights import text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.errors import BaseModelError
-from sfumato.files.family import LABELS
 from sfumato.files.header import Header, TensorInfo, read_header
-from sfumato.files.ldm_names import clip_name, open_clip_name, unet_name, vae_name
-from sfumato.forecast import shapes_of
+from sfumato.files.metadata import LABELS
+from sfumato.files.module_names import clip_name, open_clip_name, unet_name, vae_name
+from sfumato.models import load_base, loading
+from sfumato.models.family import FAMILIES, read_requirements, resolve_prediction_type
+from sfumato.models.single_file import packaged_config, text_config, unet_config, vae_config
+from sfumato.models.text import clip_tokenizer
+from sfumato.models.weights import text_skeleton, unet_skeleton, vae_skeleton
+from sfumato.training.memory import fake_base
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 
 FAMILY_NAMES = ["sd1", "sd2", "sdxl"]
@@ -71,13 +69,13 @@ def test_diffusers_reads_the_same_model_from_the_file(family, request):
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_names_of_the_published_models_are_those_diffusers_converts_from(family):
     """At full width, on the device meta: the conversion of our name must be the name we started from."""
-    config = shipped(family, "unet/config.json")
+    config = packaged_config(family, "unet/config.json")
     names = list(unet_skeleton(config).state_dict())
     converted = convert_ldm_unet_checkpoint(
         {"model.diffusion_model." + unet_name(name, config): name for name in names}, config
     )
     assert converted == {name: name for name in names}
-    config = shipped(family, "vae/config.json")
+    config = packaged_config(family, "vae/config.json")
     names = list(vae_skeleton(config).state_dict())
     sources = {"first_stage_model." + vae_name(name, config): torch.tensor(i) for i, name in enumerate(names)}
     converted = convert_ldm_vae_checkpoint(sources, config)
@@ -87,10 +85,10 @@ def test_names_of_the_published_models_are_those_diffusers_converts_from(family)
 def published_header(family: str) -> Header:
     """The names and shapes of a published checkpoint, without its weights."""
     shapes = {}
-    config = shipped(family, "unet/config.json")
+    config = packaged_config(family, "unet/config.json")
     for name, tensor in unet_skeleton(config).state_dict().items():
         shapes["model.diffusion_model." + unet_name(name, config)] = tuple(tensor.shape)
-    config = shipped(family, "vae/config.json")
+    config = packaged_config(family, "vae/config.json")
     for name, tensor in vae_skeleton(config).state_dict().items():
         shapes["first_stage_model." + vae_name(name, config)] = tuple(tensor.shape)
     prefixes = {
@@ -99,7 +97,7 @@ def published_header(family: str) -> Header:
         "sdxl": ["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
     }[family]
     for encoder, prefix in zip(FAMILIES[family].encoders, prefixes, strict=True):
-        skeleton = text_skeleton(encoder.class_name, shipped(family, f"{encoder.folder}/config.json"))
+        skeleton = text_skeleton(encoder.class_name, packaged_config(family, f"{encoder.folder}/config.json"))
         for name, tensor in skeleton.state_dict().items():
             if prefix.endswith("transformer."):
                 shapes[f"{prefix}text_model.{clip_name(name)}"] = tuple(tensor.shape)
@@ -114,15 +112,15 @@ def published_header(family: str) -> Header:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_sizes_read_from_a_published_checkpoint_are_the_published_ones(family):
     header, made = published_header(family), FAMILIES[family]
-    assert unet_config(header, made) == shipped(family, "unet/config.json")
-    assert vae_config(header, made, "first_stage_model.") == shipped(family, "vae/config.json")
+    assert unet_config(header, made) == packaged_config(family, "unet/config.json")
+    assert vae_config(header, made, "first_stage_model.") == packaged_config(family, "vae/config.json")
     for index, encoder in enumerate(made.encoders):
-        assert text_config(header, made, index) == shipped(family, f"{encoder.folder}/config.json")
+        assert text_config(header, made, index) == packaged_config(family, f"{encoder.folder}/config.json")
 
 
 def test_the_family_table_is_the_published_one():
     assert [LABELS[name].text_width for name in FAMILY_NAMES] == [
-        shipped(name, "unet/config.json")["cross_attention_dim"] for name in FAMILY_NAMES
+        packaged_config(name, "unet/config.json")["cross_attention_dim"] for name in FAMILY_NAMES
     ]
 
 
@@ -136,10 +134,10 @@ def test_sd2_alone_cannot_say_what_it_predicts(sd2):
 @pytest.mark.parametrize(("kind", "side"), [("epsilon", 512), ("v_prediction", 768)])
 def test_what_is_told_of_sd2_before_it_is_loaded_is_of_its_kind(kind, side, sd2):
     for named in (str(sd2.file), "sd2"):
-        assert needs_of(named, kind).resolution == side
-        assert shapes_of(named, "cpu", prediction_type=kind).resolution == side
+        assert read_requirements(named, kind).resolution == side
+        assert fake_base(named, "cpu", prediction_type=kind).resolution == side
     with pytest.raises(BaseModelError, match="--prediction-type epsilon"):
-        needs_of(str(sd2.file))
+        read_requirements(str(sd2.file))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +156,8 @@ def test_modelspec_says_what_sd2_predicts(sd2, tmp_path, key, spelling, kind):
 def test_what_the_user_says_goes_before_what_the_file_says(sdxl, tmp_path):
     file = write_single_file(sdxl.pipe, tmp_path / "v.safetensors", ("v_pred",))
     header = read_header(file)
-    assert predicted(header, "sdxl", None) == "v_prediction"
-    assert predicted(header, "sdxl", "epsilon") == "epsilon"
+    assert resolve_prediction_type(header, "sdxl", None) == "v_prediction"
+    assert resolve_prediction_type(header, "sdxl", "epsilon") == "epsilon"
 
 
 def test_markers_of_zero_terminal_snr_are_honoured(sdxl, tmp_path):

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from sfumato.bases.folder import load_tokenizer
-from sfumato.bases.vocabulary import byte_pair_tokenizer, clip_tokenizer
+from sfumato.models.folder import load_tokenizer
+from sfumato.models.text import byte_pair_tokenizer, clip_tokenizer
 
 PROMPTS = ["a red cat", "a photo of an astronaut riding a horse on mars"]
 
@@ -53,7 +53,7 @@ def test_embeddings_equal_the_pipelines(tiny):
     text = tiny.base.encode_text(PROMPTS)
     torch.testing.assert_close(
         text.hidden, hidden
-    )  # products are another library's on some CPUs (sfumato.precision.products)
+    )  # products are another library's on some CPUs (sfumato.precision.cpu_matmul)
     assert (text.pooled is None) == (pooled is None)
     if pooled is not None:
         torch.testing.assert_close(text.pooled, pooled)

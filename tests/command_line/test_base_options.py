@@ -1,14 +1,14 @@
 """The base that a command line names, and how it is computed."""
 
-from sfumato import bases, precision
-from sfumato.command_line.base_options import DrawingBaseOptions
+from sfumato import models, precision
+from sfumato.generation.arguments.base import DrawingBaseOptions
 
 CHANGES = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "max_tokens": 150}
 MORE = {"precision": "bf16", "quantize": "int8"}
 
 
 def test_every_option_reaches_the_base_or_its_precision(monkeypatch):
-    for module, name in ((precision, "decide"), (bases, "load_base")):
+    for module, name in ((precision, "decide"), (models, "load_base")):
         monkeypatch.setattr(module, name, lambda *given, **options: (given, options))
     computed = {"device": "cuda:1", "attention": "xformers", "offload": True}
     loaded = {"clip_skip": 1, "vae": "some/vae", **CHANGES}

@@ -2,12 +2,11 @@
 
 import pytest
 
-from sfumato.command_line.plan import Plan
-from sfumato.compose.steps import Ramp
-from sfumato.drawing.placement import AdapterPlacement, RegionSpec
-from sfumato.drawing.request import PictureRequest
-from sfumato.weighting.adapter import Adapter
-from sfumato.weighting.span import Span
+from sfumato.adapters.weights import Adapter, Span
+from sfumato.compose.schedules import Ramp
+from sfumato.generation.arguments.schedules import Plan
+from sfumato.generation.image_options import PictureRequest
+from sfumato.generation.placement import AdapterPlacement, RegionSpec
 
 LEFT = (0.0, 0.0, 0.5, 1.0)
 ROSE, FALLEN, LATE = Ramp((0, 0), (1, 0.5)), Ramp((0, 0), (1, 0)), Span(0.5, 1)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sfumato.command_line.streams import STOPS_UNREAD
+from sfumato.utils.processes import BROKEN_PIPE_VARIABLE
 
 PROGRAM = """
 import sys
@@ -115,7 +115,7 @@ def test_a_command_that_another_program_reads_ends_with_it(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "stdout", str(tmp_path / "file")],
         stdout=writing,
-        env=os.environ | {STOPS_UNREAD: "1"},
+        env=os.environ | {BROKEN_PIPE_VARIABLE: "1"},
     )
     os.close(writing)
     assert process.wait(timeout=60) == 141

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.command_line import threads
+from sfumato.utils import processes
 
 
 def system(root: Path, groups: str, files: dict[str, str]) -> Path:
@@ -44,22 +44,22 @@ def system(root: Path, groups: str, files: dict[str, str]) -> Path:
     ],
 )
 def test_the_cores_of_a_group_are_those_of_its_tightest_limit(tmp_path, groups, files, cores):
-    assert threads.cores_of_group(system(tmp_path, groups, files)) == cores
+    assert processes.cgroup_cores(system(tmp_path, groups, files)) == cores
 
 
 def test_a_system_without_groups_has_no_limit(tmp_path):
-    assert threads.cores_of_group(tmp_path) == float("inf")
+    assert processes.cgroup_cores(tmp_path) == float("inf")
 
 
 @pytest.mark.parametrize(("quota", "said"), [(250, "2"), (50, "1"), (800, None)])
 def test_there_are_no_more_threads_than_whole_cores_to_use(tmp_path, monkeypatch, quota, said):
-    monkeypatch.setattr(threads, "cores_of_process", lambda: 8)
+    monkeypatch.setattr(processes, "available_cores", lambda: 8)
     root = system(tmp_path, "0::/\n", {"cpu.max": f"{quota * 1000} 100000"})
     environment: dict[str, str] = {}
-    threads.settle(environment, root)
+    processes.set_thread_environment(environment, root)
     assert environment.get("OMP_NUM_THREADS") == said
     environment = {"OMP_NUM_THREADS": "7"}
-    threads.settle(environment, root)
+    processes.set_thread_environment(environment, root)
     assert environment["OMP_NUM_THREADS"] == "7"
 
 

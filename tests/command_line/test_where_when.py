@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.command_line.regions_and_steps import parse_region, parse_steps
+from sfumato.adapters.weights import Span
 from sfumato.compose import Adapter
-from sfumato.compose.steps import Ramp
-from sfumato.drawing.placement import AdapterPlacement, RegionSpec
+from sfumato.compose.schedules import Ramp
 from sfumato.errors import ConfigError
-from sfumato.weighting.span import Span
+from sfumato.generation.arguments.schedules import parse_region, parse_steps
+from sfumato.generation.placement import AdapterPlacement, RegionSpec
 
 LINE, OTTER, ODD = Adapter("line.safetensors", 0.8), Adapter("otter.safetensors"), Adapter("c.safetensors", 1.0, "c+d")
 
@@ -82,7 +82,7 @@ def test_what_is_not_asked_for_is_not_told():
 
 def test_a_file_s_own_steps_count_where_nothing_is_said_of_its_adapter():
     said = AdapterPlacement(by_step={"line": Span(0.5, 1.0)}, switch_labels=("pen",), switch_every=1)
-    asked = said.with_asked({"line": (0.0, 0.5), "pen": (0.0, 0.5), "otter": (0.0, 0.8)})
+    asked = said.with_requested({"line": (0.0, 0.5), "pen": (0.0, 0.5), "otter": (0.0, 0.8)})
     assert asked.by_step == {"line": Span(0.5, 1.0), "otter": Span(0.0, 0.8)}
     assert (asked.switch_labels, asked.switch_every) == (("pen",), 1)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
 from tests.copies import copies
 from tests.tiny import tiny_pipeline
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.by_method import by_method
 from sfumato.errors import AdapterError
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
 from sfumato.merging.factors import Budget
 from sfumato.merging.methods import METHODS
-from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 

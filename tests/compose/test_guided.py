@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.compose.guided import unconditional_half
-from sfumato.compose.live import _Path
-from sfumato.compose.steps import Ramp, over_steps
-from sfumato.drawing.pictures import draw
+from sfumato.compose.guidance import unconditional_half
+from sfumato.compose.layers.unfused import _Path
+from sfumato.compose.schedules import Ramp, over_steps
 from sfumato.errors import AdapterError
+from sfumato.generation.draw import draw
+from sfumato.models import load_base
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.tiny import CPU, tiny_pipeline
@@ -87,9 +87,9 @@ def test_nothing_is_weighed_from_half_to_half(sd1, write, monkeypatch):
     with compose(sd1, Adapter(a, 0.8), Adapter(b, 0.5), way="live") as mix, torch.no_grad():
         handle = layer.register_forward_hook(lambda module, inputs, output: answers.append(output))
         with adapter_guidance(mix, {"a": 2.0}, guidance=4.0), monkeypatch.context() as patch:
-            patch.setattr("sfumato.compose.live._Path._weigh", None)
+            patch.setattr("sfumato.compose.layers.unfused._Path._weigh", None)
             first = sd1.unet(latents, torch.tensor(500), text).sample
-            patch.setattr("sfumato.compose.live._Path.__call__", only_pictures)
+            patch.setattr("sfumato.compose.layers.unfused._Path.__call__", only_pictures)
             again = sd1.unet(latents, torch.tensor(500), text).sample
         handle.remove()
     assert torch.equal(first, again)

@@ -16,15 +16,15 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, adapter_guidance, compose, current
-from sfumato.compose.caller import unconditional_rows, unet_lock
-from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.hooks import unconditional_rows, unet_lock
+from sfumato.compose.per_image import composite, per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.steps import Ramp, Switch, over_steps
-from sfumato.drawing.tagged import TaggedPrompts
+from sfumato.compose.schedules import Ramp, Switch, over_steps
 from sfumato.errors import AdapterError
 from sfumato.files import read_header, write_tensors
 from sfumato.files.read import read_tensors
-from sfumato.precision.exact import exact_products
+from sfumato.generation.prompt_adapters import TaggedPrompts
+from sfumato.precision.cpu_matmul import exact_matmul
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.compose.test_regions import U_NET
@@ -493,7 +493,7 @@ def test_products_are_exact_while_any_thread_needs_it_and_then_as_before():
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        first, second = exact_products(), exact_products()
+        first, second = exact_matmul(), exact_matmul()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)
@@ -507,7 +507,7 @@ def test_products_are_exact_while_any_thread_needs_it_and_then_as_before():
 def test_the_module_and_its_function_are_one_name():
     import sfumato
 
-    import sfumato.compose.per_picture as by_picture  # isort: skip
+    import sfumato.compose.per_image as by_picture  # isort: skip
 
     assert sfumato.compose.current is current
     assert by_picture.per_picture is per_picture

@@ -8,7 +8,7 @@ from torch import kron
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose
-from sfumato.compose.baked import Baked
+from sfumato.compose.layers.fused import FusedWeight
 from sfumato.errors import AdapterError
 from sfumato.files.save import write_tensors
 from tests.compose.conftest import fresh, weights_sha
@@ -108,8 +108,8 @@ def test_the_live_way_is_the_baked_way(originals, kinds):
 
 def test_an_original_in_main_memory_goes_to_its_weight_once(originals, kinds, monkeypatch):
     pipe, fetched = fresh(originals["sd1"]), []
-    kept = Baked._kept
-    monkeypatch.setattr(Baked, "_kept", lambda site, weight: fetched.append(site.path) or kept(site, weight))
+    kept = FusedWeight._kept
+    monkeypatch.setattr(FusedWeight, "_kept", lambda site, weight: fetched.append(site.path) or kept(site, weight))
     with compose(pipe, *(Adapter(kinds[name][0], 1.0, name=name) for name in ("dora", "loha", "lokr"))) as mix:
         assert fetched == [LINEAR]
         mix.set(loha=0.5)

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from sfumato.adapters.weights import weight_at
 from sfumato.compose import Adapter, compose
 from sfumato.errors import AdapterError
 from sfumato.files import read_header
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
-from sfumato.weighting.adapter import weight_at
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
 from tests.compose.conftest import fresh, layers, weights_sha
 from tests.compose.test_kinds_mixed import difference
 

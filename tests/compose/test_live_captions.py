@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sfumato.compose import Adapter, compose
-from sfumato.compose.live import _Path
+from sfumato.compose.layers.unfused import _Path
 from sfumato.errors import AdapterError
 from tests.compose.test_per_picture import predict
 

@@ -5,11 +5,10 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from sfumato.compose import lowrank
-from sfumato.compose.lowrank import Scratch, write_sum
-from sfumato.files.changes import LoraModule
-from sfumato.precision.exact import exact_products
-from sfumato.precision.products import processor
+from sfumato.compose.layers import lowrank
+from sfumato.compose.layers.lowrank import Scratch, write_sum
+from sfumato.files.kinds import LoraModule
+from sfumato.precision.cpu_matmul import exact_matmul, processor
 
 LEFT = LoraModule(down=tensor([[1.0, 0.0]]), up=tensor([[2.0], [0.0]]), alpha=1.0)  # adds 2 at (0, 0)
 RIGHT = LoraModule(down=tensor([[0.0, 1.0]]), up=tensor([[0.0], [4.0]]), alpha=1.0)  # adds 4 at (1, 1)
@@ -18,7 +17,7 @@ RIGHT = LoraModule(down=tensor([[0.0, 1.0]]), up=tensor([[0.0], [4.0]]), alpha=1
 def weighted_sum(original, terms, dense=None):
     """original + the sum of the terms + dense, unrounded: fp32, in the original's shape."""
     total = torch.empty_like(original, dtype=torch.float32, memory_format=torch.contiguous_format)
-    with exact_products():
+    with exact_matmul():
         write_sum(total, original, terms, dense, Scratch())
     return total
 
@@ -166,7 +165,7 @@ def test_a_weight_of_many_blocks_is_summed_in_each(monkeypatch):
     for product in (lowrank.onednn, lambda: None):
         monkeypatch.setattr(lowrank, "onednn", product)
         total = torch.empty_like(weight)
-        with exact_products():
+        with exact_matmul():
             write_sum(total, weight, [(0.5, change)], dense, Scratch())
         assert_close(total, weight + 0.5 * change.delta() + dense)
 

@@ -238,8 +238,8 @@ from types import SimpleNamespace
 before = len(sys.modules)
 from sfumato.compose import Adapter, compose
 print(len(sys.modules) - before)
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
 block = torch.nn.Module()
 block.to_q = torch.nn.Linear(4, 4)
 unet = torch.nn.Module()
@@ -270,10 +270,10 @@ print(sorted({"diffusers", "transformers", "peft", "accelerate"} & set(sys.modul
 
 def test_half_applied_is_not_applied(sd1, write, monkeypatch):
     """A failure at the fifth weight takes back the first four."""
-    from sfumato.compose import baked
+    from sfumato.compose.layers import fused
 
     before = weights_sha(sd1)
-    real, calls = baked.write_sum, []
+    real, calls = fused.write_sum, []
 
     def fails_late(*arguments, **options):
         calls.append(1)
@@ -282,7 +282,7 @@ def test_half_applied_is_not_applied(sd1, write, monkeypatch):
         return real(*arguments, **options)
 
     a, b = write("a", sd1, seed=1), write("b", sd1, seed=2)
-    monkeypatch.setattr(baked, "write_sum", fails_late)
+    monkeypatch.setattr(fused, "write_sum", fails_late)
     with pytest.raises(MemoryError):
         compose(sd1, Adapter(a, 0.8))
     assert weights_sha(sd1) == before

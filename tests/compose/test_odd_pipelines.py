@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.compose.per_picture import composite, per_picture
-from sfumato.compose.steps import Ramp, over_steps
+from sfumato.compose.per_image import composite, per_picture
+from sfumato.compose.schedules import Ramp, over_steps
 from sfumato.errors import AdapterError
 from tests.compose.conftest import fresh, weights_sha
 

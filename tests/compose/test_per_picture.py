@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.compose.per_picture import composite, per_picture, texts_by_picture
-from sfumato.drawing.pictures import Start, draw
+from sfumato.compose.per_image import composite, per_picture, texts_by_picture
 from sfumato.errors import AdapterError
-from sfumato.weighting.blocks import Blocks
+from sfumato.generation.draw import Start, draw
+from sfumato.models import load_base
 from tests.compose.conftest import weights_sha
 from tests.pixels import difference
 from tests.tiny import CPU, tiny_pipeline, tiny_pocket_folder

@@ -9,17 +9,17 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose import Adapter, compose, current
-from sfumato.compose.guided import adapter_guidance
-from sfumato.compose.originals import Originals, original_of
-from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.guidance import adapter_guidance
+from sfumato.compose.layers.original_weights import OriginalWeights, find_original
+from sfumato.compose.per_image import composite, per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.steps import over_steps
-from sfumato.drawing.pictures import draw
+from sfumato.compose.schedules import over_steps
 from sfumato.errors import AdapterError
 from sfumato.files.save import write_tensors
-from sfumato.weighting.blocks import Blocks
+from sfumato.generation.draw import draw
+from sfumato.models import load_base
 from tests.compose.conftest import fresh, weights_sha
 from tests.tiny import CPU, tiny_pipeline, write_single_file
 
@@ -462,10 +462,12 @@ def from_folder(path, dtype=torch.float32):
 @pytest.fixture
 def copied(monkeypatch):
     """The bytes of all weights that were copied."""
-    from sfumato.compose import originals as module
+    from sfumato.compose.layers import original_weights
 
-    seen, real = [], module._copies
-    monkeypatch.setattr(module, "_copies", lambda weights: seen.extend(w.nbytes for w in weights) or real(weights))
+    seen, real = [], original_weights._copies
+    monkeypatch.setattr(
+        original_weights, "_copies", lambda weights: seen.extend(w.nbytes for w in weights) or real(weights)
+    )
     return seen
 
 
@@ -504,7 +506,9 @@ def test_a_single_file_is_a_source_too(tmp_path, family):
         for path, module in pipe.unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    found = {p: original_of(weights[p], c) for p, c in Originals({"unet": pipe.unet}, [file]).of(weights).items()}
+    found = {
+        p: find_original(weights[p], c) for p, c in OriginalWeights({"unet": pipe.unet}, [file]).of(weights).items()
+    }
     mapped = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
     assert len(found) == len(weights)
     assert all(torch.equal(found[place], weight) for place, weight in weights.items())

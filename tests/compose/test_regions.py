@@ -10,15 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose import Adapter, compose, current
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.regions.device_cache import DeviceCache
-from sfumato.compose.regions.masks import Masks
-from sfumato.drawing.pictures import Start, draw, draw_each
+from sfumato.compose.regions.region import DeviceCache, Masks
 from sfumato.errors import AdapterError, ConfigError, DataError
 from sfumato.files.header import read_header
-from sfumato.weighting.blocks import Blocks
+from sfumato.generation.draw import Start, draw, draw_each
+from sfumato.models import load_base
 from tests.compose.conftest import weights_sha
 from tests.compose.test_per_picture import predict
 from tests.tiny import CPU

@@ -4,15 +4,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, PNDMScheduler
 
-from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
-from sfumato.compose.steps import Ramp, Switch, over_steps, progress_of
-from sfumato.drawing.pictures import draw
+from sfumato.compose.schedules import Ramp, Switch, over_steps, progress_of
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
-from sfumato.schedulers import scheduler
-from sfumato.unet_calls import StepClock
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.generation.draw import draw
+from sfumato.models import load_base
+from sfumato.models.calls import StepClock
+from sfumato.utils.schedulers import make_scheduler
 from tests.tiny import CPU
 
 
@@ -173,7 +173,9 @@ def test_a_picture_after_one_that_was_stopped_begins_again():
 @pytest.mark.parametrize("sampler", ["ddim", "euler a", "dpm++ 2m karras", "dpm++ 2m sde karras", "unipc karras"])
 def test_each_step_is_counted_once(sampler):
     """Karras' sigmas lie so close at their end that two steps may have one timestep."""
-    chosen = scheduler(sampler, DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
+    chosen = make_scheduler(
+        sampler, DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config
+    )
     clock, latents, counted = StepClock(), torch.zeros(1, 4, 2, 2), []
     for _ in range(2):
         chosen.set_timesteps(50)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose import Adapter, compose
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import read_adapter, read_header, read_tensors, write_tensors
 from sfumato.files.fingerprint import FINGERPRINT_KEY
-from sfumato.weighting.blocks import Blocks
 from tests.bundles import add_words
 from tests.compose.conftest import fresh, weights_sha
 

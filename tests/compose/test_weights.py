@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sfumato import load_base
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose import Adapter
 from sfumato.errors import AdapterError
-from sfumato.weighting.blocks import Blocks
 from tests.tiny import CPU
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sfumato.adapters.blocks import LBW_PRESETS, LISTS, Blocks, lbw_block
+from sfumato.adapters.weights import weight_at
 from sfumato.compose import Adapter, compose
 from sfumato.errors import AdapterError
-from sfumato.weighting.adapter import weight_at
-from sfumato.weighting.blocks import LISTS, WEB_PRESETS, Blocks, web_block
 from tests.compose.conftest import weights_sha
 
 
@@ -30,11 +30,11 @@ from tests.compose.conftest import weights_sha
     ],
 )
 def test_web_interfaces_count_a_level_as_three_blocks(path, block):
-    assert web_block("unet", path) == block
+    assert lbw_block("unet", path) == block
 
 
 def test_the_text_encoders_are_the_base():
-    assert web_block("text_encoder", "text_model.encoder.layers.0.mlp.fc1") == "BASE"
+    assert lbw_block("text_encoder", "text_model.encoder.layers.0.mlp.fc1") == "BASE"
 
 
 def test_lists_have_the_lengths_that_name_them():
@@ -79,7 +79,7 @@ def test_a_preset_takes_its_blocks_whole_and_nothing_of_the_others(preset, whole
 def test_half_of_all_is_the_only_other_preset():
     factors = dict(Blocks.parse(0.5, "ALL0.5").factors)
     assert {name for name, factor in factors.items() if factor == 0.5} == set(LISTS[17])
-    assert set(WEB_PRESETS) == {"NONE", "ALL", "INS", "IND", "INALL", "MIDD", "OUTD", "OUTS", "OUTALL", "ALL0.5"}
+    assert set(LBW_PRESETS) == {"NONE", "ALL", "INS", "IND", "INALL", "MIDD", "OUTD", "OUTS", "OUTALL", "ALL0.5"}
 
 
 def test_the_longest_name_counts_and_the_rest_has_its_own_factor():

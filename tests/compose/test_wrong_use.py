@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from sfumato.adapters.blocks import Blocks
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.by_method import by_method
-from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.per_image import composite, per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.steps import Ramp, Switch, over_asked_steps, over_steps
+from sfumato.compose.schedules import Ramp, Switch, over_asked_steps, over_steps
 from sfumato.errors import AdapterError, FileError
-from sfumato.weighting.blocks import Blocks
 from tests.compose.conftest import weights_sha
 
 WHOLE = (0, 0, 1, 1)

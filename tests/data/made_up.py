@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class FakeText:
-    """As `sfumato.bases.TextEmbedding`, which would import diffusers."""
+    """As `sfumato.models.TextEmbedding`, which would import diffusers."""
 
     hidden: Tensor
     pooled: Tensor | None = None

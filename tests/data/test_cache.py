@@ -12,12 +12,14 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch import nn
 
-from sfumato.data import Example, Options, gathering, planning
-from sfumato.data.cache import Cache, key_of
-from sfumato.data.preparing import prepare
+from sfumato.data import Example, Options
+from sfumato.data.preparation import planning
+from sfumato.data.preparation import prepare as gathering
+from sfumato.data.preparation.cache import Cache, cache_key
+from sfumato.data.preparation.prepare import prepare
 from sfumato.errors import DataError
 from sfumato.files import read_tensors
-from sfumato.files.space import SPARE_BYTES
+from sfumato.utils.atomic import SPARE_BYTES
 
 
 class CountingBase(FakeBase):
@@ -240,5 +242,5 @@ def test_a_cache_that_is_a_file_is_refused(tmp_path):
 
 
 def test_a_key_is_a_function_of_all_its_parts():
-    assert key_of(a=1, b="x") == key_of(b="x", a=1)
-    assert len({key_of(a=1), key_of(a=2), key_of(a="1"), key_of(b=1)}) == 4
+    assert cache_key(a=1, b="x") == cache_key(b="x", a=1)
+    assert len({cache_key(a=1), cache_key(a=2), cache_key(a="1"), cache_key(b=1)}) == 4

@@ -8,12 +8,12 @@ from made_up import noise_picture
 from sfumato.pipelines.check import main as check
 
 from sfumato.data import prepare, read_folder
+from sfumato.data.checks.repair import repair_folder
+from sfumato.data.dataset_config import read_sources
 from sfumato.data.listing import list_folder
-from sfumato.data.mending import mend
 from sfumato.data.placeholder_captions import insert_placeholders
-from sfumato.data.source import sources_of
 from sfumato.errors import DataError
-from sfumato.training.subject import Subject, read_subject, with_caption
+from sfumato.training.methods.subject import Subject, read_subject, with_caption
 
 TOLD = (
     "1 caption of several lines is read as one, such as a.txt; with --caption-lines each line is a caption of its own"
@@ -197,7 +197,7 @@ def test_a_subjects_class_has_each_of_its_captions(folder):
 
 
 def test_a_mended_copy_has_the_same_lines(folder, tmp_path):
-    mend(folder, sources_of(folder), tmp_path / "mended", leave_out={})
+    repair_folder(folder, read_sources(folder), tmp_path / "mended", leave_out={})
     assert (tmp_path / "mended" / "a.txt").read_text() == "crab, red, beach\na red crab on a beach\n"
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sfumato.data.captions import check_template, fill_template, read_metadata, read_text, words_of
+from sfumato.data.captions import check_template, fill_template, read_metadata, read_text, words_in_name
 from sfumato.errors import ConfigError, DataError
 
 
@@ -80,7 +80,11 @@ def test_two_texts_for_one_picture_are_refused(tmp_path):
 
 
 def test_a_file_name_gives_its_words():
-    assert [words_of("red-apple"), words_of("cat_face--2"), words_of("crab")] == ["red apple", "cat face 2", "crab"]
+    assert [words_in_name("red-apple"), words_in_name("cat_face--2"), words_in_name("crab")] == [
+        "red apple",
+        "cat face 2",
+        "crab",
+    ]
 
 
 def test_a_template_is_filled_once():
@@ -111,7 +115,7 @@ def test_half_a_character_is_refused_with_its_place(tmp_path):
 
 def test_a_name_that_is_not_utf8_makes_no_caption():
     with pytest.raises(DataError, match="not in UTF-8"):
-        words_of("caf\udce9-au-lait")
+        words_in_name("caf\udce9-au-lait")
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ from made_up import noise_picture
 from PIL import Image
 from sfumato.pipelines.check import main, render
 
-from sfumato.bases.needs import needs_of
 from sfumato.data import read_folder
-from sfumato.data.report import check
+from sfumato.data.checks.report import check
 from sfumato.errors import ConfigError, DataError
+from sfumato.models.family import read_requirements
 from tests.data.findings import found
 
 
 @pytest.fixture(scope="module")
 def report(messy_once):
-    return check(messy_once, needs_of("pocket"), resolution=64, batch=4)
+    return check(messy_once, read_requirements("pocket"), resolution=64, batch=4)
 
 
 def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
@@ -39,18 +39,18 @@ def test_each_flaw_is_found_in_its_picture_and_in_no_other(report):
 def test_dark_pictures_are_no_copies_of_each_other_and_many_copies_are_said(tmp_path):
     for grey in range(3):
         Image.new("RGB", (64, 64), (grey, 0, 0)).save(tmp_path / f"{grey}.png")
-    report = check(tmp_path, needs_of("pocket"), caption_template="x")
+    report = check(tmp_path, read_requirements("pocket"), caption_template="x")
     assert found(report, "black") == ["0.png", "1.png", "2.png"]
     assert not [line for line in report.lines if "duplicate" in line.kind]
     for name in ("a", "b"):
         noise_picture().save(tmp_path / f"{name}.png")
-    kinds = [line.kind for line in check(tmp_path, needs_of("pocket"), caption_template="x").lines]
+    kinds = [line.kind for line in check(tmp_path, read_requirements("pocket"), caption_template="x").lines]
     assert "duplicate" in kinds
     assert "many duplicates" not in kinds  # one of five
     noise_picture().save(tmp_path / "c.png")
     (text,) = [
         line.text
-        for line in check(tmp_path, needs_of("pocket"), caption_template="x").lines
+        for line in check(tmp_path, read_requirements("pocket"), caption_template="x").lines
         if line.kind == "many duplicates"
     ]
     assert text == "33% of the images repeat others; what they show is learned by heart"
@@ -59,13 +59,13 @@ def test_dark_pictures_are_no_copies_of_each_other_and_many_copies_are_said(tmp_
 def test_a_side_below_the_base_s_step_is_refused(tmp_path):
     noise_picture().save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"--resolution 8: this base takes multiples of 16 px\. Give 16 or more\."):
-        check(tmp_path, needs_of("pocket"), resolution=8)
+        check(tmp_path, read_requirements("pocket"), resolution=8)
 
 
 def test_a_name_with_brackets_stays_whole(tmp_path):
     noise_picture(20, 20).save(tmp_path / "photo (1).png")
     noise_picture(200, 64, seed=1).save(tmp_path / "wide (2).png")
-    report = check(tmp_path, needs_of("pocket"), caption_template="x")
+    report = check(tmp_path, read_requirements("pocket"), caption_template="x")
     assert found(report, "too small") == ["photo (1).png"]
     assert found(report, "cropped") == ["wide (2).png"]
 
@@ -74,7 +74,7 @@ def test_pictures_without_the_alpha_that_was_to_mask_them_are_told(tmp_path):
     for name in "ab":
         noise_picture().convert("RGBA" if name == "a" else "RGB").save(tmp_path / f"{name}.png")
     Image.new("RGBA", (64, 64), (255, 0, 0, 128)).save(tmp_path / "c.png")
-    report = check(tmp_path, needs_of("pocket"), caption_template="x", mask="alpha")
+    report = check(tmp_path, read_requirements("pocket"), caption_template="x", mask="alpha")
     assert found(report, "mask missing") == ["a.png", "b.png"]
     assert not any(line.kind == "note" for line in report.lines)
 
@@ -83,7 +83,7 @@ def test_a_finding_about_several_pictures_comes_once(tmp_path):
     for suffix in ("png", "webp"):
         noise_picture(seed=len(suffix)).save(tmp_path / f"a.{suffix}")
     (tmp_path / "a.txt").write_text("")
-    report = check(tmp_path, needs_of("pocket"), caption_template="x")
+    report = check(tmp_path, read_requirements("pocket"), caption_template="x")
     assert [line.names for line in report.lines if line.kind == "caption"] == [("a.png", "a.webp")]
 
 
@@ -104,7 +104,7 @@ def test_the_text_names_what_stops_training_first(report):
 
 
 def test_what_the_check_calls_fine_training_takes(pictures):
-    report = check(pictures, needs_of("pocket"), caption_template="{caption}")
+    report = check(pictures, read_requirements("pocket"), caption_template="{caption}")
     assert not report.stops
     assert [e.caption for e in report.examples] == [
         e.caption for e in read_folder(pictures, caption_template="{caption}")
@@ -115,7 +115,7 @@ def test_what_the_check_calls_fine_training_takes(pictures):
 def test_shapes_of_fewer_pictures_than_a_batch_are_told(batch, said, tmp_path):
     for number in range(2):
         noise_picture(seed=number).save(tmp_path / f"{number}.png")
-    report = check(tmp_path, needs_of("pocket"), batch=batch, caption_template="x")
+    report = check(tmp_path, read_requirements("pocket"), batch=batch, caption_template="x")
     texts = [line.text for line in report.lines if line.kind == "small bucket"]
     assert len(texts) == (said is not None)
     assert said is None or (said in texts[0] and f"2 samples an epoch, fewer than a batch of {batch}" in texts[0])
@@ -179,7 +179,7 @@ def test_a_files_name_does_not_command_the_terminal(tmp_path):
         noise_picture(64, 64).save(tmp_path / "new.png")
         (tmp_path / "new.png").rename(tmp_path / name)
     (tmp_path / "\x1b[31mnote\nb.xyz").touch()
-    text = render(check(tmp_path, needs_of("pocket"), caption_template="x"))
+    text = render(check(tmp_path, read_requirements("pocket"), caption_template="x"))
     assert r"\x1b[31mnote\nb.xyz: not an image by its name" in text
     assert r"\x1b]0;x\x07\x1b[2Jb.png" in text
     assert "\x1b" not in text

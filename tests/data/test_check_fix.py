@@ -9,10 +9,10 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from sfumato.pipelines.check import main
 
-from sfumato.bases.needs import needs_of
 from sfumato.data import open_image, open_picture, read_folder
-from sfumato.data.report import check
+from sfumato.data.checks.report import check
 from sfumato.errors import ConfigError
+from sfumato.models.family import read_requirements
 from tests.data.findings import found
 
 
@@ -173,7 +173,7 @@ def test_the_mended_copy_is_fine_and_the_originals_are_untouched(messy, tmp_path
     assert Image.open(target / "turned.png").size == (64, 96)
     assert open_image(target / "turned.png").tobytes() == open_image(messy / "turned.jpg").tobytes()
     assert (target / "tiny.txt").read_text(encoding="utf-8") == "café élégant, déjà vu\n"
-    assert not found(check(target, needs_of("pocket")), "bad")
+    assert not found(check(target, read_requirements("pocket")), "bad")
 
 
 def test_a_mended_data_set_names_its_copies(messy, tmp_path):

@@ -10,8 +10,8 @@ from PIL import Image, ImageChops
 from sfumato.pipelines.check import main
 
 from sfumato.data import Example
-from sfumato.data.survey import measure_picture
-from sfumato.drawing import crop_sheet
+from sfumato.data.checks import survey
+from sfumato.data.checks.survey import measure_picture
 from sfumato.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ def test_a_sheet_replaces_no_picture_but_an_earlier_sheet(messy, tmp_path, monke
     before = picture.read_bytes()
     (tmp_path / "sheet-2.webp").write_bytes(before)
     assert main([str(messy), "--sheet", str(tmp_path / "sheet.webp")]) in (0, 1)  # one is enough
-    monkeypatch.setattr(crop_sheet, "_PAGE", 5)
+    monkeypatch.setattr(survey, "_PAGE", 5)
     for sheet in (picture, tmp_path / "sheet.webp"):
         with pytest.raises(ConfigError, match=r"exists, and is no sheet of crops; name another file"):
             main([str(messy), "--sheet", str(sheet)])
@@ -51,7 +51,7 @@ def test_a_sheet_replaces_no_picture_but_an_earlier_sheet(messy, tmp_path, monke
 
 
 def test_what_does_not_fit_on_a_sheet_goes_on_the_next(messy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(crop_sheet, "_PAGE", 5)
+    monkeypatch.setattr(survey, "_PAGE", 5)
     main([str(messy), "--sheet", str(tmp_path / "sheet.png")])
     sheets = [tmp_path / name for name in ("sheet.png", "sheet-2.png", "sheet-3.png")]
     assert [line for line in capsys.readouterr().out.splitlines() if "drawn" in line] == [

@@ -7,10 +7,10 @@ from made_up import noise_picture
 from PIL import Image
 from sfumato.pipelines.check import render
 
-from sfumato.bases.needs import needs_of
 from sfumato.data import prepare, read_folder
-from sfumato.data.report import check
+from sfumato.data.checks.report import check
 from sfumato.errors import DataError
+from sfumato.models.family import read_requirements
 from tests.data.findings import found
 
 
@@ -34,12 +34,12 @@ def test_the_crop_of_a_source_is_its_own(tmp_path):
     (tmp_path / "dogs").mkdir()
     noise_picture(200, 64).save(tmp_path / "dogs/wide.png")
     (tmp_path / "d.toml").write_text('[[source]]\npath = "dogs"\ncrop = "pad"\n')
-    assert found(check(tmp_path / "dogs", needs_of("pocket"), caption_template="x"), "cropped") == ["wide.png"]
-    assert not found(check(tmp_path / "d.toml", needs_of("pocket"), caption_template="x"), "cropped")
+    assert found(check(tmp_path / "dogs", read_requirements("pocket"), caption_template="x"), "cropped") == ["wide.png"]
+    assert not found(check(tmp_path / "d.toml", read_requirements("pocket"), caption_template="x"), "cropped")
 
 
 def test_files_of_one_name_are_told_apart(two_folders, base):
-    report = check(two_folders, needs_of("pocket"))
+    report = check(two_folders, read_requirements("pocket"))
     assert found(report, "bad") == ["b/00.png"]
     assert next(line.text for line in report.lines if line.kind == "bad").startswith("b/00.png: ")
     assert found(report, "duplicate") == ["a/01.png", "b/01.png"]
@@ -48,7 +48,7 @@ def test_files_of_one_name_are_told_apart(two_folders, base):
 
 
 def test_what_each_folder_gives_is_said(two_folders):
-    report = check(two_folders, needs_of("pocket"))
+    report = check(two_folders, read_requirements("pocket"))
     assert report.folders == ["a: 2 images x 3", "b: 2 images of the class"]
     assert "folder   a: 2 images x 3" in render(report)
     assert report.to_dict()["folders"] == report.folders
@@ -57,16 +57,16 @@ def test_what_each_folder_gives_is_said(two_folders):
 def test_pictures_of_a_class_are_in_no_epoch(two_folders):
     """As `lora` and `dreambooth` learn from them."""
     noise_picture(96, 48).save(two_folders.parent / "dogs/a/00.png")
-    report = check(two_folders, needs_of("pocket"))
+    report = check(two_folders, read_requirements("pocket"))
     assert (report.samples, report.buckets) == (6, {(64, 64): 3, (80, 48): 3})
     two_folders.write_text(two_folders.read_text().replace("class = true", ""))
-    assert check(two_folders, needs_of("pocket")).buckets == {(64, 64): 4, (80, 48): 3}
+    assert check(two_folders, read_requirements("pocket")).buckets == {(64, 64): 4, (80, 48): 3}
 
 
 def test_masks_are_missed_only_where_a_source_has_them(two_folders):
     noise_picture().save(two_folders.parent / "dogs/a/00.mask.png")
     two_folders.write_text(two_folders.read_text().replace("repeats = 3", 'mask = "files"'))
-    assert found(check(two_folders, needs_of("pocket")), "mask missing") == ["a/01.png"]
+    assert found(check(two_folders, read_requirements("pocket")), "mask missing") == ["a/01.png"]
 
 
 def test_masks_of_one_source_are_not_missed_in_another_of_the_same_folder(tmp_path):
@@ -76,7 +76,7 @@ def test_masks_of_one_source_are_not_missed_in_another_of_the_same_folder(tmp_pa
     shared = '[[source]]\npath = "dogs"\nwords = "x"\n'
     (tmp_path / "d.toml").write_text(f'{shared}mask = "files"\n{shared}crop = "pad"\n')
     assert read_folder(tmp_path / "d.toml")[0].mask is not None
-    report = check(tmp_path / "d.toml", needs_of("pocket"))
+    report = check(tmp_path / "d.toml", read_requirements("pocket"))
     assert not report.stops
     assert found(report, "no masks") == found(report, "mask missing") == []
 
@@ -85,7 +85,7 @@ def test_files_are_told_apart_wherever_their_folders_are_named_from(two_folders,
     monkeypatch.chdir(two_folders.parent)
     text = two_folders.read_text().replace('"dogs/b"', f'"{two_folders.parent}/dogs/b"')
     Path("dataset.toml").write_text(text)
-    assert found(check(Path("dataset.toml"), needs_of("pocket")), "bad") == ["b/00.png"]
+    assert found(check(Path("dataset.toml"), read_requirements("pocket")), "bad") == ["b/00.png"]
     monkeypatch.chdir("dogs/b")
     Path("01.png").write_bytes(b"")
     with pytest.raises(DataError, match="1 of 2 images in b cannot be learned from"):
@@ -106,7 +106,7 @@ def test_what_training_refuses_stops_it_in_the_report(toml, what, tmp_path):
     noise_picture().save(tmp_path / "dogs/a.png")
     (tmp_path / "dogs/a.txt").write_text("a dog")
     (tmp_path / "d.toml").write_text(toml)
-    report = check(tmp_path / "d.toml", needs_of("pocket"))
+    report = check(tmp_path / "d.toml", read_requirements("pocket"))
     assert [what in line.text for line in report.lines if line.stops] == [True]
     assert not any("learned whole" in line.text for line in report.lines)
 
@@ -140,7 +140,7 @@ def test_a_file_that_several_sources_name_is_no_duplicate_of_itself(second, foun
     (tmp_path / "d.toml").write_text(
         f'[[source]]\npath = "dogs"\ncaption = "sks dog"\n[[source]]\npath = "dogs"\n{second}\n'
     )
-    report = check(tmp_path / "d.toml", needs_of("pocket"))
+    report = check(tmp_path / "d.toml", read_requirements("pocket"))
     kinds = ("duplicate", "near duplicate", "named twice")
     assert [line.text for line in report.lines if line.kind in kinds] == found
     assert any(line.kind == "many duplicates" for line in report.lines) == ("class" in second)

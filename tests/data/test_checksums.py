@@ -10,16 +10,16 @@ from odd_files import kinds, mutations
 from PIL import Image
 from sfumato.pipelines.check import main
 
-from sfumato.bases.needs import needs_of
 from sfumato.data import prepare, read_folder
 from sfumato.data.buckets import bucket_sizes
-from sfumato.data.checksums import NAME, file_digest, read_sums, write_sums
+from sfumato.data.checks.repair import repair_folder
+from sfumato.data.checks.report import check
+from sfumato.data.checks.survey import measure_picture
+from sfumato.data.checksums import CHECKSUMS_FILE, file_digest, read_sums, write_sums
+from sfumato.data.dataset_config import read_sources
 from sfumato.data.folder import Example
-from sfumato.data.mending import mend
-from sfumato.data.report import check
-from sfumato.data.source import sources_of
-from sfumato.data.survey import measure_picture
 from sfumato.errors import ConfigError, DataError
+from sfumato.models.family import read_requirements
 
 KINDS = kinds()
 SIZES = bucket_sizes(64, 16)
@@ -57,7 +57,7 @@ def test_no_mutated_file_of_any_format_is_learned_from(name, tmp_path):
         path.write_bytes(data)
         look = measure_picture(example, SIZES, 4)
         if data != kind.data:
-            assert look.error.startswith(f"{path.name}: not the file that {NAME} lists"), what
+            assert look.error.startswith(f"{path.name}: not the file that {CHECKSUMS_FILE} lists"), what
             assert look.crop is None
 
 
@@ -69,18 +69,18 @@ def test_a_bmp_with_another_pixel_is_refused_before_training_with_or_without_a_c
             prepare(read_folder(summed), FakeBase(), resolution=64, cache=cache)
     data = prepare(read_folder(summed, skip_bad=True), FakeBase(), resolution=64)
     assert len(data) == 2
-    (summed / NAME).unlink()
+    (summed / CHECKSUMS_FILE).unlink()
     assert len(prepare(read_folder(summed), FakeBase(), resolution=64, cache=tmp_path / "cache")) == 3
     write_sums(summed, [summed / "a.bmp"])
     assert len(prepare(read_folder(summed), FakeBase(), resolution=64, cache=tmp_path / "cache")) == 3
 
 
 def test_what_the_cache_holds_of_a_changed_file_is_not_taken(summed, tmp_path):
-    sums = (summed / NAME).read_text()
-    (summed / NAME).unlink()
+    sums = (summed / CHECKSUMS_FILE).read_text()
+    (summed / CHECKSUMS_FILE).unlink()
     change(summed / "a.bmp")
     prepare(read_folder(summed), FakeBase(), resolution=64, cache=tmp_path / "cache")
-    (summed / NAME).write_text(sums)
+    (summed / CHECKSUMS_FILE).write_text(sums)
     with pytest.raises(DataError, match=r"a\.bmp: not the file"):
         prepare(read_folder(summed), FakeBase(), resolution=64, cache=tmp_path / "cache")
 
@@ -111,7 +111,7 @@ def test_so_is_a_changed_list_of_captions(tmp_path):
 def test_what_is_missing_or_not_listed_is_said(summed):
     assert read_folder(summed).notes == ()
     write_sums(summed, summed.iterdir())
-    assert NAME not in read_sums(summed), "it cannot hold its own"
+    assert CHECKSUMS_FILE not in read_sums(summed), "it cannot hold its own"
     (summed / "c.png").rename(summed / "d.png")
     (summed / "c.txt").rename(summed / "d.txt")
     assert read_folder(summed).notes == (
@@ -121,10 +121,10 @@ def test_what_is_missing_or_not_listed_is_said(summed):
 
 
 def test_check_names_it_as_what_stops_training(summed):
-    assert not check(summed, needs_of("pocket")).stops
+    assert not check(summed, read_requirements("pocket")).stops
     change(summed / "a.bmp")
     (summed / "b.txt").write_text("other")
-    report = check(summed, needs_of("pocket"))
+    report = check(summed, read_requirements("pocket"))
     assert report.stops
     assert sorted(text.split(":")[0] for text in (line.text for line in report.lines if line.stops)) == [
         "a.bmp",
@@ -134,13 +134,13 @@ def test_check_names_it_as_what_stops_training(summed):
 
 def test_a_mended_copy_leaves_the_changed_file_out_and_has_checksums_of_its_own(summed, tmp_path):
     change(summed / "a.bmp")
-    mended = mend(summed, sources_of(summed), tmp_path / "new", leave_out={})
+    mended = repair_folder(summed, read_sources(summed), tmp_path / "new", leave_out={})
     assert [name for name, _ in mended.left_out] == ["a.bmp"]
     assert set(read_sums(tmp_path / "new")) == {"b.jpg", "b.txt", "c.png", "c.txt"}
     assert read_folder(tmp_path / "new").notes == ()
-    (summed / NAME).unlink()
-    mend(summed, sources_of(summed), tmp_path / "plain", leave_out={})
-    assert not (tmp_path / "plain" / NAME).exists()
+    (summed / CHECKSUMS_FILE).unlink()
+    repair_folder(summed, read_sources(summed), tmp_path / "plain", leave_out={})
+    assert not (tmp_path / "plain" / CHECKSUMS_FILE).exists()
 
 
 def test_folders_with_repeats_are_listed_from_above_or_in_each(tmp_path):
@@ -156,14 +156,16 @@ def test_folders_with_repeats_are_listed_from_above_or_in_each(tmp_path):
 
 def test_the_list_that_other_tools_write_is_read(tmp_path):
     digest = "A" * 64
-    (tmp_path / NAME).write_text(f"{digest}  a b.png\n{digest} *c.png\r\n{digest}  ./d/e.png\n\n")
+    (tmp_path / CHECKSUMS_FILE).write_text(f"{digest}  a b.png\n{digest} *c.png\r\n{digest}  ./d/e.png\n\n")
     assert read_sums(tmp_path) == {name: "a" * 64 for name in ("a b.png", "c.png", "d/e.png")}
     assert read_sums(tmp_path / "d") == {}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sha256sum is GNU's")
 def test_sha256sum_reads_what_is_written_here(summed):
-    done = subprocess.run(["sha256sum", "--check", "--strict", NAME], cwd=summed, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", CHECKSUMS_FILE], cwd=summed, capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert done.stdout.count(": OK") == 7
 
@@ -177,7 +179,7 @@ def test_names_that_sha256sum_escapes_are_read_and_written_as_it_does(tmp_path):
     ours = read_sums(tmp_path)
     assert ours == {name: file_digest(tmp_path / name) for name in names}
     theirs = subprocess.run(["sha256sum", *names], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert sorted(theirs.split("\n")) == sorted((tmp_path / NAME).read_text().split("\n"))
+    assert sorted(theirs.split("\n")) == sorted((tmp_path / CHECKSUMS_FILE).read_text().split("\n"))
 
 
 @pytest.mark.parametrize(
@@ -190,33 +192,33 @@ def test_names_that_sha256sum_escapes_are_read_and_written_as_it_does(tmp_path):
     ],
 )
 def test_a_broken_list_is_refused_with_its_line(text, said, tmp_path):
-    (tmp_path / NAME).write_text(text)
-    with pytest.raises(DataError, match=f"^{NAME}, .*{said}"):
+    (tmp_path / CHECKSUMS_FILE).write_text(text)
+    with pytest.raises(DataError, match=f"^{CHECKSUMS_FILE}, .*{said}"):
         read_sums(tmp_path)
 
 
 def test_a_list_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / NAME).write_bytes(b"\xff\xfe\xff")
+    (tmp_path / CHECKSUMS_FILE).write_bytes(b"\xff\xfe\xff")
     with pytest.raises(DataError, match="cannot be read as UTF-8"):
         read_sums(tmp_path)
 
 
 def test_check_writes_checksums_of_pictures_masks_and_captions_once_nothing_stops_training(summed, capsys):
     wanted = read_sums(summed)
-    (summed / NAME).unlink()
+    (summed / CHECKSUMS_FILE).unlink()
     assert main([str(summed), "--mask", "files", "--checksums"]) == 0
-    assert f"checksums written to {summed / NAME}" in capsys.readouterr().out
+    assert f"checksums written to {summed / CHECKSUMS_FILE}" in capsys.readouterr().out
     assert read_sums(summed) == wanted
     change(summed / "b.jpg")
-    before = (summed / NAME).read_bytes()
+    before = (summed / CHECKSUMS_FILE).read_bytes()
     assert main([str(summed), "--mask", "files", "--checksums"]) == 1
     assert "no checksums written" in capsys.readouterr().out
-    assert (summed / NAME).read_bytes() == before
+    assert (summed / CHECKSUMS_FILE).read_bytes() == before
 
 
 def test_checksums_are_of_captions_in_capitals_and_of_masks_that_are_not_asked_for(summed):
     wanted = read_sums(summed)
-    (summed / NAME).unlink()
+    (summed / CHECKSUMS_FILE).unlink()
     (summed / "a.txt").rename(summed / "a.TXT")
     assert main([str(summed), "--checksums"]) == 0
     found = read_sums(summed)

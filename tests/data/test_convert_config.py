@@ -8,9 +8,9 @@ from made_up import noise_picture
 from sfumato.pipelines.dataset_config import main
 
 from sfumato.data import read_folder
-from sfumato.data.foreign import convert
-from sfumato.data.foreign.settings import parsed_scalars
 from sfumato.errors import ConfigError
+from sfumato.interop.datasets import convert
+from sfumato.interop.datasets.settings import parsed_scalars
 
 KOHYA = """
 [general]

@@ -8,8 +8,8 @@ from made_up import noise_picture
 from sfumato.pipelines.dataset_config import main
 
 from sfumato.data import read_folder
-from sfumato.data.foreign import convert
 from sfumato.errors import ConfigError
+from sfumato.interop.datasets import convert
 
 IMAGE = {
     "__version": 0,

@@ -9,7 +9,8 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.data import Example, open_image, planning, prepare, read_folder
+from sfumato.data import Example, open_image, prepare, read_folder
+from sfumato.data.preparation import planning
 from sfumato.errors import ConfigError, DataError
 
 
@@ -54,7 +55,7 @@ def test_pixels_and_captions_are_encoded_once(pictures, base):
 
 
 def test_what_is_done_is_told_from_none_to_all(shapes, base, monkeypatch, tmp_path):
-    monkeypatch.setattr("sfumato.data.latents._ENCODED_AT_A_TIME_PX", 64 * 64)
+    monkeypatch.setattr("sfumato.data.preparation.latents._ENCODED_AT_A_TIME_PX", 64 * 64)
     cache, told = tmp_path / "cache", []
 
     def prepared():

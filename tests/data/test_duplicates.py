@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfumato.data import duplicates
 from sfumato.data.buckets import fit_crop
-from sfumato.data.survey import PictureStats
+from sfumato.data.checks import survey
+from sfumato.data.checks.survey import PictureStats
 
 CROP = fit_crop((64, 64), (64, 64))
 
@@ -36,8 +36,8 @@ def of_all_pairs(looks):
     group = list(range(len(looks)))
     for second in range(len(looks)):
         for first in range(second):
-            near = (bits[first] != bits[second]).sum() <= duplicates.NEAR_BITS
-            if near and np.abs(small[first] - small[second]).mean() <= duplicates.NEAR_VALUES:
+            near = (bits[first] != bits[second]).sum() <= survey.NEAR_BITS
+            if near and np.abs(small[first] - small[second]).mean() <= survey.NEAR_VALUES:
                 group = [group[first] if each == group[second] else each for each in group]
     found = {}
     for place, each in enumerate(group):
@@ -47,18 +47,18 @@ def of_all_pairs(looks):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_near_ones_are_joined_over_others(seed, monkeypatch):
-    monkeypatch.setattr(duplicates, "_BLOCK", 16)
-    monkeypatch.setattr(duplicates, "_PAIRS", 8)
+    monkeypatch.setattr(survey, "_BLOCK", 16)
+    monkeypatch.setattr(survey, "_PAIRS", 8)
     looks = looks_like(6, 60, seed)
     near = of_all_pairs(looks)
     assert len(near) > 1
-    assert duplicates.duplicates(looks) == ([], near)
+    assert survey.find_duplicates(looks) == ([], near)
 
 
 def test_of_many_that_are_alike_few_pairs_are_compared(monkeypatch):
     compared = []
-    differences = duplicates._differences
-    monkeypatch.setattr(duplicates, "_differences", lambda *rows: compared.append(len(rows[0])) or differences(*rows))
+    differences = survey._differences
+    monkeypatch.setattr(survey, "_differences", lambda *rows: compared.append(len(rows[0])) or differences(*rows))
     looks = looks_like(1, 600, 0, noise=0)
-    assert duplicates.duplicates(looks)[1] == [list(range(600))]
+    assert survey.find_duplicates(looks)[1] == [list(range(600))]
     assert sum(compared) < 600 * 599 / 2 / 4

@@ -10,8 +10,8 @@ from made_up import noise_picture
 from PIL import Image
 
 from sfumato.data import read_folder
-from sfumato.data.captions import says_nothing
-from sfumato.data.folder import unused_trigger
+from sfumato.data.captions import is_meaningless_name
+from sfumato.data.folder import unused_trigger_note
 from sfumato.data.listing import list_folder
 from sfumato.errors import DataError
 
@@ -104,7 +104,7 @@ def test_names_that_say_nothing_are_no_captions_to_recommend(tmp_path):
      ("portrait 1", False), ("shot 2", False), ("edited-3", False)],
 )  # fmt: skip
 def test_which_names_say_nothing(name, nothing):
-    assert says_nothing(name) is nothing
+    assert is_meaningless_name(name) is nothing
 
 
 def test_a_name_of_another_encoding_is_no_matter_where_no_caption_is_made_of_it(tmp_path):
@@ -129,7 +129,7 @@ def test_a_trigger_is_to_be_added_to_the_subjects_template(tmp_path):
         noise_picture().save(tmp_path / name / "a.png")
     sources = ['path = "cats"\nclass = true\ncaption = "a {caption}"', 'path = "dogs"\ncaption = "my {caption}"']
     (tmp_path / "d.toml").write_text("".join(f"[[source]]\n{source}\n" for source in sources))
-    assert '"my {caption}, {trigger}"' in unused_trigger(read_folder(tmp_path / "d.toml"), "zwx")
+    assert '"my {caption}, {trigger}"' in unused_trigger_note(read_folder(tmp_path / "d.toml"), "zwx")
 
 
 def test_metadata_may_lead_into_folders_below(pictures):
@@ -398,6 +398,6 @@ def test_a_trigger_within_another_word_is_none(tmp_path):
     noise_picture().save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a cartoon cat")
     examples = read_folder(tmp_path, trigger="art")
-    assert unused_trigger(examples, "art")
+    assert unused_trigger_note(examples, "art")
     assert examples.triggers == []
-    assert not unused_trigger(examples, "cartoon cat")
+    assert not unused_trigger_note(examples, "cartoon cat")

@@ -2,17 +2,19 @@
 
 import torch
 
-from sfumato.data.holes import Holes
+from sfumato.data.preparation.latents import InpaintingMasks
 
 SIZE = (96, 64)
 
 
 def drawn(count=400, own=None, **settings):
-    return [Holes(**settings).draw(SIZE, own, 0, step, place) for step in range(count // 4) for place in range(4)]
+    return [
+        InpaintingMasks(**settings).draw(SIZE, own, 0, step, place) for step in range(count // 4) for place in range(4)
+    ]
 
 
 def test_a_hole_is_a_function_of_seed_step_and_place():
-    holes = Holes(0.0)
+    holes = InpaintingMasks(0.0)
     assert torch.equal(holes.draw(SIZE, None, 1, 2, 3), holes.draw(SIZE, None, 1, 2, 3))
     others = [holes.draw(SIZE, None, *lot) for lot in ((2, 2, 3), (1, 3, 3), (1, 2, 2))]
     assert all(not torch.equal(other, holes.draw(SIZE, None, 1, 2, 3)) for other in others)

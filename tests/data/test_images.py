@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 import sfumato.data
-from sfumato.data.images import _eight_bits, as_image, open_image, open_mask, open_picture, read_size, upright_size
+from sfumato.data.images import _eight_bits, convert_image, open_image, open_mask, open_picture, read_size, upright_size
 from sfumato.errors import DataError
 
 
@@ -142,7 +142,7 @@ def test_a_colour_profile_is_applied(tmp_path):
     Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "a.png", icc_profile=swapped)
     found = open_image(tmp_path / "a.png")
     assert largest_difference(found, Image.new("RGB", (16, 16), (0, 0, 255))) <= 3
-    assert largest_difference(as_image(found), found) == 0  # and not once more
+    assert largest_difference(convert_image(found), found) == 0  # and not once more
 
 
 def test_a_linear_profile_is_not_srgb_whatever_its_name(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 from made_up import FakeBase, noise_picture
 
 from sfumato.data import Example, Options, prepare, read_folder
-from sfumato.data.foreign import convert
 from sfumato.data.placeholder_captions import insert_placeholders
-from sfumato.data.tags import count_forms, forms, vary, without_marks
+from sfumato.data.tags import caption_forms, count_forms, strip_keep_separator, vary_caption
 from sfumato.errors import ConfigError
+from sfumato.interop.datasets import convert
 
 MARKED = "zwx, portrait ||| hat, red hair, smile ||| ink, paper"
 PLAIN = "zwx, portrait, hat, red hair, smile, ink, paper"
@@ -51,8 +51,8 @@ def fixed_and_flex(caption, keep_tokens, mark="|||"):
 def test_the_same_tags_stay_as_in_sd_scripts(caption, keep):
     fixed, flex, suffix = fixed_and_flex(caption, keep)
     options = Options(shuffle_tags=True, tag_dropout=0.3, keep_tags=keep)
-    text, kept = without_marks(caption, options)
-    drawn = [vary(text, options, 0, step, 0, kept=kept).split(", ") for step in range(300)]
+    text, kept = strip_keep_separator(caption, options)
+    drawn = [vary_caption(text, options, 0, step, 0, kept=kept).split(", ") for step in range(300)]
     ends = [(tags[: len(fixed)], tags[len(tags) - len(suffix) :]) for tags in drawn if any(tags)]
     assert all(end == (fixed, suffix) for end in ends)
     middles = {tuple(tags[len(fixed) : len(tags) - len(suffix)]) for tags in drawn if any(tags)}
@@ -64,10 +64,10 @@ def test_the_same_tags_stay_as_in_sd_scripts(caption, keep):
 
 @pytest.mark.parametrize("options", [Options(shuffle_tags=True), Options(shuffle_tags=True, tag_dropout=0.5)])
 def test_the_forms_are_all_that_is_drawn(options):
-    text, kept = without_marks(MARKED, options)
-    possible = list(forms(text, options, kept))
+    text, kept = strip_keep_separator(MARKED, options)
+    possible = list(caption_forms(text, options, kept))
     assert len(possible) == count_forms(text, options, kept)
-    assert {vary(text, options, 0, step, 0, kept=kept) for step in range(1000)} == set(possible)
+    assert {vary_caption(text, options, 0, step, 0, kept=kept) for step in range(1000)} == set(possible)
 
 
 def test_what_is_learned_has_no_signs_in_it(folder):

@@ -7,8 +7,11 @@ from threading import Lock
 import pytest
 from made_up import FakeBase, noise_picture
 
-from sfumato.data import Example, Options, gathering, prefetch, prepare, survey
-from sfumato.data.prefetch import prefetch as read_ahead
+from sfumato.data import Example, Options, prepare
+from sfumato.data.checks import survey
+from sfumato.data.preparation import prepare as gathering
+from sfumato.utils import prefetch
+from sfumato.utils.prefetch import prefetch as read_ahead
 
 
 class Counted:

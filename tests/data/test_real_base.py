@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.adapters.embeddings import embedding
 from sfumato.data import concat_batches, prepare, read_folder
-from sfumato.data.cache import Cache
-from sfumato.data.texts import CaptionEmbeddings
-from sfumato.words import embedding
+from sfumato.data.preparation.cache import Cache
+from sfumato.data.preparation.texts import CaptionEmbeddings
 
 PROGRAM = """
 import hashlib, sys
@@ -34,7 +34,7 @@ for step in range(4):
 
 @pytest.fixture(scope="module")
 def real(pocket_folder):
-    from sfumato.bases import load_base
+    from sfumato.models import load_base
     from tests.tiny import CPU
 
     return load_base(str(pocket_folder), precision=CPU)

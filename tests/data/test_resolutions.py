@@ -7,11 +7,11 @@ import pytest
 import torch
 from made_up import FakeBase, noise_picture
 
-from sfumato.bases.needs import needs_of
 from sfumato.data import Options, prepare, read_folder
-from sfumato.data.report import check
-from sfumato.data.validation import hold_out
+from sfumato.data.checks.report import check
+from sfumato.data.dataset_config import hold_out
 from sfumato.errors import ConfigError
+from sfumato.models.family import read_requirements
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_what_is_held_out_is_held_out_at_each_resolution(home):
 
 def test_check_counts_each_resolution(home):
     (home / "d.toml").write_text('resolution = [48, 96]\n[[source]]\npath = "pictures"')
-    found = check(home / "d.toml", needs_of("pocket"))
+    found = check(home / "d.toml", read_requirements("pocket"))
     assert found.buckets == {(48, 48): 2, (32, 64): 1, (64, 32): 1, (96, 96): 2, (64, 128): 1, (128, 64): 1}
     assert (len(found.examples), found.samples) == (4, 8)
     assert "c.png (160 x 80 px, x 0.8)" not in str([line.text for line in found.lines])

@@ -10,9 +10,10 @@ from made_up import FakeBase, noise_picture
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato.data import Example, Options, concat_batches, open_image, planning, prepare, texts
+from sfumato.data import Example, Options, concat_batches, open_image, prepare
 from sfumato.data.buckets import fit_crop
-from sfumato.data.tags import count_forms, forms, vary
+from sfumato.data.preparation import planning, texts
+from sfumato.data.tags import caption_forms, count_forms, vary_caption
 from sfumato.errors import DataError
 
 TAGS = "zwx, red, large, old, wet"
@@ -36,29 +37,29 @@ def latents_of(image):
 
 def test_tags_that_are_kept_stay_in_front_and_the_others_change_places():
     options = Options(shuffle_tags=True, keep_tags=1)
-    drawn = [vary(TAGS, options, 0, step, 0) for step in range(40)]
+    drawn = [vary_caption(TAGS, options, 0, step, 0) for step in range(40)]
     assert all(caption.startswith("zwx, ") for caption in drawn)
     assert all(sorted(caption.split(", ")) == sorted(TAGS.split(", ")) for caption in drawn)
     assert len(set(drawn)) > 10
 
 
 def test_tags_are_joined_by_what_parts_them():
-    drawn = {vary("a; b;c", Options(shuffle_tags=True, separator=";"), 0, step, 0) for step in range(50)}
+    drawn = {vary_caption("a; b;c", Options(shuffle_tags=True, separator=";"), 0, step, 0) for step in range(50)}
     assert len(drawn) == 6
     assert "b; c; a" in drawn
 
 
 def test_tags_are_dropped_as_often_as_asked():
     options = Options(tag_dropout=0.25, keep_tags=1)
-    counts = Counter(tag for step in range(2000) for tag in vary(TAGS, options, 0, step, 0).split(", "))
+    counts = Counter(tag for step in range(2000) for tag in vary_caption(TAGS, options, 0, step, 0).split(", "))
     assert counts["zwx"] == 2000
     assert all(counts[tag] / 2000 == pytest.approx(0.75, abs=0.04) for tag in TAGS.split(", ")[1:])
 
 
 def test_a_varied_caption_depends_on_seed_step_and_place_alone():
     options = Options(shuffle_tags=True, tag_dropout=0.3)
-    assert vary(TAGS, options, 1, 2, 3) == vary(TAGS, options, 1, 2, 3)
-    assert len({vary(TAGS, options, *place) for place in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))}) > 2
+    assert vary_caption(TAGS, options, 1, 2, 3) == vary_caption(TAGS, options, 1, 2, 3)
+    assert len({vary_caption(TAGS, options, *place) for place in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))}) > 2
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,9 @@ def test_a_varied_caption_depends_on_seed_step_and_place_alone():
     [Options(shuffle_tags=True), Options(tag_dropout=0.5), Options(shuffle_tags=True, tag_dropout=0.5, keep_tags=2)],
 )
 def test_the_forms_of_a_caption_are_all_that_is_drawn(options):
-    possible = list(forms("a, b, c, d", options))
+    possible = list(caption_forms("a, b, c, d", options))
     assert len(possible) == count_forms("a, b, c, d", options)
-    assert {vary("a, b, c, d", options, 0, step, 0) for step in range(3000)} == set(possible)
+    assert {vary_caption("a, b, c, d", options, 0, step, 0) for step in range(3000)} == set(possible)
 
 
 def test_exactly_the_captions_that_will_be_drawn_are_embedded(wide):
@@ -112,7 +113,7 @@ def test_in_the_loop_no_more_are_encoded_at_once_than_beforehand(wide, monkeypat
     """A micro-batch of large pictures beside a U-Net that learns would not fit."""
     monkeypatch.setattr(planning, "MOST_VARIANTS", 1)
     whole = prepare(wide[:2], FakeBase(), resolution=64, crop="random").batch(0, 0, 4)
-    monkeypatch.setattr("sfumato.data.latents._ENCODED_AT_A_TIME_PX", 64 * 64)
+    monkeypatch.setattr("sfumato.data.preparation.latents._ENCODED_AT_A_TIME_PX", 64 * 64)
     base, sizes = FakeBase(), []
     encode = base.encode_pixels
     base.encode_pixels = lambda pixels: sizes.append(len(pixels)) or encode(pixels)
@@ -270,7 +271,7 @@ def test_a_mask_of_an_oblong_picture_is_cut_as_its_latents_are(tmp_path):
 
 
 def test_captions_are_counted_no_further_than_memory_goes(monkeypatch):
-    monkeypatch.setattr(texts, "MOST_BYTES", 4 * 10)  # of ten chunks
+    monkeypatch.setattr(texts, "MAX_BYTES", 4 * 10)  # of ten chunks
     base = FakeBase()
     counted = []
     monkeypatch.setattr(base, "chunk_count", lambda prompt: counted.append(prompt) or len(prompt))

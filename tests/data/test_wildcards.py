@@ -9,13 +9,14 @@ import pytest
 from made_up import FakeBase, noise_picture
 from sfumato.pipelines.check import main as check
 
-from sfumato.data import Example, Options, prepare, read_folder, wildcards
-from sfumato.data.foreign import convert
+from sfumato.data import Example, Options, prepare, read_folder
+from sfumato.data import captions as wildcards
 from sfumato.data.placeholder_captions import insert_placeholders
-from sfumato.data.tags import count_forms, forms, said, vary
+from sfumato.data.tags import caption_forms, count_forms, unshuffled_captions, vary_caption
 from sfumato.errors import ConfigError, DataError
-from sfumato.training.subject import Subject, read_subject, with_caption
-from sfumato.training.unrelated import default_prompts
+from sfumato.interop.datasets import convert
+from sfumato.training.loss.validation import default_prompts
+from sfumato.training.methods.subject import Subject, read_subject, with_caption
 
 ON = Options(wildcards=True)
 AS_LETTERS = (
@@ -75,11 +76,11 @@ def all_of_sd_scripts(caption):
 )
 def test_the_forms_are_those_of_sd_scripts(caption):
     wanted = list(all_of_sd_scripts(caption))
-    assert Counter(wildcards.forms(caption)) == Counter(wanted)
-    assert wildcards.count(caption) == len(wanted)
-    assert wildcards.drawn(caption, lambda count: 0) == wanted[0]
-    assert wildcards.drawn(caption, lambda count: count - 1) == wanted[-1]
-    assert max(map(len, wanted)) == len(wildcards.longest(caption, len))
+    assert Counter(wildcards.expand_wildcards(caption)) == Counter(wanted)
+    assert wildcards.count_choices(caption) == len(wanted)
+    assert wildcards.choose_alternatives(caption, lambda count: 0) == wanted[0]
+    assert wildcards.choose_alternatives(caption, lambda count: count - 1) == wanted[-1]
+    assert max(map(len, wanted)) == len(wildcards.longest_form(caption, len))
 
 
 @pytest.mark.parametrize(
@@ -95,15 +96,15 @@ def test_the_forms_are_those_of_sd_scripts(caption):
     ],
 )  # fmt: skip
 def test_an_alternative_may_hold_wildcards(caption, wanted):
-    assert list(wildcards.forms(caption)) == wanted.split("|")
-    assert wildcards.count(caption) == wanted.count("|") + 1
+    assert list(wildcards.expand_wildcards(caption)) == wanted.split("|")
+    assert wildcards.count_choices(caption) == wanted.count("|") + 1
 
 
 @pytest.mark.parametrize("caption", ["{a|b} {c|d|e}", "{a|{b|{c|d}}} {1|2}", "a", "", "{a|b}{c|d}{e|f}{g|h}{i|j}{k|l}"])
 def test_few_forms_have_each_alternative(caption):
-    few = wildcards.cover(caption)
-    assert set(few) <= set(wildcards.forms(caption))
-    assert few[0] == next(wildcards.forms(caption))
+    few = wildcards.covering_forms(caption)
+    assert set(few) <= set(wildcards.expand_wildcards(caption))
+    assert few[0] == next(wildcards.expand_wildcards(caption))
     assert all(any(letter in text for text in few) for letter in re.findall(r"[a-z0-9]", caption))
     assert len(few) <= 4
 
@@ -138,14 +139,14 @@ def test_each_alternative_is_drawn_as_often(folder, base):
 
 
 def test_one_within_another_shares_its_chance():
-    told = Counter(vary("{a|{b|c}}", ON, 0, step, 1) for step in range(4000))
+    told = Counter(vary_caption("{a|{b|c}}", ON, 0, step, 1) for step in range(4000))
     assert abs(told["a"] - 2000) < 120
     assert abs(told["b"] - 1000) < 110
     assert abs(told["c"] - 1000) < 110
 
 
 def test_two_in_a_caption_are_drawn_by_themselves():
-    told = Counter(vary("{a|b} {c|d}", ON, 3, step, 0) for step in range(4000))
+    told = Counter(vary_caption("{a|b} {c|d}", ON, 3, step, 0) for step in range(4000))
     assert len(told) == 4
     assert all(abs(count - 1000) < 110 for count in told.values())
 
@@ -158,7 +159,7 @@ def test_which_one_is_a_function_of_seed_step_and_place(folder, base):
     assert data.drawn_captions(1, 20, 4) == {caption for batch in one for caption in batch}
     for kind in ("seed", "step", "place"):
         asked = ({"seed": 0, "step": 0, "place": 0, kind: number} for number in range(40))
-        assert len({vary("{a|b|c|d|e|f}", ON, **each) for each in asked}) == 6
+        assert len({vary_caption("{a|b|c|d|e|f}", ON, **each) for each in asked}) == 6
 
 
 def test_a_line_is_chosen_before_its_wildcards(folder, base):
@@ -185,16 +186,16 @@ def test_tags_of_an_alternative_are_shuffled_like_others(folder, base):
     assert set(drawn(data, 600)) == wanted
     assert wanted <= set(base.prompts)
     options = Options(wildcards=True, shuffle_tags=True, keep_tags=1)
-    assert set(forms(caption, options)) == set(shuffled(caption, 1))
+    assert set(caption_forms(caption, options)) == set(shuffled(caption, 1))
     assert count_forms(caption, options) == len([*shuffled(caption, 1)])
 
 
 @pytest.mark.parametrize("options", [Options(wildcards=True, shuffle_tags=True, tag_dropout=0.5), ON])
 def test_the_forms_are_all_that_is_drawn(options):
     caption = "{zwx|zwx, new} ||| {a, b|c}, d ||| ink"
-    possible = list(forms(caption, options))
+    possible = list(caption_forms(caption, options))
     assert count_forms(caption, options) == len(possible)
-    assert {vary(caption, options, 0, step, 0) for step in range(3000)} == set(possible)
+    assert {vary_caption(caption, options, 0, step, 0) for step in range(3000)} == set(possible)
 
 
 def test_marks_keep_the_tags_of_the_alternative_that_was_drawn(folder, base):
@@ -304,10 +305,10 @@ def test_the_template_takes_them_too(folder):
     (folder / "b.png").rename(folder / "red-house.png")
     found = read(folder, caption_template="{photo|{ink|pencil} drawing} of {caption}, {trigger}", trigger="zwx")
     ways = ("photo", "ink drawing", "pencil drawing")
-    assert set(forms(found[0].caption, ON)) == {
+    assert set(caption_forms(found[0].caption, ON)) == {
         f"{way} of a {colour} crab, zwx" for way in ways for colour in ("red", "blue")
     }
-    assert set(forms(found[1].caption, ON)) == {f"{way} of red house, zwx" for way in ways}
+    assert set(caption_forms(found[1].caption, ON)) == {f"{way} of red house, zwx" for way in ways}
     prompts = default_prompts(["a"], found[0].template, found[0].trigger)
     assert prompts == ["a", "photo of a dog, zwx", "photo of a car, zwx"]
 
@@ -386,8 +387,10 @@ def test_parts_of_a_tag_stay_together(folder, base):
     assert {text.count("hat") + text.count("coat") + text.count("boots") for text in drawn(dropping, 200)} == {0, 3}
     assert plain.fingerprint != prepare(read_folder(folder), base, resolution=64).fingerprint
     both = Options(wildcards=True, secondary_separator=";;;")
-    assert said("{a;;;b|c};;;d", both) == list(forms("{a;;;b|c};;;d", both)) == ["a, b, d", "c, d"]
-    assert {vary("{a;;;b|c};;;d", both, 0, step, 0) for step in range(20)} == {"a, b, d", "c, d"}
+    assert (
+        unshuffled_captions("{a;;;b|c};;;d", both) == list(caption_forms("{a;;;b|c};;;d", both)) == ["a, b, d", "c, d"]
+    )
+    assert {vary_caption("{a;;;b|c};;;d", both, 0, step, 0) for step in range(20)} == {"a, b, d", "c, d"}
 
 
 @pytest.mark.parametrize("signs", [" ", ",", ";, ", "|||"])

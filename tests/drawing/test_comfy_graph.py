@@ -7,8 +7,8 @@ from PIL import Image, PngImagePlugin
 from sfumato.pipelines.generate import Config
 
 from sfumato.config import parse
-from sfumato.drawing.comfy_graph import read_graph
-from sfumato.drawing.redraw import redraw
+from sfumato.generation.metadata.other_tools import read_graph
+from sfumato.generation.metadata.redraw import redraw
 
 
 def picture_of(nodes, file):

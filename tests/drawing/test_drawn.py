@@ -9,12 +9,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sfumato.drawing.adapter_lookup import find_adapter
-from sfumato.drawing.notes import learned_otherwise, misread_words, unknown_words, unread_marks, unused_words
-from sfumato.drawing.placement import AdapterPlacement
-from sfumato.drawing.request import PictureRequest
-from sfumato.drawing.session import DrawingSession
 from sfumato.errors import ConfigError
+from sfumato.generation.adapter_files import find_adapter
+from sfumato.generation.image_options import PictureRequest
+from sfumato.generation.notes import (
+    base_mismatch_notes,
+    misread_word_notes,
+    unknown_word_notes,
+    unread_syntax_notes,
+    unused_word_notes,
+)
+from sfumato.generation.placement import AdapterPlacement
+from sfumato.generation.session import DrawingSession
 
 LONG = 100_000  # letters, of which the square is minutes
 HOSTILE = "otter\x1b[2J\x07"
@@ -34,7 +40,7 @@ def base():
 
 @pytest.mark.parametrize("text", ["(a:" + "1" * LONG, "[a:" + "1" * LONG, "[" + "|" * LONG, "{" + "|" * LONG])
 def test_a_long_prompt_without_marks_is_read_once(text):
-    assert unread_marks([text], "plain") == []
+    assert unread_syntax_notes([text], "plain") == []
 
 
 @pytest.mark.parametrize(
@@ -52,28 +58,28 @@ def test_a_long_prompt_without_marks_is_read_once(text):
     ],
 )
 def test_what_other_programs_read_as_marks_is_told(text, mark):
-    (line,) = unread_marks([text], "plain")
+    (line,) = unread_syntax_notes([text], "plain")
     assert line.startswith(f"{mark} is drawn as letters")
 
 
 @pytest.mark.parametrize("text", ["(a:1.)", "(a 1:2)", "(3:2)", "[a]", "{a}", "a: 1.2"])
 def test_what_is_no_mark_is_not_told(text):
-    assert unread_marks([text], "plain") == []
+    assert unread_syntax_notes([text], "plain") == []
 
 
 @pytest.mark.parametrize("syntax", ["a1111", "compel"])
 def test_where_marks_are_read_they_are_not_told(syntax):
-    assert unread_marks(["a (crab:1.2) BREAK"], syntax) == []
-    assert unread_marks(["a {red|blue} crab"], syntax) != []
+    assert unread_syntax_notes(["a (crab:1.2) BREAK"], syntax) == []
+    assert unread_syntax_notes(["a {red|blue} crab"], syntax) != []
 
 
 def test_a_word_is_loaded_whatever_its_capitals_and_zero_layers_are_a_setting(base):
     base.tokenizers[0]._sfumato_words = [SimpleNamespace(tokens=["<Otter>"])]
     told = {"sfumato.config": json.dumps({"train_words": ["<oTTER>", "<fox>"], "clip_skip": 0})}
-    (line,) = learned_otherwise({"line": told}, base)
+    (line,) = base_mismatch_notes({"line": told}, base)
     assert line.startswith("line: its word <fox> is not loaded")
     base.clip_skip = 1
-    assert "line: learned with --clip-skip 0, and drawn with 1." in learned_otherwise({"line": told}, base)
+    assert "line: learned with --clip-skip 0, and drawn with 1." in base_mismatch_notes({"line": told}, base)
 
 
 def test_on_a_sheet_seeds_are_told_where_there_are_several():
@@ -88,13 +94,13 @@ def test_on_a_sheet_seeds_are_told_where_there_are_several():
 @pytest.mark.parametrize(("learned", "drawn", "told"), [("v", "epsilon", True), ("epsilon", "epsilon", False)])
 def test_an_adapter_of_a_base_that_predicts_otherwise_is_told(learned, drawn, told, base):
     base.prediction_type = drawn
-    lines = learned_otherwise({"line": {"modelspec.prediction_type": learned, "sfumato.clip_skip": "0"}}, base)
+    lines = base_mismatch_notes({"line": {"modelspec.prediction_type": learned, "sfumato.clip_skip": "0"}}, base)
     assert [line.endswith("--prediction-type v_prediction draws as it was learned.") for line in lines] == [True] * told
 
 
 def test_a_word_of_the_bases_own_vocabulary_needs_no_file(base):
     base.tokenizers[0].get_vocab = lambda: {"<own>": 3}
-    assert unknown_words(["an <own> crab"], [], base) == []
+    assert unknown_word_notes(["an <own> crab"], [], base) == []
 
 
 def adapter_files(folder, *names):
@@ -124,24 +130,24 @@ def test_a_tag_names_the_nearest_of_several_files_or_none(tmp_path):
 
 
 def test_words_that_no_file_brings_are_told(base):
-    lines = unknown_words(["<" + "a" * LONG, "<otter> <-> <fox> <otter> <a b>"], ["<fox>"], base)
+    lines = unknown_word_notes(["<" + "a" * LONG, "<otter> <-> <fox> <otter> <a b>"], ["<fox>"], base)
     assert [line.split(":")[0] for line in lines] == ["<otter>"]
 
 
 def test_two_pairs_of_angle_brackets_may_be_one_word(base):
-    lines = unknown_words(["a <s0><s1> dog, <S0><S1>", "<otters> <s0>"], ["<s0><s1>", "otter"], base)
+    lines = unknown_word_notes(["a <s0><s1> dog, <S0><S1>", "<otters> <s0>"], ["<s0><s1>", "otter"], base)
     assert [line.split(":")[0] for line in lines] == ["<otters>", "<s0>"]
 
 
 def test_what_a_file_says_does_not_reach_the_terminal(base):
     told = {"l": {"sfumato.config": json.dumps({"clip_skip": HOSTILE, "steps": 1, "train_words": [HOSTILE]})}}
-    lines = learned_otherwise(told, base)
-    lines += unused_words([(Path("a.pt"), [HOSTILE])], ["a"], "plain")
-    lines += misread_words([f"({HOSTILE})"], [f"({HOSTILE})"], "a1111")
-    lines += unknown_words([f"<{HOSTILE}>"], [], base)
+    lines = base_mismatch_notes(told, base)
+    lines += unused_word_notes([(Path("a.pt"), [HOSTILE])], ["a"], "plain")
+    lines += misread_word_notes([f"({HOSTILE})"], [f"({HOSTILE})"], "a1111")
+    lines += unknown_word_notes([f"<{HOSTILE}>"], [], base)
     assert len(lines) == 4
     assert all(line.isprintable() for line in lines)
 
 
 def test_a_config_that_cannot_be_read_says_nothing(base):
-    assert learned_otherwise({"l": {"sfumato.config": "[" * LONG}}, base) == []
+    assert base_mismatch_notes({"l": {"sfumato.config": "[" * LONG}}, base) == []

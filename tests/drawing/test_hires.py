@@ -7,11 +7,11 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
-from sfumato import draw_call
-from sfumato.drawing.call import Call
-from sfumato.drawing.hires import Hires
-from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import ConfigError
+from sfumato.generation.draw import Start, draw
+from sfumato.generation.image_options import Hires
+from sfumato.generation.pipeline_call import PipelineCall
+from sfumato.models import calls
 from tests.pixels import difference
 from tests.tiny import tiny_pipeline
 
@@ -58,7 +58,7 @@ def test_the_second_pass_has_as_many_steps_as_the_first_where_none_are_given(poc
     drawn = []
 
     def record(*_: Any) -> None:
-        drawn.append(draw_call.STEPS.get())
+        drawn.append(calls.CURRENT_STEPS.get())
 
     hook = pocket.unet.register_forward_pre_hook(record)
     try:
@@ -70,16 +70,16 @@ def test_the_second_pass_has_as_many_steps_as_the_first_where_none_are_given(poc
 
 def test_what_each_image_has_for_itself_finds_its_place_in_both_passes(pocket, monkeypatch):
     """Three images, in the second pass two at once and one."""
-    drawn, own = [], Call.draw
+    drawn, own = [], PipelineCall.draw
 
     def record(call, texts, noises, starts):
-        places, count = draw_call.PICTURES.get()
+        places, count = calls.CURRENT_IMAGES.get()
         drawn.append(([*places], count, noises, len(starts)))
         return own(call, texts, noises, starts)
 
-    monkeypatch.setattr(Call, "draw", record)
+    monkeypatch.setattr(PipelineCall, "draw", record)
     monkeypatch.setattr(
-        "sfumato.drawing.pictures.LATENTS_AT_ONCE", 2 * 64 * 64 // pocket.pipeline().vae_scale_factor ** 2
+        "sfumato.generation.draw.LATENTS_AT_ONCE", 2 * 64 * 64 // pocket.pipeline().vae_scale_factor ** 2
     )
     draw(pocket, "a cat", [5, 6, 7], steps=1, width=32, height=32, hires=Hires(2, 1.0))
     assert drawn == [([0, 1, 2], 3, [5, 6, 7], 0), ([0, 1], 3, [5, 6], 2), ([2], 3, [7], 1)]
@@ -87,7 +87,7 @@ def test_what_each_image_has_for_itself_finds_its_place_in_both_passes(pocket, m
 
 def test_fewer_are_enlarged_at_once_where_memory_does_not_hold_them(pocket, monkeypatch):
     settings = {"steps": 2, "width": 32, "height": 32, "hires": Hires(2, 0.5)}
-    together, own, sizes = draw(pocket, "a cat", [1, 2, 3], **settings), Call.draw, []
+    together, own, sizes = draw(pocket, "a cat", [1, 2, 3], **settings), PipelineCall.draw, []
 
     def limited(call, texts, noises, starts):
         sizes.append((len(texts), len(starts)))
@@ -95,7 +95,7 @@ def test_fewer_are_enlarged_at_once_where_memory_does_not_hold_them(pocket, monk
             raise FULL
         return own(call, texts, noises, starts)
 
-    monkeypatch.setattr(Call, "draw", limited)
+    monkeypatch.setattr(PipelineCall, "draw", limited)
     found = draw(pocket, "a cat", [1, 2, 3], **settings)
     assert sizes == [(3, 0), (3, 3), (1, 1), (1, 1), (1, 1)]
     assert all(difference(*pair) <= 1 for pair in zip(found, together, strict=True))
@@ -137,14 +137,14 @@ def test_another_error_of_the_vae_is_not_tried_again(pocket, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hires": 2}, "hires 2: wanted sfumato.drawing.pictures.Hires"),
+        ({"hires": 2}, "hires 2: wanted sfumato.generation.draw.Hires"),
         ({"hires": Hires(2), "start": Start(Image.new("RGB", (8, 8)))}, "start and hires do not go together"),
         ({"hires": Hires(2, 0.01)}, "1200 steps; wanted 1 to 1000"),
         ({"hires": Hires(8), "width": 8192, "height": 8192}, "65536"),
     ],
 )
 def test_what_cannot_be_enlarged_is_refused_before_anything_is_drawn(pocket, monkeypatch, settings, message):
-    monkeypatch.setattr(Call, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(PipelineCall, "draw", lambda *_: pytest.fail("drawn"))
     with pytest.raises(ConfigError, match=message):
         draw(pocket, "a cat", 1, **{"steps": 12} | settings)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.bases import load_base
-from sfumato.drawing.hires import Hires
-from sfumato.drawing.pictures import Start, draw
+from sfumato.generation.draw import Start, draw
+from sfumato.generation.image_options import Hires
+from sfumato.models import load_base
 from tests.pixels import difference, picture_with_mask
 from tests.tiny import CPU, tiny_pipeline, write_folder
 

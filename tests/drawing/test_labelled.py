@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.drawing import labelled
-from sfumato.drawing.labelled import Cell, Label, labelled_sheet
+from sfumato.utils import image_grid
+from sfumato.utils.image_grid import Cell, Label, labelled_sheet
 
 RED = (255, 0, 0)
 
@@ -32,9 +32,9 @@ def test_a_long_caption_takes_its_lines_and_is_cut_after_them():
     assert [inked(Label(words, lines=lines)) for lines in (1, 2, 5)] == [(1, 24), (2, 40), (5, 88)]
     assert inked(Label("wwww", lines=5)) == (1, 24)
     assert inked(Label("wwww"), Label(words, lines=2), Label("wwww")) == (4, 72)
-    font = labelled.label_font(12)
-    assert labelled._lines(Label("wwww", lines=5), font) == ["wwww"]
-    assert labelled._lines(Label(words, lines=3), font)[-1].endswith(" ...")
+    font = image_grid.label_font(12)
+    assert image_grid._lines(Label("wwww", lines=5), font) == ["wwww"]
+    assert image_grid._lines(Label(words, lines=3), font)[-1].endswith(" ...")
 
 
 def test_nine_pictures_take_two_rows():
@@ -51,6 +51,6 @@ def test_a_caption_without_end_is_measured_by_what_a_cell_shows():
             return 7 * len(text)
 
     font = Font()
-    assert labelled._cut("a crab " * 3000, font) == "a crab a crab a crab a  ..."  # of 27 letters
+    assert image_grid._cut("a crab " * 3000, font) == "a crab a crab a crab a  ..."  # of 27 letters
     assert font.looked < 192**2
-    assert labelled._cut("a crab", font) == "a crab"
+    assert image_grid._cut("a crab", font) == "a crab"

@@ -28,15 +28,15 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from sfumato import schedulers
-from sfumato.bases import load_base
 from sfumato.data.images import open_image
-from sfumato.drawing.call import Call
-from sfumato.drawing.decoding import decoded_at_once, image_of
-from sfumato.drawing.pictures import Start, check_steps, draw, draw_each, drawn_at_once
-from sfumato.drawing.sizes import near_side, size_like
 from sfumato.errors import BaseModelError, ConfigError, DataError
+from sfumato.generation.decoding import decode_batch_size, to_pil
+from sfumato.generation.draw import Start, check_steps, draw, draw_each, drawn_at_once
+from sfumato.generation.image_options import round_side, size_like
+from sfumato.generation.pipeline_call import PipelineCall
+from sfumato.models import load_base
 from sfumato.precision import decide
+from sfumato.utils import schedulers
 from tests.pixels import difference
 from tests.tiny import CPU, tiny_pipeline
 
@@ -72,7 +72,7 @@ def test_a_picture_does_not_depend_on_its_place_in_the_batch(pocket):
 def test_fewer_are_drawn_at_once_where_memory_does_not_hold_them(pocket, monkeypatch):
     """A batch of seven, of which memory holds two."""
     seeds = [1, 2, 3, 4, 5, 6, 7]
-    together, draw_call, sizes = draw(pocket, "a cat", seeds, steps=2), Call.draw, []
+    together, draw_call, sizes = draw(pocket, "a cat", seeds, steps=2), PipelineCall.draw, []
 
     def limited(call, texts, noises, starts):
         sizes.append(len(texts))
@@ -80,7 +80,7 @@ def test_fewer_are_drawn_at_once_where_memory_does_not_hold_them(pocket, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return draw_call(call, texts, noises, starts)
 
-    monkeypatch.setattr(Call, "draw", limited)
+    monkeypatch.setattr(PipelineCall, "draw", limited)
     found = draw(pocket, "a cat", seeds, steps=2)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert [difference(*pair) <= 1 for pair in zip(found, together, strict=True)] == [True] * 7
@@ -96,7 +96,7 @@ def test_one_that_does_not_fit_and_other_errors_end(pocket, monkeypatch, error, 
         calls.append(len(texts))
         raise error
 
-    monkeypatch.setattr(Call, "draw", broken)
+    monkeypatch.setattr(PipelineCall, "draw", broken)
     with pytest.raises(type(error)):
         draw(pocket, "a cat", [*range(count)], steps=2)
     assert calls == [count]
@@ -133,13 +133,13 @@ def test_every_sampler_keeps_the_bases_schedule_and_leaves_the_pipelines_alone(p
     for name, sampler in schedulers.SAMPLERS.items():
         if sampler.needs and find_spec(sampler.needs) is None:
             with pytest.raises(ConfigError, match=f"--sampler {name}: needs {sampler.needs}, which is not installed"):
-                schedulers.scheduler(name, schedule)
+                schedulers.make_scheduler(name, schedule)
             continue
-        made = schedulers.scheduler(name, schedule)
+        made = schedulers.make_scheduler(name, schedule)
         assert made.config.prediction_type == "v_prediction"
         assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
         if sampler.schedule != "SGM Uniform":  # which the base's own spacing is already
-            assert schedulers.label(made) == (sampler.label, sampler.schedule)
+            assert schedulers.scheduler_label(made) == (sampler.label, sampler.schedule)
         else:
             assert made.config.timestep_spacing == "trailing"
         assert len(draw(pipe, "a cat", 1, steps=2, sampler=name, width=32, height=32, guidance=1.0)) == 1
@@ -150,18 +150,18 @@ def test_a_sampler_is_spaced_as_diffusers_spaces_it_on_a_base_that_says_nothing_
     """As SD 1.5 and 2.1 are published: PNDM's own spacing is none of DPM++'s."""
     config = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).config
     for name, kind in (("dpm++ 2m", DPMSolverMultistepScheduler), ("euler", EulerDiscreteScheduler)):
-        ours, theirs = schedulers.scheduler(name, config), kind.from_config(config)
+        ours, theirs = schedulers.make_scheduler(name, config), kind.from_config(config)
         ours.set_timesteps(8)
         theirs.set_timesteps(8)
         assert_close(ours.timesteps, theirs.timesteps)
-    few = schedulers.scheduler("euler sgm_uniform", config | {"timestep_spacing": "leading"})
+    few = schedulers.make_scheduler("euler sgm_uniform", config | {"timestep_spacing": "leading"})
     few.set_timesteps(4)
     assert few.timesteps.tolist() == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M Karras", "dpmpp_2m_karras", "dpm++-2m-karras"])
 def test_a_sampler_goes_by_any_spelling_of_its_name(name):
-    assert schedulers.find(name) is schedulers.SAMPLERS["dpm++ 2m karras"]
+    assert schedulers.find_sampler(name) is schedulers.SAMPLERS["dpm++ 2m karras"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_sampler_goes_by_any_spelling_of_its_name(name):
     ],
 )
 def test_a_sampler_goes_by_its_name_in_other_programs(names, wanted):
-    assert all(schedulers.find(name) is schedulers.SAMPLERS[wanted] for name in names.split())
+    assert all(schedulers.find_sampler(name) is schedulers.SAMPLERS[wanted] for name in names.split())
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_sampler_goes_by_its_name_in_other_programs(names, wanted):
 )
 def test_another_sampler_is_not_suggested_for_one_that_there_is_not(name):
     with pytest.raises(ConfigError, match="unknown; wanted one of ddim, ddpm, "):
-        schedulers.find(name)
+        schedulers.find_sampler(name)
 
 
 def test_an_editor_and_a_type_checker_know_the_settings_of_draw():
@@ -214,11 +214,11 @@ def test_samplers_of_few_steps_draw_what_diffusers_draws_with_them(name, kind, o
 def test_a_sampler_that_cannot_begin_in_pure_noise_is_refused_on_such_a_base(pocket):
     schedule = {**pocket.scheduler.config, "rescale_betas_zero_snr": True}
     with pytest.raises(ConfigError, match="zero terminal SNR"):
-        schedulers.scheduler("pndm", schedule)
+        schedulers.make_scheduler("pndm", schedule)
     for name in ("DPM++ 2M Karras", "euler_karras", "unipc karras"):
         with pytest.raises(ConfigError, match=r"zero terminal SNR\. Take (DPM\+\+ 2M|euler|unipc)\.$"):
-            schedulers.scheduler(name, schedule)
-    assert schedulers.scheduler("euler", schedule).config.timestep_spacing == "trailing"
+            schedulers.make_scheduler(name, schedule)
+    assert schedulers.make_scheduler("euler", schedule).config.timestep_spacing == "trailing"
 
 
 def test_a_picture_to_begin_from_is_no_reason_to_warn_of_casts(family_folder, caplog, monkeypatch):
@@ -289,7 +289,7 @@ def test_latents_that_are_not_finite_are_no_picture(pipe, monkeypatch):
 
 @pytest.mark.parametrize(("side", "count"), [(128, 1), (64, 1), (32, 4)])
 def test_a_gpu_decodes_a_large_picture_by_itself_and_small_ones_together(side, count):
-    assert decoded_at_once(torch.zeros(9, 4, side, side)) == count
+    assert decode_batch_size(torch.zeros(9, 4, side, side)) == count
 
 
 def test_a_pipeline_is_afterwards_as_it_was(pipe, monkeypatch):
@@ -311,7 +311,7 @@ def test_a_picture_larger_than_any_batch_is_drawn_by_itself(pipe):
 def test_every_colour_comes_out_as_the_nearest_that_there_is():
     colours = torch.arange(256.0).view(1, 16, 16).expand(3, 16, 16)
     for off in (-0.4, 0.0, 0.4):
-        picture = image_of((colours + off) / 127.5 - 1)
+        picture = to_pil((colours + off) / 127.5 - 1)
         assert np.array_equal(np.asarray(picture), colours.permute(1, 2, 0).numpy())
 
 
@@ -325,7 +325,7 @@ def test_no_more_steps_than_the_base_has_timesteps():
 
 
 def test_sides_are_the_nearest_multiples_of_8_and_keep_the_proportions():
-    assert [near_side(px) for px in (1, 3, 12.1, 60)] == [8, 8, 16, 64]
+    assert [round_side(px) for px in (1, 3, 12.1, 60)] == [8, 8, 16, 64]
     assert size_like((768, 512), 64) == (80, 56)
     assert size_like((512, 768), 64) == (56, 80)
 
@@ -424,7 +424,7 @@ def test_an_overflow_in_half_precision_is_drawn_again_in_fp32():
         ({"prompts": "a", "seeds": 1, "sampler": DDIMScheduler()}, "a sampler that is a DDIMScheduler; wanted a name"),
         (
             {"prompts": "a", "seeds": 1, "start": "x.png"},
-            "a start that is a str; wanted sfumato.drawing.pictures.Start",
+            "a start that is a str; wanted sfumato.generation.draw.Start",
         ),
     ],
 )

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
-from sfumato.drawing.pnginfo import (
+from sfumato.errors import ConfigError, DataError
+from sfumato.generation.metadata.png_info import (
     Parameters,
     format_parameters,
     lora_tag,
@@ -16,8 +17,7 @@ from sfumato.drawing.pnginfo import (
     save_picture,
     short_hashes,
 )
-from sfumato.drawing.sheet import read_drawn
-from sfumato.errors import ConfigError, DataError
+from sfumato.utils.image_grid import read_image_or_none
 
 SETTINGS = {
     "Steps": 20,
@@ -204,14 +204,14 @@ def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match=r"a\.png: cannot be read .*4096 pixels"):
         read_picture_info(tmp_path / "a.png")
-    assert read_drawn(tmp_path / "a.png") is None
+    assert read_image_or_none(tmp_path / "a.png") is None
 
 
 def test_a_drawn_picture_with_a_header_cut_short_is_none(tmp_path):
     header = b"IHDR" + bytes(4)
     chunk = (4).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
-    assert read_drawn(tmp_path / "a.png") is None
+    assert read_image_or_none(tmp_path / "a.png") is None
 
 
 def test_a_negative_prompt_that_was_pasted_with_its_name_is_read_without_it():

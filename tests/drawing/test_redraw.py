@@ -10,13 +10,13 @@ from sfumato.pipelines.generate import Config, plan
 from sfumato.pipelines.grid import Config as GridConfig
 from sfumato.pipelines.inspect_file import main as inspect
 
+from sfumato.adapters.blocks import Blocks
+from sfumato.adapters.weights import Adapter
 from sfumato.config import parse
-from sfumato.drawing.drawn import save_drawn
-from sfumato.drawing.pnginfo import read_picture_info, save_picture
-from sfumato.drawing.redraw import redraw
 from sfumato.errors import ConfigError, DataError
-from sfumato.weighting.adapter import Adapter
-from sfumato.weighting.blocks import Blocks
+from sfumato.generation.metadata.png_info import read_picture_info, save_picture
+from sfumato.generation.metadata.redraw import redraw
+from sfumato.generation.settings import save_with_settings
 from tests.drawing.foreign import FROM_A1111, picture_with
 
 
@@ -96,7 +96,9 @@ def test_our_own_picture_is_told_with_its_adapters_and_what_they_ask_for(tmp_pat
         adapter_guidance={"l": 1.5}, over_steps={"l": {"points": [[0, 0], [0.4, 1]]}}, vae=None, clip_skip=None
     )
     used = [Adapter(lora, Blocks((0.8, 0.5), {"down": 0.5}), "l"), Adapter(lora, 0.0, "other")]
-    save_drawn(Image.new("RGB", (8, 8)), used, about | {"prompt_syntax": "plain"}, tmp_path / "a.png", ("DDIM", None))
+    save_with_settings(
+        Image.new("RGB", (8, 8)), used, about | {"prompt_syntax": "plain"}, tmp_path / "a.png", ("DDIM", None)
+    )
     found = redraw(tmp_path / "a.png")
     config = parse(Config, found.words[2:], program="generate")
     assert (config.prompts, config.prompt_syntax, config.base) == (("a (b) crab",), "plain", "pocket")
@@ -115,7 +117,7 @@ def test_our_own_jpeg_is_told_as_our_png_is(suffix, tmp_path):
     words = []
     for file in (tmp_path / "a.png", tmp_path / f"a.{suffix}"):
         used = [Adapter(tmp_path / "line.safetensors", 0.8, "line")]
-        save_drawn(Image.new("RGB", (8, 8)), used, about, file, ("DDIM", None))
+        save_with_settings(Image.new("RGB", (8, 8)), used, about, file, ("DDIM", None))
         words.append(redraw(file).words)
     assert words[1] == words[0]
     assert "word.safetensors" in words[1]
@@ -136,7 +138,7 @@ def test_our_own_jpeg_without_our_json_is_told_by_its_text(label, guidance, left
     about = dict(prompt="a (b) crab", negative="", seed=3, steps=5, guidance=3.0, width=64, height=64, base="a/b")
     about |= dict(adapter_guidance={label: 1.5}, vae=None, clip_skip=1, prompt_syntax="plain")
     used = [Adapter(tmp_path / "line.safetensors", 0.8, label), Adapter(tmp_path / "other.safetensors", 0.5, "other")]
-    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("DDIM", None))
+    save_with_settings(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("DDIM", None))
     text = read_picture_info(tmp_path / "a.png").parameters
     found = redraw(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", text))
     config = parse(Config, found.words[2:], program="generate")

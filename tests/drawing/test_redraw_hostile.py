@@ -7,9 +7,9 @@ import pytest
 from sfumato.pipelines.generate import Config
 
 from sfumato.config import parse
-from sfumato.drawing.invoke_metadata import read_invoke
-from sfumato.drawing.redraw import redraw, render
 from sfumato.errors import DataError
+from sfumato.generation.metadata.other_tools import read_invoke
+from sfumato.generation.metadata.redraw import redraw, render
 from tests.drawing.foreign import FROM_INVOKE, picture_of_invoke, picture_with
 
 LONG = 100_000  # letters, of which the square is minutes

@@ -4,8 +4,8 @@ import pytest
 from sfumato.pipelines.generate import Config
 
 from sfumato.config import parse
-from sfumato.drawing.invoke_metadata import read_invoke
-from sfumato.drawing.redraw import redraw
+from sfumato.generation.metadata.other_tools import read_invoke
+from sfumato.generation.metadata.redraw import redraw
 from tests.drawing.foreign import FROM_INVOKE, picture_of_invoke
 
 

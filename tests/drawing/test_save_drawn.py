@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sfumato.drawing.drawn import save_drawn
-from sfumato.drawing.pnginfo import lora_tag, read_picture_info
-from sfumato.drawing.redraw import redraw
-from sfumato.weighting.adapter import Adapter
+from sfumato.adapters.weights import Adapter
+from sfumato.generation.metadata.png_info import lora_tag, read_picture_info
+from sfumato.generation.metadata.redraw import redraw
+from sfumato.generation.settings import save_with_settings
 
 ABOUT = {
     **{"prompt": "a", "negative": "", "steps": 2, "guidance": 7, "seed": 1, "width": 8, "height": 8},
@@ -24,7 +24,7 @@ def test_numbers_are_written_as_they_are(tmp_path):
     numbers = {"guidance": 7.1234567, "strength": 1.0, "adapter_guidance": {"a": 1.2345678}, "seed": 2**53 + 1}
     used = [Adapter(tmp_path / "a.safetensors", (0.1234567, 1e-7))]
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
-    save_drawn(Image.new("RGB", (8, 8)), used, ABOUT | numbers, tmp_path / "a.png", ("Euler", None))
+    save_with_settings(Image.new("RGB", (8, 8)), used, ABOUT | numbers, tmp_path / "a.png", ("Euler", None))
     found = read_picture_info(tmp_path / "a.png").parameters
     assert found.prompt == "a <lora:a:1e-07:0.1234567>"
     told = [found.settings[name] for name in ("CFG scale", "Denoising strength", "Adapter guidance", "Seed")]
@@ -34,7 +34,7 @@ def test_numbers_are_written_as_they_are(tmp_path):
 def test_a_file_here_of_the_name_that_diffusers_gives_is_called_so(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
     used = [Adapter(tmp_path / "pytorch_lora_weights.safetensors", 0.5)]
-    save_drawn(Image.new("RGB", (8, 8)), used, ABOUT, tmp_path / "a.png", ("Euler", None))
+    save_with_settings(Image.new("RGB", (8, 8)), used, ABOUT, tmp_path / "a.png", ("Euler", None))
     assert read_picture_info(tmp_path / "a.png").parameters.prompt == "a <lora:pytorch_lora_weights:0.5>"
 
 
@@ -50,7 +50,7 @@ def test_a_file_here_of_the_name_that_diffusers_gives_is_called_so(tmp_path):
 def test_a_prompt_is_written_as_a1111_reads_the_same(tmp_path, syntax, prompt, negative):
     """Brackets of plain prompts are characters; compel's weights have no other form, and are named as compel's."""
     settings = ABOUT | {"prompt": "(a) \\", "negative": "[b]"} | ({"prompt_syntax": syntax} if syntax else {})
-    save_drawn(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("DPM++ 2M", None))
+    save_with_settings(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("DPM++ 2M", None))
     info = read_picture_info(tmp_path / "a.png")
     assert info.parameters.settings["Schedule type"] == "Uniform"  # A1111 would take Karras' where none is named
     assert info.own["sampler"] == "DPM++ 2M"
@@ -62,7 +62,7 @@ def test_a_prompt_is_written_as_a1111_reads_the_same(tmp_path, syntax, prompt, n
 @pytest.mark.parametrize(("family", "skipped", "told"), [("sd1", 1, "2"), ("sdxl", 1, "3"), ("sdxl", None, None)])
 def test_clip_skip_is_told_as_a1111_counts_it_and_comes_back(tmp_path, family, skipped, told):
     settings = ABOUT | {"width": 1024, "height": 1024, "family": family, "clip_skip": skipped}
-    save_drawn(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("Euler", None))
+    save_with_settings(Image.new("RGB", (8, 8)), [], settings, tmp_path / "a.png", ("Euler", None))
     assert read_picture_info(tmp_path / "a.png").parameters.settings.get("Clip skip") == told
     words = redraw(tmp_path / "a.png").words
     assert (words[words.index("--clip-skip") + 1] if "--clip-skip" in words else None) == (skipped and str(skipped))
@@ -78,7 +78,7 @@ def test_adapters_of_regions_have_no_guidance_of_their_own_and_are_named_where_t
     }
     save_file({"a": torch.zeros(1)}, tmp_path / "line.safetensors")
     used = [Adapter(tmp_path / "line.safetensors", 0.8, "line")]
-    save_drawn(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("DDIM", None))
+    save_with_settings(Image.new("RGB", (8, 8)), used, about, tmp_path / "a.png", ("DDIM", None))
     hashes = read_picture_info(tmp_path / "a.png").parameters.settings["Lora hashes"]
     assert re.fullmatch("line: [0-9a-f]{12}, b: b{12}", hashes)
     assert "--adapter-guidance" not in redraw(tmp_path / "a.png").words
@@ -96,5 +96,5 @@ def test_adapters_of_regions_have_no_guidance_of_their_own_and_are_named_where_t
 def test_a_word_is_named_wherever_it_is_said(more, told, tmp_path):
     save_file({"emb_params": torch.zeros(1)}, tmp_path / "otter.safetensors")
     words = [(tmp_path / "otter.safetensors", ["<otter>"])]
-    save_drawn(Image.new("RGB", (8, 8)), [], ABOUT | more, tmp_path / "a.png", ("DDIM", None), words)
+    save_with_settings(Image.new("RGB", (8, 8)), [], ABOUT | more, tmp_path / "a.png", ("DDIM", None), words)
     assert ("TI hashes" in read_picture_info(tmp_path / "a.png").parameters.settings) is told

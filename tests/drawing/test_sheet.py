@@ -5,8 +5,8 @@ import pytest
 from matplotlib import font_manager, get_data_path
 from PIL import Image
 
-from sfumato.drawing import sheet as sheets
-from sfumato.drawing.sheet import as_on_a_sheet, contact_sheet, label_font, sheet_size
+from sfumato.utils import image_grid
+from sfumato.utils.image_grid import contact_sheet, label_font, sheet_size, shrink_for_sheet
 
 
 def plain(colour, size=64):
@@ -37,8 +37,8 @@ def test_a_picture_of_512_px_keeps_its_pixels():
 def test_a_picture_between_both_sizes_keeps_its_pixels_too():
     left, top, right, bottom = boxes(contact_sheet([[plain((255, 0, 0), 200)]]), (255, 0, 0))
     assert (right - left, bottom - top) == (200, 200)
-    assert as_on_a_sheet(plain((255, 0, 0), 16), 16, 1).size == (16, 16)
-    assert as_on_a_sheet(plain((255, 0, 0), 1024), 1024, 1).size == (512, 512)
+    assert shrink_for_sheet(plain((255, 0, 0), 16), 16, 1).size == (16, 16)
+    assert shrink_for_sheet(plain((255, 0, 0), 1024), 1024, 1).size == (512, 512)
 
 
 def test_labels_stay_in_their_column_however_long():
@@ -63,10 +63,10 @@ def test_labels_of_rows_do_not_lie_on_each_other_however_long():
 def test_a_label_that_is_one_long_word_takes_few_looks(monkeypatch):
     """As Chinese and Japanese captions are, which the samples of a training are labelled with."""
     looked = []
-    monkeypatch.setattr(sheets, "_width", lambda text, _: looked.append(len(text)) or 10 * len(text))
-    assert sheets.wrap("w" * 1000, None, 105) == ["w" * 10] * 100
+    monkeypatch.setattr(image_grid, "_width", lambda text, _: looked.append(len(text)) or 10 * len(text))
+    assert image_grid.wrap("w" * 1000, None, 105) == ["w" * 10] * 100
     assert sum(looked) < 1_000_000
-    assert "".join(sheets.wrap("w" * 100_000, None, 105)) == "w" * 2000 + "..."
+    assert "".join(image_grid.wrap("w" * 100_000, None, 105)) == "w" * 2000 + "..."
 
 
 def test_every_label_and_the_title_leave_ink():
@@ -133,7 +133,7 @@ def test_pictures_that_are_not_square_lie_below_each_other_in_their_own_height(s
 @pytest.mark.parametrize("size", [(8, 8192), (8192, 8)])
 def test_a_very_narrow_picture_keeps_a_pixel(size):
     picture = Image.new("RGB", size, "red")
-    assert sorted(as_on_a_sheet(picture, 8192, 2).size) == [1, 512]
+    assert sorted(shrink_for_sheet(picture, 8192, 2).size) == [1, 512]
     left, top, right, bottom = boxes(contact_sheet([[picture]]), (255, 0, 0))
     assert sorted((right - left, bottom - top)) == [1, 512]
 
@@ -143,12 +143,12 @@ def test_a_sheet_of_very_many_is_one_that_programs_open(rows, columns):
     labels = {"row_labels": ["0.5"] * rows, "column_labels": ["a"] * columns}
     width, height = sheet_size((512, 512), **labels)
     assert 2**26 < width * height < 2 * Image.MAX_IMAGE_PIXELS
-    kept = as_on_a_sheet(Image.new("RGB", (512, 512)), 512, rows * columns)
+    kept = shrink_for_sheet(Image.new("RGB", (512, 512)), 512, rows * columns)
     assert width > columns * kept.width > 0.5 * width
 
 
 def test_what_is_kept_for_a_sheet_makes_the_same_sheet():
     pictures = [Image.effect_noise((700, 600), 60).convert("RGB") for _ in range(2)]
-    kept = [as_on_a_sheet(picture, 700, 2) for picture in pictures]
+    kept = [shrink_for_sheet(picture, 700, 2) for picture in pictures]
     assert kept[0].size == (512, 439)
     assert contact_sheet([kept]).tobytes() == contact_sheet([pictures]).tobytes()

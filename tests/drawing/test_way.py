@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sfumato.drawing.way import way_for
-from sfumato.weighting.adapter import Adapter
+from sfumato.adapters.weights import Adapter
+from sfumato.generation.prompt_adapters import choose_apply_mode
 
 
 @pytest.mark.parametrize("follows_steps", [False, True])
@@ -18,5 +18,5 @@ def test_a_mix_is_beside_the_layers_where_steps_or_offloading_want_it_unless_it_
     base = SimpleNamespace(precision=SimpleNamespace(offload=offload))
     line, whole = Adapter(tmp_path / "line.safetensors"), Adapter(tmp_path / "whole")
     is_beside = follows_steps or offload is not None
-    assert way_for(base, [line], follows_steps=follows_steps) == ("live" if is_beside else "auto")
-    assert way_for(base, [line, whole], follows_steps=follows_steps) == "auto"
+    assert choose_apply_mode(base, [line], follows_steps=follows_steps) == ("live" if is_beside else "auto")
+    assert choose_apply_mode(base, [line, whole], follows_steps=follows_steps) == "auto"

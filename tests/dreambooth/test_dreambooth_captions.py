@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sfumato import cli, data
-from sfumato.bases import load_base
 from sfumato.data import Dataset
-from sfumato.data.texts import CaptionEmbeddings
-from sfumato.runs.micro_batch import MicroBatch
-from sfumato.training.prior import BasePrediction
+from sfumato.data.preparation.texts import CaptionEmbeddings
+from sfumato.models import load_base
+from sfumato.runs.processes import MicroBatch
+from sfumato.training.loss.prior import BasePrediction
 from tests.logged import log_in
 from tests.tiny import CPU
 

@@ -10,8 +10,8 @@ import pytest
 from sfumato.trainers.dreambooth import Config, resolve
 
 from sfumato import cli, data
-from sfumato.bases.family import FAMILIES
 from sfumato.files import read_header
+from sfumato.models.family import FAMILIES
 from tests.dreambooth.subject import CLASS
 
 pytestmark = pytest.mark.usefixtures("quick")

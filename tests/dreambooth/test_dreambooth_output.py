@@ -9,11 +9,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sfumato import Adapter, compose
-from sfumato.bases import load_base
 from sfumato.errors import FileError
 from sfumato.files import read_adapter, read_header, read_lora, read_tensors
 from sfumato.files.metadata import thumbnail_uri
-from sfumato.training.full import write_folder as full_writer
+from sfumato.models import load_base
+from sfumato.training.methods.full import write_folder as full_writer
 from tests.dreambooth.subject import PROMPT
 from tests.tiny import CPU
 

@@ -10,7 +10,7 @@ from sfumato.trainers import dreambooth
 from sfumato import cli
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header
-from sfumato.training.subject import Subject
+from sfumato.training.methods.subject import Subject
 from tests.logged import log_in
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from bench.runs_resume import run
-from sfumato import randomness
 from sfumato.files import read_lora, read_tensors
-from sfumato.runs.step import Step
-from sfumato.training import noising
+from sfumato.runs.run import Step
+from sfumato.training.loss import objective
+from sfumato.utils import randomness
 from tests.dreambooth.subject import CLASS, PROMPT, STEPS, unet_of
 from tests.logged import log_beside
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_what_led_to_a_loss_is_gone_before_the_next_is_computed(train, monkeypatch):
     """Where fp16 overflows, --fused does not go back through it a second time, which would let go of it."""
-    losses, alive = noising.per_sample_losses, []
+    losses, alive = objective.per_sample_losses, []
 
     def looked_at(*args, **options):
         assert [each() for each in alive] == [None] * len(alive)
@@ -27,7 +27,7 @@ def test_what_led_to_a_loss_is_gone_before_the_next_is_computed(train, monkeypat
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(noising, "per_sample_losses", looked_at)
+    monkeypatch.setattr(objective, "per_sample_losses", looked_at)
 
     def overflows(step, *_, **__):
         step.skipped = True

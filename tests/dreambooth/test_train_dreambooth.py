@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato import data, diffusion, randomness
-from sfumato.bases import load_base
+from sfumato import data
 from sfumato.files import read_adapter, read_lora, read_tensors
 from sfumato.files.fingerprint import verify
-from sfumato.training.class_pictures import read_class
-from sfumato.training.prior import class_seed
+from sfumato.models import diffusion, load_base
+from sfumato.training.loss.class_images import read_class
+from sfumato.training.loss.prior import class_seed
+from sfumato.utils import randomness
 from tests.dreambooth.subject import CLASS, PROMPT, STEPS, unet_of
 from tests.in_peft import layers_of_peft
 from tests.logged import log_beside

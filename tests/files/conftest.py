@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from sfumato.files.changes import LoraModule
-from sfumato.files.kohya import Target
+from sfumato.files.kinds import LoraModule
+from sfumato.files.module_names import Target
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 UNETS = {

@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 
 from sfumato import cli
 from sfumato.errors import ConfigError, FileError
-from sfumato.files import atomic
-from sfumato.files.atomic import atomic_folder, atomic_path, beside, check_free, write_text
-from sfumato.files.save import model_folder
+from sfumato.files.save import atomic_model_folder
+from sfumato.utils import atomic
+from sfumato.utils.atomic import atomic_folder, atomic_path, check_overwrite, temporary_sibling, write_text
 from tests.files.said import said
 from tests.runs.faults import failing
 
@@ -28,14 +28,14 @@ def test_a_file_appears_whole_and_beside_its_place(tmp_path):
     write_text(place, "ä\n")
     assert place.read_bytes() == b"\xc3\xa4\n"
     assert list(place.parent.iterdir()) == [place]
-    assert said(check_free, place, False) == (
+    assert said(check_overwrite, place, False) == (
         f"--output {place}: exists already; name another place, or say --overwrite."
     )
-    check_free(place, True)
-    assert said(check_free, place, True, folder=True) == (
+    check_overwrite(place, True)
+    assert said(check_overwrite, place, True, folder=True) == (
         f"--output {place}: exists already, and folders are not written over; name another place."
     )
-    check_free(tmp_path / "free", False)
+    check_overwrite(tmp_path / "free", False)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -69,7 +69,7 @@ def test_two_that_write_one_file_at_once_are_not_in_each_others_way(tmp_path):
             second.write_bytes(b"22")
         assert place.read_bytes() == b"22"
     assert place.read_bytes() == b"1"
-    names = {beside(place, ".gz").name for _ in range(100)} | {beside(place).name}
+    names = {temporary_sibling(place, ".gz").name for _ in range(100)} | {temporary_sibling(place).name}
     assert len(names) == 101
     assert all(name.startswith(".a.tar.") and name.endswith((".part", ".part.gz")) for name in names)
 
@@ -125,13 +125,16 @@ def test_an_earlier_folder_stays_where_a_rename_fails(at, tmp_path, monkeypatch)
 def test_a_disk_that_takes_no_model_is_one_line_and_the_earlier_one_stays(error, tmp_path):
     place = tmp_path / "model"
     place.mkdir()
-    with pytest.raises(FileError, match=r"could not be written \((No space|I/O).*Make room"), model_folder(place):
+    with (
+        pytest.raises(FileError, match=r"could not be written \((No space|I/O).*Make room"),
+        atomic_model_folder(place),
+    ):
         raise error
     assert list(tmp_path.iterdir()) == [place]
 
 
 def test_whoever_may_read_a_models_configs_may_read_its_weights(tmp_path):
-    with model_folder(tmp_path / "model") as temporary:
+    with atomic_model_folder(tmp_path / "model") as temporary:
         (temporary / "unet").mkdir()
         (temporary / "unet/config.json").write_text("{}")
         (temporary / "unet/weights.safetensors").touch(0o600)
@@ -175,7 +178,7 @@ def test_a_file_under_another_name_is_not_written_over(tmp_path):
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").hardlink_to(tmp_path / "a")
     with pytest.raises(ConfigError, match="is what it would be made of"):
-        check_free(tmp_path / "a", True, read=[tmp_path / "b"])
+        check_overwrite(tmp_path / "a", True, read=[tmp_path / "b"])
 
 
 @pytest.mark.parametrize("command", ["merge", "extract", "resize", "convert", "clash"])

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError
 from sfumato.files import read_adapter
-from sfumato.files.changes import KINDS, Change
-from sfumato.files.kinds import KIND_KEYS
+from sfumato.files.keys import KIND_KEYS
+from sfumato.files.kinds import KINDS, Change
 
 OUT, IN, RANK = 6, 8, 2
 LINEAR, CONV = (OUT, IN), (OUT, IN, 3, 3)

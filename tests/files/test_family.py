@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.files.family import family_from_metadata, family_from_widths
+from sfumato.files.metadata import family_from_metadata, family_from_widths
 
 
 @pytest.mark.parametrize(

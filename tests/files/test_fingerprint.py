@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from sfumato.errors import FileError
-from sfumato.files.changes import LoraModule
+from sfumato.files.adapter_file import read_lora
 from sfumato.files.fingerprint import (
     FINGERPRINT_KEY,
     PROBES,
     Comparison,
-    check,
+    check_rows,
     compare,
     fingerprint,
     probe_rows,
     verify,
 )
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import read_lora
-from sfumato.files.write_kohya import write_lora
-from sfumato.files.write_peft_keys import write_diffusers
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.files.writing.peft import write_diffusers
 from tests.files.said import TO_K, said
 
 
@@ -33,7 +33,7 @@ def modules(tiny, lora):
 @pytest.mark.parametrize("write", [write_lora, write_diffusers])
 def test_it_survives_dtypes_and_dialects(dtype, error, write, modules, tmp_path):
     found = read_lora(write(tmp_path / "a.safetensors", modules, family="sd1", dtype=dtype))
-    comparison = check(found.metadata[FINGERPRINT_KEY], probe_rows(found.modules), "a")
+    comparison = check_rows(found.metadata[FINGERPRINT_KEY], probe_rows(found.modules), "a")
     assert comparison.same()
     assert comparison.rms < error
 
@@ -45,7 +45,7 @@ def test_a_few_steps_survive_fp16(write, half, modules, tmp_path):
     small = {key: replace(module, **{half: getattr(module, half) * 1e-8}) for key, module in modules.items()}
     small |= {key: replace(module, up=module.up * 0) for key, module in list(small.items())[:1]}  # not trained at all
     found = read_lora(write(tmp_path / "a.safetensors", small, family="sd1", dtype=torch.float16))
-    comparison = check(found.metadata[FINGERPRINT_KEY], probe_rows(found.modules), "a")
+    comparison = check_rows(found.metadata[FINGERPRINT_KEY], probe_rows(found.modules), "a")
     assert comparison.same()
     assert comparison.rms < 1e-3
 
@@ -65,7 +65,7 @@ def test_a_change_that_fp32_cannot_hold_has_none():
 def test_one_module_in_a_thousand_that_differs_is_named(modules):
     target = list(modules)[100]
     changed = modules | {target: replace(modules[target], up=-modules[target].up)}
-    comparison = check(fingerprint(modules), probe_rows(changed), "a")
+    comparison = check_rows(fingerprint(modules), probe_rows(changed), "a")
     assert not comparison.same()
     assert comparison.module.endswith(target[1].removeprefix("text_model."))
 
@@ -108,13 +108,13 @@ def test_missing_and_new_modules_are_counted(two_modules):
     assert (len(comparison.missing), len(comparison.extra)) == (1, 1)
     assert "1 module missing and 1 new" in comparison.reason()
     with pytest.raises(FileError, match="is of 2 modules, the file has 1"):
-        check(fingerprint(two_modules), probe_rows({first: two_modules[first]}), "a")
+        check_rows(fingerprint(two_modules), probe_rows({first: two_modules[first]}), "a")
 
 
 @pytest.mark.parametrize("text", ["", "1:abc", "2:0:AAAA", "1:00:!!!", "1:00:AAAA", "1:00:" + "AADAfw" * 4])
 def test_a_broken_fingerprint_is_an_error(text, two_modules):
     with pytest.raises(FileError, match="fingerprint is not readable"):
-        check(text, probe_rows(two_modules), "a")
+        check_rows(text, probe_rows(two_modules), "a")
 
 
 def test_a_module_of_nothing_is_the_same_as_itself(two_modules):
@@ -141,7 +141,7 @@ def test_what_a_fingerprint_says(two_modules):
         "it was written."
     )
     for text in ("", "1", "2" + metadata["sfumato.fingerprint"][1:], "1:x:AAAA", "1:x:" + "/" * 64):
-        assert said(check, text, two_modules, "a") == (
+        assert said(check_rows, text, two_modules, "a") == (
             "a: its fingerprint is not readable by this version; compare with --against the source."
         )
     twice = {target: replace(module, alpha=2 * module.alpha) for target, module in two_modules.items()}

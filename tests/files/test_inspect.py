@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from sfumato.pipelines.inspect_file import main
 
 from sfumato.files.adapter_file import read_adapter
-from sfumato.files.changes import LoraModule
 from sfumato.files.inspect import Block, Inspection, inspect_file, render
-from sfumato.files.layers import block_of
+from sfumato.files.kinds import LoraModule
 from sfumato.files.metadata import Description, Sampling, describe, short_hash
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.module_names import block_of
+from sfumato.files.writing.kohya import write_lora
 from tests.files.said import TO_K
 
 

@@ -4,10 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.files.embedding_keys import EmbeddingKey, embedding_key
-from sfumato.files.keys import describe_foreign, read_layout
-from sfumato.files.kinds import ROLES, kind_of, rank_of, weight_shape
-from sfumato.files.kohya import kohya_name, kohya_target
+from sfumato.files.keys import (
+    ROLES,
+    EmbeddingKey,
+    describe_foreign,
+    embedding_key,
+    kind_of,
+    rank_of,
+    read_layout,
+    weight_shape,
+)
+from sfumato.files.module_names import kohya_name, kohya_target
 
 PIECES = """
 lora_unet oft_unet lycoris lora_te lora_te1 lora_te2 unet text_encoder text_encoder_2 clip_l clip_g bundle_emb

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from sfumato.files import read_adapter
-from sfumato.files.changes import KINDS
-from sfumato.files.changes.difference import Difference
-from sfumato.files.changes.lokr import Factor, Lokr
-from sfumato.files.changes.oft import skew
-from sfumato.files.kinds import KIND_KEYS, base_kind, is_whole, kind_of, rank_of, weight_shape
+from sfumato.files.keys import KIND_KEYS, base_kind, is_complete, kind_of, rank_of, weight_shape
+from sfumato.files.kinds import KINDS
+from sfumato.files.kinds.ia3 import Difference
+from sfumato.files.kinds.lokr import Factor, Lokr
+from sfumato.files.kinds.oft import skew
+from sfumato.files.norms import _SQUARES
 from sfumato.files.save import write_tensors
-from sfumato.files.update_norms import _SQUARES
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,13 @@ from sfumato.files.update_norms import _SQUARES
 )
 def test_roles_make_a_kind(roles, kind, whole):
     assert kind_of(roles.split()) == kind
-    assert is_whole(kind, roles.split()) is whole
+    assert is_complete(kind, roles.split()) is whole
 
 
 def test_four_dimensions_make_oft_boft():
     assert [kind_of(["oft_blocks"], dimensions) for dimensions in (None, 3, 4)] == ["OFT", "OFT", "BOFT"]
-    assert is_whole("BOFT", ["oft_blocks"])
-    assert not is_whole("BOFT", ["boft_r"])
+    assert is_complete("BOFT", ["oft_blocks"])
+    assert not is_complete("BOFT", ["boft_r"])
     assert [base_kind(kind) for kind in ("DoRA", "DoRA of LoKr", "OFT")] == ["LoRA", "LoKr", "OFT"]
 
 

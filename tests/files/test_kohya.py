@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.files.kohya import kohya_name, kohya_target
+from sfumato.files.module_names import kohya_name, kohya_target
 from tests.files.said import said
 
 

@@ -11,10 +11,9 @@ from safetensors.torch import save
 
 from sfumato.errors import FileError
 from sfumato.files import read_header, read_tensors, write_tensors
-from sfumato.files.header import DIM_LIMIT, HEADER_LIMIT, NAME_LIMIT, PART_LIMIT, RANK_LIMIT
+from sfumato.files.header import DIM_LIMIT, HEADER_LIMIT, NAME_LIMIT, PART_LIMIT, RANK_LIMIT, describe_unknown_file
 from sfumato.files.read import is_finite
 from sfumato.files.save import hashes, header_bytes
-from sfumato.files.sniff import foreign
 
 
 def raw(header, data=b"", length=None):
@@ -245,4 +244,4 @@ def test_the_old_hash_is_of_64_kib_at_1_mib_with_the_training_s_metadata_only():
     ],
 )
 def test_it_is_told_from_the_first_bytes(head, said):
-    assert said in foreign(head)
+    assert said in describe_unknown_file(head)

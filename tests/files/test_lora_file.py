@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfumato.errors import AdapterError
-from sfumato.files.changes import LoraModule
+from sfumato.files.adapter_file import read_lora
 from sfumato.files.inspect import inspect_file
-from sfumato.files.lora_file import read_lora
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
 from tests.files.said import said
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

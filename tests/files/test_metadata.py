@@ -8,23 +8,23 @@ from PIL import Image
 
 import sfumato
 from sfumato.files import read_header, write_tensors
-from sfumato.files.family import family_from_metadata
 from sfumato.files.metadata import (
     Description,
     adapter_guidance_of,
     clip_skip_of,
     count_tags,
+    creation_time,
     describe,
-    moment,
+    embedding_files_of,
+    family_from_metadata,
     negatives_of,
     over_steps_of,
-    prediction_of,
+    prediction_type_of,
     short_hash,
     trigger_words,
-    words_beside,
 )
-from sfumato.files.write_kohya import metadata_within_limit
-from sfumato.merging.lineage import Parent, merged_metadata
+from sfumato.files.writing.kohya import metadata_within_limit
+from sfumato.merging.sources import Parent, merged_metadata
 from tests.files.said import said
 
 
@@ -89,10 +89,10 @@ def test_what_is_made_of_files_of_one_clip_skip_has_it(skips, child):
 
 def test_what_is_made_of_files_with_words_beside_them_knows_these():
     told = [describe(Description("x", "sd1", word_files=files)) for files in ({"<a>": "a.st"}, {"<b>": "b.st"}, {})]
-    assert words_beside(merged(*told)) == {"<a>": "a.st", "<b>": "b.st"}
-    assert words_beside(merged(merged(*told))) == {"<a>": "a.st", "<b>": "b.st"}
+    assert embedding_files_of(merged(*told)) == {"<a>": "a.st", "<b>": "b.st"}
+    assert embedding_files_of(merged(merged(*told))) == {"<a>": "a.st", "<b>": "b.st"}
     in_a_bundle = {"sfumato.config": '{"train_words": ["<c>"]}'}
-    assert words_beside(merged(in_a_bundle)) == {}
+    assert embedding_files_of(merged(in_a_bundle)) == {}
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_clip_skip_is_what_the_file_was_learned_with(metadata, skipped):
     ],
 )
 def test_what_a_base_predicted_is_told_in_several_ways(metadata, predicts):
-    assert prediction_of(metadata) == predicts
-    assert prediction_of(merged(metadata)) == predicts
+    assert prediction_type_of(metadata) == predicts
+    assert prediction_type_of(merged(metadata)) == predicts
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_little_that_can_be_said_is_said(monkeypatch):
     }
     for wrong in ("x", "\u00b2", "999999999999"):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
-        assert said(moment) == f"SOURCE_DATE_EPOCH is {wrong!r}; wanted whole seconds since 1970."
+        assert said(creation_time) == f"SOURCE_DATE_EPOCH is {wrong!r}; wanted whole seconds since 1970."
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "253402300799")
     assert describe(Description(title="n", family="sd1"))["modelspec.date"] == "9999-12-31T23:59:59Z"
 
@@ -279,5 +279,5 @@ def test_a_span_longer_than_two_numbers_is_not_read(text):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", "3"])
 def test_json_that_cannot_be_read_asks_for_nothing(text):
     assert negatives_of({"sfumato.negatives": text}) == ()
-    assert words_beside({"sfumato.config": text}) == {}
-    assert words_beside({"sfumato.word_files": text, "sfumato.config": "{}"}) == {}
+    assert embedding_files_of({"sfumato.config": text}) == {}
+    assert embedding_files_of({"sfumato.word_files": text, "sfumato.config": "{}"}) == {}

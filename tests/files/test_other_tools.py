@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError
-from sfumato.files.changes import LoraModule
-from sfumato.files.lora_file import read_lora
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.adapter_file import read_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
 
 MODULES = {"sd1": 282 + 72, "sd2": 282 + 138, "sdxl": 794 + 72 + 192}
 """Linear and convolution layers of the real configs: the U-Net's, then the text encoders'."""

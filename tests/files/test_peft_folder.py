@@ -8,8 +8,8 @@ import torch
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import inspect_file, read_adapter
-from sfumato.files.write_kohya import write_lora
-from sfumato.files.write_peft_keys import write_peft
+from sfumato.files.writing.kohya import write_lora
+from sfumato.files.writing.peft import write_peft
 from sfumato.merging.sources import adapter_hash
 from tests.files.said import said
 
@@ -100,7 +100,7 @@ def boft_stages(width, stages, size):
 
 @pytest.mark.parametrize(("width", "stages", "size"), [(8, 1, 4), (16, 2, 4), (32, 3, 4), (16, 3, 2)])
 def test_the_stages_of_boft_are_pefts(width, stages, size):
-    from sfumato.files.changes.boft import InputBoft
+    from sfumato.files.kinds.oft import InputBoft
 
     blocks, product = boft_stages(width, stages, size)
     g = torch.Generator().manual_seed(1)

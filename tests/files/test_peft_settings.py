@@ -1,6 +1,6 @@
 """peft's settings of an adapter: which make sense, what they say of alpha and rank, and what is said of the others."""
 
-from sfumato.files.peft_settings import PeftSettings, check_peft_settings, parse_object
+from sfumato.files.peft import PeftSettings, check_peft_settings, parse_object
 from tests.files.said import said
 
 

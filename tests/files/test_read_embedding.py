@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import inspect_file, read_adapter, read_embedding
-from sfumato.files.write_embedding import write_embedding
+from sfumato.files.writing.embedding import write_embedding
 from tests.files.said import said
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

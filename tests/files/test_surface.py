@@ -17,8 +17,8 @@ from sfumato.files import (
     write_peft,
     write_tensors,
 )
-from sfumato.files.write_difference import write_difference
-from sfumato.files.write_embedding import write_embedding
+from sfumato.files.writing.embedding import write_embedding
+from sfumato.files.writing.kohya import write_difference
 from tests.bundles import add_words
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sfumato.files import update_norms
-from sfumato.files.update_norms import is_update, square_norm
+from sfumato.files import norms
+from sfumato.files.norms import is_update, square_norm
 
 RNG = np.random.default_rng(0)
 
@@ -41,7 +41,7 @@ def test_a_lora_s():
 @pytest.mark.parametrize("out", [6, 64, 130])
 @pytest.mark.parametrize("factored", [0, 1e9])
 def test_a_loha_s_by_its_factors_or_a_few_rows_at_a_time(out, factored, monkeypatch):
-    monkeypatch.setattr(update_norms, "_FACTORED", factored)
+    monkeypatch.setattr(norms, "_FACTORED", factored)
     a, b, c, d = noise(out, 2), noise(2, 8), noise(out, 3), noise(3, 8)
     loha = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}
     assert square_norm("LoHa", loha, None) == square((a @ b) * (c @ d))
@@ -58,9 +58,9 @@ def test_a_loha_that_is_too_large_or_of_two_sizes_has_none(monkeypatch):
     assert square_norm("LoHa", loha | {"hada_w2_b": noise(2, 7)}, None) is None
     of_other_ranks = {"hada_w1_a": noise(6, 1), "hada_w2_a": noise(6, 4)}
     assert square_norm("LoHa", loha | of_other_ranks, None) is None
-    monkeypatch.setattr(update_norms, "DENSE_LIMIT", 48)
+    monkeypatch.setattr(norms, "DENSE_LIMIT", 48)
     assert square_norm("LoHa", loha, None) is not None
-    monkeypatch.setattr(update_norms, "DENSE_LIMIT", 47)
+    monkeypatch.setattr(norms, "DENSE_LIMIT", 47)
     assert square_norm("LoHa", loha, None) is None
 
 

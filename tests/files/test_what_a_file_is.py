@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sfumato.files import read_header
-from sfumato.files.sniff import foreign
+from sfumato.files.header import describe_unknown_file
 from tests.files.said import said
 
 
@@ -41,11 +41,11 @@ from tests.files.said import said
     ],
 )  # fmt: skip
 def test_the_first_bytes_tell(head, what):
-    assert foreign(head).startswith(what)
+    assert describe_unknown_file(head).startswith(what)
 
 
 def test_a_pickle_s_advice_is_whole():
-    assert foreign(b"\x80\x04").endswith(
+    assert describe_unknown_file(b"\x80\x04").endswith(
         "a pickle can run programs, so it was not opened. Take the .safetensors version of it, or convert it on a "
         "machine you can throw away."
     )

@@ -16,17 +16,16 @@ from torch.testing import assert_close
 
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files import read_tensors
-from sfumato.files import write_difference as writer
-from sfumato.files.changes import LoraModule
+from sfumato.files.adapter_file import read_lora
 from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import read_lora
+from sfumato.files.kinds import LoraModule
 from sfumato.files.metadata import METADATA_LIMIT, Description, describe, short_hash
 from sfumato.files.save import hashes, ordered, write_streamed, write_tensors
-from sfumato.files.write_difference import write_difference
-from sfumato.files.write_kohya import metadata_within_limit, one_alpha, write_lora
-from sfumato.files.write_peft_keys import write_diffusers, write_peft
-from sfumato.training import full
+from sfumato.files.writing import kohya
+from sfumato.files.writing.kohya import metadata_within_limit, unify_alpha, write_difference, write_lora
+from sfumato.files.writing.peft import write_diffusers, write_peft
+from sfumato.training.methods import full
 from tests.files.said import TO_K, said
 
 NOTHING = "there are no modules to write; the adapter is attached to nothing."
@@ -75,7 +74,7 @@ def test_up_has_as_many_axes_as_down_whatever_it_was_read_with(write, further, t
 
 def test_another_scale_is_folded_into_up_and_the_update_stays():
     ones = LoraModule(torch.ones(2, 3), torch.ones(3, 2), alpha=2.0)
-    alpha, found = one_alpha({("unet", "a"): ones, ("unet", "b"): ones, ("unet", "c"): replace(ones, alpha=6.0)})
+    alpha, found = unify_alpha({("unet", "a"): ones, ("unet", "b"): ones, ("unet", "c"): replace(ones, alpha=6.0)})
     assert alpha == 2.0
     assert found["unet", "a"].up is ones.up
     assert torch.equal(found["unet", "c"].up, torch.full((3, 2), 3.0))
@@ -83,8 +82,8 @@ def test_another_scale_is_folded_into_up_and_the_update_stays():
 
 def test_the_most_frequent_alpha_is_kept_and_the_smaller_of_equally_frequent():
     module = LoraModule(torch.ones(1, 1), torch.ones(1, 1), alpha=8.0)
-    assert one_alpha({("unet", "a"): module, ("unet", "b"): replace(module, alpha=4.0)})[0] == 4.0
-    assert one_alpha({("unet", "a"): module})[0] == 8.0
+    assert unify_alpha({("unet", "a"): module, ("unet", "b"): replace(module, alpha=4.0)})[0] == 4.0
+    assert unify_alpha({("unet", "a"): module})[0] == 8.0
 
 
 def test_an_alpha_of_nothing_stays_nothing(tmp_path, two_modules):
@@ -96,7 +95,7 @@ def test_an_alpha_of_nothing_stays_nothing(tmp_path, two_modules):
 def test_modules_that_do_nothing_are_counted_for_no_alpha():
     nothing = LoraModule(torch.ones(2, 3), torch.ones(3, 2), alpha=0.0)
     modules = {("unet", "a"): nothing, ("unet", "b"): nothing, ("unet", "c"): replace(nothing, alpha=6.0)}
-    alpha, found = one_alpha(modules)
+    alpha, found = unify_alpha(modules)
     assert alpha == 6.0
     assert [float(found["unet", name].up.max()) for name in "abc"] == [0.0, 0.0, 1.0]
 
@@ -386,8 +385,8 @@ def test_what_training_changed_is_held_a_weight_at_a_time(tmp_path, monkeypatch)
         assert sum(each() is not None for each in held) == 1
         return all_rows(modules)
 
-    all_rows = writer.probe_rows
-    monkeypatch.setattr(writer, "probe_rows", rows)
+    all_rows = kohya.probe_rows
+    monkeypatch.setattr(kohya, "probe_rows", rows)
     path = tmp_path / "a.safetensors"
     options = {"family": "sd1", "metadata": {"ss_seed": "1"}, "dtype": torch.float16}
     assert full.write_changes(path, model(1.5), model(1.0), **options) == 4

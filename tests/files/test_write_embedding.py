@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import read_embedding, read_header, write_tensors
 from sfumato.files.metadata import short_hash
-from sfumato.files.write_embedding import write_embedding
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.writing.embedding import write_embedding
+from sfumato.files.writing.kohya import write_lora
 from tests.bundles import add_words
 from tests.files.said import said
 

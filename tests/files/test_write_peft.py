@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from sfumato.errors import AdapterError, FileError
 from sfumato.files.adapter_file import read_adapter
-from sfumato.files.changes import LoraModule
 from sfumato.files.header import read_header
-from sfumato.files.write_difference import write_difference
-from sfumato.files.write_peft_keys import write_diffusers, write_peft
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_difference
+from sfumato.files.writing.peft import write_diffusers, write_peft
 from tests.files.said import said
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sfumato import cli
-from sfumato.bases import load_base
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.models import load_base
 from sfumato.precision import decide
 from tests.tiny import tiny_pocket_folder
 

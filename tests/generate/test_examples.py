@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from sfumato.compose import Adapter, compose
-from sfumato.drawing.pictures import draw
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.generation.draw import draw
 from tests.tiny import tiny_pipeline, write_folder
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from sfumato import cli
 from sfumato.compose import Adapter, adapter_guidance, compose
-from sfumato.drawing.pictures import draw
-from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.drawing.redraw import redraw
 from sfumato.files import read_header
+from sfumato.generation.draw import draw
+from sfumato.generation.metadata.png_info import read_picture_info
+from sfumato.generation.metadata.redraw import redraw
 from tests.generate.shared import pixels
 
 
@@ -124,7 +124,7 @@ def test_a_tag_keeps_the_factors_by_block_of_its_label(generate):
 
 
 def test_an_adapter_has_the_weight_of_its_program_where_none_is_named(loras):
-    from sfumato.command_line.specs import parse_adapter
+    from sfumato.generation.arguments.adapters import parse_adapter
 
     assert parse_adapter(str(loras / "line.safetensors"), weight=0.3).weight == 0.3
     assert parse_adapter(f"{loras / 'line.safetensors'}:0.8", weight=0.3).weight == 0.8
@@ -132,7 +132,7 @@ def test_an_adapter_has_the_weight_of_its_program_where_none_is_named(loras):
 
 
 def test_weights_are_read_from_the_end_so_that_a_path_may_hold_colons(loras, tmp_path, monkeypatch):
-    from sfumato.command_line.specs import parse_adapter
+    from sfumato.generation.arguments.adapters import parse_adapter
 
     monkeypatch.chdir(tmp_path)
     odd = tmp_path / "C:odd=name:0.5.safetensors"
@@ -206,7 +206,7 @@ def test_an_adapter_of_zeros_is_told(generate):
 
 @pytest.mark.slow
 def test_a_new_word_is_known_for_the_call(generate, base):
-    from sfumato.files.write_embedding import write_embedding
+    from sfumato.files.writing.embedding import write_embedding
 
     rows = torch.full((2, base.text_encoders[0].config.hidden_size), 0.5)
     write_embedding(Path("word.safetensors"), "<new>", {"text_encoder": rows})
@@ -239,7 +239,7 @@ def test_a_new_word_is_known_for_the_call(generate, base):
 
 def test_a_word_with_brackets_is_escaped_in_a1111s_syntax(generate, base):
     pytest.importorskip("compel")
-    from sfumato.files.write_embedding import write_embedding
+    from sfumato.files.writing.embedding import write_embedding
 
     rows = torch.full((1, base.text_encoders[0].config.hidden_size), 0.5)
     write_embedding(Path("v.safetensors"), "[v]", {"text_encoder": rows})

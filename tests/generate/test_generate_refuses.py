@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sfumato.drawing import session
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.generation import session
 from tests.generate.shared import TWO
 
 WRONG = {

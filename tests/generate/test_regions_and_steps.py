@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato.compose import Adapter, compose
-from sfumato.drawing.pictures import draw
-from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.files import read_header
+from sfumato.generation.draw import draw
+from sfumato.generation.metadata.png_info import read_picture_info
 from tests.generate.shared import TWO, pixels
 
 
@@ -97,7 +97,7 @@ def test_a_span_in_which_no_step_lies_is_told(region, generate):
 
 
 def test_weights_by_step_are_those_of_the_library(generate, base, loras):
-    from sfumato.compose.steps import Ramp, Switch, over_steps
+    from sfumato.compose.schedules import Ramp, Switch, over_steps
 
     words = ["a cat", *TWO, "--seed", "7"]
     assert generate(*words, "--over-steps", "line=0:1,0.9:0", "-o", "ramp.png")[0] == 0

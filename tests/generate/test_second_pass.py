@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sfumato.drawing.call import Call
-from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.drawing.redraw import redraw
+from sfumato.generation.metadata.png_info import read_picture_info
+from sfumato.generation.metadata.redraw import redraw
+from sfumato.generation.pipeline_call import PipelineCall
 
 
 def test_the_file_tells_of_the_second_pass_and_its_command_draws_it_again(generate):
@@ -37,7 +37,7 @@ def test_a_sheet_has_the_enlarged_images(generate):
 
 
 def test_a_sheet_that_its_kind_of_file_cannot_hold_enlarged_is_refused_before_it_is_drawn(generate, monkeypatch):
-    monkeypatch.setattr(Call, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(PipelineCall, "draw", lambda *_: pytest.fail("drawn"))
     weights = ",".join(f"{place / 40:g}" for place in range(40))
     words = ["a", "--lora", "line.safetensors", "--sweep", f"line={weights}", "--hires", "8", "-o", "a.webp"]
     code, _, err = generate(*words)

@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato import cli
-from sfumato.command_line.axes import Axis, parse_axis
-from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.drawing.redraw import redraw
 from sfumato.files.metadata import short_hash
+from sfumato.generation.arguments.axes import Axis, parse_axis
+from sfumato.generation.metadata.png_info import read_picture_info
+from sfumato.generation.metadata.redraw import redraw
 from tests.generate.shared import pixels
 from tests.generate.test_sheets import close
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.drawing.pnginfo import read_picture_info
+from sfumato.generation.metadata.png_info import read_picture_info
 from tests.generate.shared import TWO, pixels
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato.drawing.pnginfo import read_picture_info
-from sfumato.drawing.sizes import size_like
+from sfumato.generation.image_options import size_like
+from sfumato.generation.metadata.png_info import read_picture_info
 
 
 def test_a_picture_to_begin_from_and_a_mask_that_keeps_the_rest_to_the_pixel(generate):

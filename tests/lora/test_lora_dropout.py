@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato import randomness
 from sfumato.files import read_lora, read_tensors
+from sfumato.utils import randomness
 from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from sfumato import cli, data
-from sfumato.bases.family import FAMILIES
 from sfumato.files import read_header, read_lora, read_tensors
+from sfumato.models.family import FAMILIES
 from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")

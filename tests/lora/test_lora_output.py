@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.bases import load_base
-from sfumato.drawing.pictures import draw
 from sfumato.files import read_header
+from sfumato.generation.draw import draw
+from sfumato.models import load_base
 from sfumato.precision import decide
-from sfumato.runs.samples import Samples
+from sfumato.runs.reporting.samples import Samples
 from tests.logged import log_beside
 from tests.tiny import CPU
 

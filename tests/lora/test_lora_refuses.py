@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from sfumato import cli, data
-from sfumato.bases.family import FAMILIES
 from sfumato.errors import ConfigError
+from sfumato.models.family import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("quick")
 

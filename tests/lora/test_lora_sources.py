@@ -11,13 +11,13 @@ from PIL import Image
 from sfumato.trainers import lora, textual_inversion
 
 from sfumato import cli
-from sfumato.bases.family import FAMILIES
 from sfumato.data import ExampleSet, read_folder
 from sfumato.data.placeholder_captions import insert_placeholders
 from sfumato.errors import ConfigError, DataError
 from sfumato.files import read_header, read_tensors
-from sfumato.training import noising
-from sfumato.training.noising import draw_noised
+from sfumato.models.family import FAMILIES
+from sfumato.training.loss import objective
+from sfumato.training.loss.objective import draw_noised
 from tests.logged import log_beside
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -291,7 +291,7 @@ def test_images_are_learned_at_each_resolution_of_their_source(train, source, mo
         seen.append(draw_noised(*args, **more))
         return seen[-1]
 
-    monkeypatch.setattr(noising, "draw_noised", noted)
+    monkeypatch.setattr(objective, "draw_noised", noted)
     path = train("both", source('words = "square"', "resolution = [32, 64]"), "--epochs", "1", "--accumulate", "2")
     assert len(log_beside(path)) == 3  # twelve samples by two and two
     sides = [part.batch.target_sizes[:, 0].tolist() for part in seen]

@@ -13,12 +13,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 from bench.runs_resume import run
-from sfumato import cli, data, diffusion, randomness
-from sfumato.bases import load_base
+from sfumato import cli, data
 from sfumato.files import read_header, read_lora, read_tensors
+from sfumato.models import diffusion, load_base
 from sfumato.precision import decide
-from sfumato.training.objective import draw_noise
-from sfumato.training.prior import class_seed
+from sfumato.training.loss.objective import draw_noise
+from sfumato.training.loss.prior import class_seed
+from sfumato.utils import randomness
 from tests.in_peft import layers_of_peft
 from tests.logged import log_beside
 from tests.tiny import CPU, tiny_pipeline, write_single_file

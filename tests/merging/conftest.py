@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from sfumato import randomness
-from sfumato.files.changes import LoraModule
-from sfumato.files.kohya import Target
+from sfumato.files.kinds import LoraModule
 from sfumato.files.metadata import Description, describe
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.module_names import Target
+from sfumato.files.writing.kohya import write_lora
+from sfumato.utils import randomness
 from tests.tiny import tiny_pipeline, tiny_pocket_folder, write_folder, write_single_file
 
 

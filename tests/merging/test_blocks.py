@@ -2,8 +2,8 @@
 
 import pytest
 
+from sfumato.adapters.blocks import select_modules
 from sfumato.errors import AdapterError
-from sfumato.weighting.modules import select_modules
 
 INNER = "attentions.1.transformer_blocks.0.attn2.to_k"
 TARGETS = [

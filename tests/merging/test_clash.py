@@ -10,7 +10,7 @@ from sfumato.pipelines.clash import main
 
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
-from sfumato.files.changes import LoraModule
+from sfumato.files.kinds import LoraModule
 from sfumato.merging.merge import MergeSource
 from sfumato.merging.overlap import clashes, conflict_by_pair
 from tests.bundles import add_words

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from sfumato.cli import guarded
 from sfumato.files.adapter_file import read_adapter
-from sfumato.files.changes import LoraModule
 from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
+from sfumato.files.kinds import LoraModule
 from sfumato.files.save import write_tensors
-from sfumato.files.write_peft_keys import write_peft
+from sfumato.files.writing.peft import write_peft
 from tests.bundles import add_words
 
 FORMS = {"kohya": "k.safetensors", "diffusers": "d.safetensors", "peft": "p"}

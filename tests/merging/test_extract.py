@@ -12,13 +12,12 @@ from torch.testing import assert_close
 
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError
-from sfumato.files.adapter_file import read_adapter
+from sfumato.files.adapter_file import read_adapter, read_lora
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import read_lora
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.writing.kohya import write_lora
 from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
-from sfumato.merging.whole_model import read_mixable
+from sfumato.merging.model_weights import read_adapter_or_model
 from tests.bundles import add_words
 from tests.merging.conftest import attention, random_modules
 
@@ -172,7 +171,7 @@ def test_a_checkpoint_that_marks_v_prediction_by_an_empty_tensor_is_taken_at_its
     """ComfyUI's CheckpointSave writes it so, and no `prediction_type` of ModelSpec."""
     base, tuned, out = (tmp_path / f"{name}.safetensors" for name in ("base", "tuned", "out"))
     save_file(load_file(tiny_base("sd1").file) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, base)
-    assert read_mixable(base).metadata == {"modelspec.prediction_type": "v_prediction"}
+    assert read_adapter_or_model(base).metadata == {"modelspec.prediction_type": "v_prediction"}
     assert run(merge, adapter_file("a", "sd1"), "--into", base, "-o", tuned) == 0
     assert {"v_pred", "ztsnr"} <= load_file(tuned).keys()
     assert run(extract, tuned, "--base", base, "--rank", 2, "-o", out) == 0

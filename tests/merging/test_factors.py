@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato import randomness
 from sfumato.errors import AdapterError
-from sfumato.files.changes import LoraModule
+from sfumato.files.kinds import LoraModule
 from sfumato.merging.factors import (
     KEEP_ALL,
     Budget,
@@ -19,6 +18,7 @@ from sfumato.merging.factors import (
     to_module,
     truncate,
 )
+from sfumato.utils import randomness
 
 
 def random(*shape, seed=0):

@@ -11,20 +11,19 @@ from sfumato.pipelines.merge import main
 from torch.testing import assert_close
 
 from sfumato.cli import guarded
-from sfumato.command_line.specs import parse_adapters
 from sfumato.errors import AdapterError
-from sfumato.files.adapter_file import read_adapter
-from sfumato.files.changes.ia3 import Ia3
+from sfumato.files.adapter_file import read_adapter, read_lora
 from sfumato.files.header import read_header
-from sfumato.files.lora_file import read_lora
+from sfumato.files.kinds.ia3 import Ia3
 from sfumato.files.metadata import data_sha256
 from sfumato.files.save import write_tensors
+from sfumato.generation.arguments.adapters import parse_adapters
 from sfumato.merging.bake import bake
-from sfumato.merging.convert import Deltas
+from sfumato.merging.extract import Deltas
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import MergeSource, merge
-from sfumato.merging.methods import Settings
-from sfumato.merging.stored import stored_base
+from sfumato.merging.methods import MethodSettings
+from sfumato.merging.model_weights import stored_base
 from tests.bundles import add_words
 from tests.merging.conftest import random_modules
 from tests.tiny import CPU
@@ -320,7 +319,7 @@ def test_into_a_base_is_what_the_mixer_makes(family, form, tiny_base, adapter_fi
     out = tmp_path / ("baked.safetensors" if form == "file" else "baked")
     assert run(f"{a}:0.8", f"{b}:0.6:0.2", "--into", source, "-o", out) == 0
 
-    from sfumato.bases import load_base
+    from sfumato.models import load_base
 
     baked = load_base(out, precision=CPU, prediction_type="epsilon" if family == "sd2" else None)
     parts = dict(zip(("text_encoder", "text_encoder_2"), baked.text_encoders, strict=False)) | {"unet": baked.unet}
@@ -411,7 +410,9 @@ def test_a_factor_on_the_outputs_takes_the_bias_with_it(tiny_base, tmp_path):
     weight, bias = base.weight(target), base.weight(target, "bias")
     source = MergeSource("a", {target: Ia3(torch.linspace(-1, 1, len(bias)), on_input=False, scales_bias=True)}, 0.5)
     factor = 1 + 0.5 * torch.linspace(-1, 1, len(bias))
-    baked = stored_base(bake(base, [source], tmp_path / "baked", {}, method="linear", settings=Settings(), seed=0))
+    baked = stored_base(
+        bake(base, [source], tmp_path / "baked", {}, method="linear", settings=MethodSettings(), seed=0)
+    )
     assert_close(baked.weight(target), weight * factor[:, None])
     assert_close(baked.weight(target, "bias"), bias * factor)
     of_weight, of_bias = Deltas(source, base)[target]

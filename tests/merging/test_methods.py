@@ -10,15 +10,27 @@ from sfumato.pipelines.merge import Config
 from torch import tensor
 from torch.testing import assert_close
 
-from sfumato import randomness
 from sfumato.errors import ConfigError
-from sfumato.merging.arithmetic import linear, linear_factors
 from sfumato.merging.factors import Factors
-from sfumato.merging.joint import core_space, knots
-from sfumato.merging.methods import DENSE, INSIDE, LOW_RANK, METHODS, Settings
-from sfumato.merging.projection import np_lora
-from sfumato.merging.sign import dare_ties, ties
-from sfumato.merging.sparse import dare, drop_and_rescale, keep_largest, magnitude
+from sfumato.merging.methods import (
+    DENSE,
+    INSIDE,
+    LOW_RANK,
+    METHODS,
+    MethodSettings,
+    core_space,
+    dare,
+    dare_ties,
+    drop_and_rescale,
+    keep_largest,
+    knots,
+    linear,
+    linear_factors,
+    magnitude,
+    np_lora,
+    ties,
+)
+from sfumato.utils import randomness
 
 
 def draws(seed=0):
@@ -173,7 +185,7 @@ def test_np_lora_takes_nothing_for_a_style_that_changes_nothing():
 
 @pytest.mark.parametrize("name", [*DENSE, *LOW_RANK])
 def test_one_adapter_at_density_1_is_itself_in_every_method(name):
-    term, settings = random_factors(4), Settings(density=1.0)
+    term, settings = random_factors(4), MethodSettings(density=1.0)
     if name in DENSE:
         merged = DENSE[name](settings, draws())([term.delta()], [0.8])
     else:
@@ -190,7 +202,10 @@ def test_the_command_has_every_method():
 def test_np_lora_keeps_as_many_directions_of_the_style_and_as_strongly_as_it_is_told():
     style = Factors(torch.eye(2).double(), torch.diag(torch.tensor([10.0, 1.0])).double())
     subject = Factors(torch.eye(2).double(), torch.eye(2).double())
-    cases = [(Settings(null_energy=0.9), [0.0, 1.0]), (Settings(null_energy=1.0, null_strength=3.0), [0.25, 0.25])]
+    cases = [
+        (MethodSettings(null_energy=0.9), [0.0, 1.0]),
+        (MethodSettings(null_energy=1.0, null_strength=3.0), [0.25, 0.25]),
+    ]
     for settings, wanted in cases:
         merged = LOW_RANK["np-lora"](settings, torch.Generator())([style, subject], [1.0, 1.0])
         assert_close(merged.delta() - style.delta(), torch.diag(torch.tensor(wanted)).double())
@@ -205,5 +220,5 @@ def test_np_lora_counts_shared_directions_once():
 @pytest.mark.parametrize("name", ["knots", "core-space"])
 def test_what_is_done_inside_is_by_ties(name):
     one, other = (Factors(torch.tensor([[n]]).double(), torch.tensor([[1.0]]).double()) for n in (1.0, -3.0))
-    merged = LOW_RANK[name](Settings(density=1.0), torch.Generator())([one, other], [1.0, 1.0])
+    merged = LOW_RANK[name](MethodSettings(density=1.0), torch.Generator())([one, other], [1.0, 1.0])
     assert merged.delta().item() == pytest.approx(-3)

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from sfumato.errors import AdapterError
 from sfumato.files import read_adapter, write_tensors
-from sfumato.files.changes import LoraModule
+from sfumato.files.kinds import LoraModule
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import MergeSource, dense_delta, merge
 

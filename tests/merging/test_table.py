@@ -8,16 +8,12 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLL
 from peft import PeftModel
 from torch.testing import assert_close
 
-from sfumato.files.changes import LoraModule
-from sfumato.files.changes.boft import OutputBoft
-from sfumato.files.changes.difference import Difference
-from sfumato.files.changes.dora import Dora
-from sfumato.files.changes.glora import Glora
-from sfumato.files.changes.ia3 import Ia3
-from sfumato.files.changes.loha import Loha
-from sfumato.files.changes.lokr import Factor, Lokr
-from sfumato.files.changes.oft import OutputOft
-from sfumato.merging.convert import as_lora, write
+from sfumato.files.kinds import LoraModule
+from sfumato.files.kinds.dora import Dora, Glora
+from sfumato.files.kinds.ia3 import Difference, Ia3
+from sfumato.files.kinds.lokr import Factor, Loha, Lokr
+from sfumato.files.kinds.oft import OutputBoft, OutputOft
+from sfumato.merging.extract import as_lora, write_format
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import MergeSource
 from tests.copies import copies
@@ -64,7 +60,7 @@ def test_every_kind_reaches_diffusers_and_peft_with_the_error_told(to, kind, fam
     budget = Budget(rank=None if kind == "LoRA" else 4)
     made = as_lora(MergeSource("a", changes), budget, weights.__getitem__)
     path = tmp_path / ("a" if to == "peft" else "a.safetensors")
-    write(to, path, made.modules, family=family, metadata={}, dtype=torch.float32)
+    write_format(to, path, made.modules, family=family, metadata={}, dtype=torch.float32)
     found = applied(base, path, to)
     assert found.keys() == {path for _, path in weights}
     lost = total = 0.0

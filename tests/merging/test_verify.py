@@ -10,19 +10,18 @@ from sfumato.adapters import Kind, attach
 from sfumato.cli import guarded
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import fingerprint, read_adapter
-from sfumato.files.changes import LoraModule
-from sfumato.files.changes.ia3 import Ia3
 from sfumato.files.fingerprint import FINGERPRINT_KEY
 from sfumato.files.header import read_header
+from sfumato.files.kinds import LoraModule
+from sfumato.files.kinds.ia3 import Ia3
 from sfumato.files.save import write_tensors
-from sfumato.files.write_difference import write_difference
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.writing.kohya import write_difference, write_lora
 from sfumato.merging.bake import bake
-from sfumato.merging.convert import Deltas
+from sfumato.merging.extract import Deltas
 from sfumato.merging.factors import Budget
 from sfumato.merging.merge import MergeSource, merge
-from sfumato.merging.methods import Settings
-from sfumato.merging.stored import stored_base
+from sfumato.merging.methods import MethodSettings
+from sfumato.merging.model_weights import stored_base
 
 LINEAR = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 OUT = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
@@ -84,7 +83,7 @@ def test_factors_of_outputs_are_compared_with_the_biases_that_they_change(tiny_b
     assert_close(low.modules[LINEAR].delta(), deltas[LINEAR][0], atol=1e-5, rtol=1e-4)
     with pytest.raises(AdapterError, match=r"to_out\.0 changes a bias, which a LoRA cannot"):
         merge([MergeSource("a", {OUT: changes[OUT]})], budget=Budget(rank=4), base=base.weight)
-    settings = {"method": "linear", "settings": Settings(), "seed": 0}
+    settings = {"method": "linear", "settings": MethodSettings(), "seed": 0}
     baked = stored_base(bake(base, [source], tmp_path / "baked", {}, **settings))
     for target in (LINEAR, OUT):
         assert_close(baked.weight(target), base.weight(target) + deltas[target][0])

@@ -9,21 +9,21 @@ from safetensors.torch import load_file, save_file
 from sfumato.pipelines import clash, convert, extract, generate, grid, merge
 from torch.testing import assert_close
 
-from sfumato import load_base, randomness
+from sfumato import load_base
+from sfumato.adapters.blocks import Blocks
 from sfumato.cli import guarded
 from sfumato.compose import Adapter, compose
-from sfumato.compose.per_picture import per_picture
+from sfumato.compose.per_image import per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.drawing.pnginfo import read_picture_info
 from sfumato.errors import AdapterError, FileError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
-from sfumato.merging import whole_model
-from sfumato.merging.methods import DENSE, Settings
+from sfumato.generation.metadata.png_info import read_picture_info
+from sfumato.merging import model_weights
+from sfumato.merging.methods import DENSE, MethodSettings
+from sfumato.merging.model_weights import files_of_parts, is_whole_model, model_as_adapter, stored_base
 from sfumato.merging.sources import adapter_hash
-from sfumato.merging.stored import stored_base
-from sfumato.merging.whole_model import as_adapter, files_of_parts, is_whole_model
-from sfumato.weighting.blocks import Blocks
+from sfumato.utils import randomness
 from tests.merging.conftest import TinyBase
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
 
@@ -218,7 +218,7 @@ def test_other_methods_merge_every_parameter_by_itself(method, models, tmp_path)
     for at in [("unet", "conv_in.weight"), ("unet", "conv_in.bias"), ("text_encoder", "final_layer_norm.weight")]:
         draws = randomness.generator(3, f"merge/{'/'.join(at)}")
         flat = [(model[at] - a[at]).reshape(len(a[at]), -1) for model in (b, c)]
-        merged = DENSE[method](Settings(0.4), draws)(flat, [0.7, 0.6])
+        merged = DENSE[method](MethodSettings(0.4), draws)(flat, [0.7, 0.6])
         assert_close(found[at], a[at] + merged.float().reshape(a[at].shape), rtol=1e-5, atol=1e-6)
         assert not torch.allclose(found[at], a[at] + 0.7 * (b[at] - a[at]) + 0.6 * (c[at] - a[at]))
 
@@ -265,7 +265,7 @@ def test_whole_models_are_told_from_adapters(models, tiny_base, adapter_file, tm
     assert not is_whole_model(adapter_file("a"))
     assert not is_whole_model(tmp_path)
     assert not is_whole_model(tmp_path / "nothing.safetensors")
-    file = as_adapter(models("sdxl", 1).file)
+    file = model_as_adapter(models("sdxl", 1).file)
     assert (file.family, file.text_width, file.kinds.keys()) == ("sdxl", 192, {"whole model"})
 
 
@@ -275,7 +275,7 @@ def test_a_file_is_looked_into_once_and_again_when_it_is_another(models, adapter
     assert not is_whole_model(path)
     shutil.copy(models("sdxl", 1).file, path)
     assert is_whole_model(path)
-    monkeypatch.setattr(whole_model, "read_header", None)
+    monkeypatch.setattr(model_weights, "read_header", None)
     assert is_whole_model(path)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from sfumato.files.fingerprint import fingerprint
-from sfumato.pocket.style_augmentation import restyle, restyle_randomly
+from sfumato.training.pretrain.batches import restyle, restyle_randomly
 from tests.files.test_change_definitions import DEFINITIONS, change_of
 from tests.on_gpu.device import REAL, gpu
 

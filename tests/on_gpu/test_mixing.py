@@ -6,11 +6,12 @@ import torch
 from torch.testing import assert_close
 
 from sfumato import Adapter, compose
-from sfumato.compose import adapter_guidance, current, originals
+from sfumato.compose import adapter_guidance, current
 from sfumato.compose.by_method import by_method
-from sfumato.compose.per_picture import composite, per_picture
+from sfumato.compose.layers import original_weights
+from sfumato.compose.per_image import composite, per_picture
 from sfumato.compose.regions import Region, regions
-from sfumato.compose.steps import Ramp, over_steps
+from sfumato.compose.schedules import Ramp, over_steps
 from tests.on_gpu.device import PLACES, gpu, pipeline, skip_other_noise
 
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
@@ -40,20 +41,20 @@ def pictures_of(pipe):
 def test_where_there_is_no_room_for_copies_originals_are_on_the_cpu(monkeypatch):
     with gpu():
         weights = [torch.ones(2, 3, device="cuda"), torch.ones(3)]
-        assert [each.device.type for each in originals._copies(weights)] == ["cuda", "cpu"]
+        assert [each.device.type for each in original_weights._copies(weights)] == ["cuda", "cpu"]
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (4 * weights[0].nbytes - 1, 2**33))
-        copies = originals._copies(weights)
+        copies = original_weights._copies(weights)
     assert [each.device.type for each in copies] == ["cpu", "cpu"]
     assert_close(copies[0], torch.ones(2, 3))
 
 
 def test_originals_in_main_memory_lie_in_one_piece_where_their_layout_allows_it(monkeypatch):
-    monkeypatch.setattr(originals, "_HUGE", 1)
+    monkeypatch.setattr(original_weights, "_HUGE", 1)
     with gpu():
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**33))
         weights = [torch.randn(2, 3, 4, 4, device="cuda") for _ in range(3)]
         weights[1] = weights[1].to(memory_format=torch.channels_last)
-        copies, wanted = originals._copies(weights), [weight.cpu() for weight in weights]
+        copies, wanted = original_weights._copies(weights), [weight.cpu() for weight in weights]
     assert [each.stride() for each in copies] == [each.stride() for each in weights]
     assert copies[0].untyped_storage().data_ptr() == copies[2].untyped_storage().data_ptr()
     assert copies[0].untyped_storage().data_ptr() != copies[1].untyped_storage().data_ptr()
@@ -68,7 +69,7 @@ def test_memory_that_torch_keeps_on_a_gpu_is_room_for_originals(monkeypatch):
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 100)
         for reserved, where in ((100 + 4 * weight.nbytes - 1, "cpu"), (100 + 4 * weight.nbytes, "cuda")):
             monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_, reserved=reserved: reserved)
-            assert originals._copies([weight])[0].device.type == where
+            assert original_weights._copies([weight])[0].device.type == where
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import nn
 
 from sfumato import Adapter, compose, draw, load_base
 from sfumato.compose import adapter_guidance
-from sfumato.drawing.way import way_for
+from sfumato.generation.prompt_adapters import choose_apply_mode
 from sfumato.precision import decide
 from sfumato.precision.offload import Offload
 from tests.on_gpu.device import PLACES, gpu, learn, pipeline
@@ -75,7 +75,10 @@ def test_an_offloaded_mix_under_guidance_holds_no_second_weights_on_the_gpu(inpu
         base = load_base(folder, precision=decide("fp32", device="cuda", offload=True))
         adapter, beside = Adapter(tmp_path / "out.safetensors"), []
         guidance = base.defaults.guidance
-        with compose(base, adapter, way=way_for(base, [adapter])) as mix, adapter_guidance(mix, 2, guidance=guidance):
+        with (
+            compose(base, adapter, way=choose_apply_mode(base, [adapter])) as mix,
+            adapter_guidance(mix, 2, guidance=guidance),
+        ):
 
             def look(*_):
                 every = (each for each in gc.get_objects() if isinstance(each, torch.Tensor) and id(each) not in known)

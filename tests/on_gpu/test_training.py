@@ -16,7 +16,7 @@ from bench.runs_resume import CASES, results
 from sfumato import cli
 from sfumato.precision import decide
 from sfumato.runs.processes import Processes
-from sfumato.training import muon
+from sfumato.training.optim import muon
 from tests.on_gpu.device import REAL, gpu, learn
 from tests.tiny import tiny_pipeline
 

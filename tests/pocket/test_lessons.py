@@ -3,10 +3,9 @@
 import torch
 from torch.testing import assert_close
 
-from sfumato.diffusion import crossing_noise, noise_latents, target
-from sfumato.pocket.lessons import FARTHEST, Lessons, Shares
-from sfumato.pocket.pictures import VARIANTS, Move, Pictures, batch_indices, partners_of
-from sfumato.pocket.style_augmentation import hand_name
+from sfumato.models.diffusion import add_noise, crossing_noise, prediction_target
+from sfumato.training.pretrain.batches import FARTHEST, PretrainBatches, Shares, hand_name
+from sfumato.training.pretrain.dataset import VARIANTS, Move, Pictures, batch_indices, find_partners
 
 
 def test_an_epoch_shows_every_picture_once():
@@ -19,8 +18,8 @@ NAMES = [("crab", "noto"), ("crab", "flat"), ("key", "noto"), ("heart", "flat"),
 def lessons(**given):
     usual = dict.fromkeys(("flip", "group", "plain", "empty", "others", "varied", "crossed", "moved", "hands"), 0.0)
     shares = Shares(**{**usual, "crossed_from": 300, "moved_below": 600, **given})
-    partners = partners_of(Pictures(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), NAMES))
-    return Lessons(NAMES, 3, {"crab": "an animal", "key": "a tool"}, shares, 0, partners)
+    partners = find_partners(Pictures(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), NAMES))
+    return PretrainBatches(NAMES, 3, {"crab": "an animal", "key": "a tool"}, shares, 0, partners)
 
 
 def test_a_name_alone_is_said_of_the_drawing_in_the_plain_style_or_of_the_first_where_that_is_withheld():
@@ -36,9 +35,9 @@ def test_partners_show_the_thing_in_another_style_where_it_lies():
     for index, (first, last) in enumerate([(0, 4), (0, 5), (0, 4), (0, 3), (4, 8)]):
         pixels[index, index % 3, first:last] = 200
     pictures = Pictures(pixels, NAMES)
-    assert partners_of(pictures) == [[1], [0], [], [4], [3]]
-    assert partners_of(pictures, 0.8) == [[1], [0], [], [], []]
-    assert partners_of(pictures, 0.81) == [[], [], [], [], []]
+    assert find_partners(pictures) == [[1], [0], [], [4], [3]]
+    assert find_partners(pictures, 0.8) == [[1], [0], [], [], []]
+    assert find_partners(pictures, 0.81) == [[], [], [], [], []]
 
 
 def test_a_crossed_picture_is_asked_for_where_another_style_shows_the_thing():
@@ -102,9 +101,11 @@ def test_crossing_noise_makes_others_of_what_is_asked_for():
     asked, seen, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(3))
     alpha_bar = torch.tensor([0.1, 0.5, 0.9])
     crossing = crossing_noise(asked, seen, noise, alpha_bar)
-    noisy = noise_latents(asked, crossing, alpha_bar)
-    assert_close(noisy, noise_latents(seen, noise, alpha_bar))
+    noisy = add_noise(asked, crossing, alpha_bar)
+    assert_close(noisy, add_noise(seen, noise, alpha_bar))
     # Whoever predicts the target, of either type, has predicted what is asked for.
     a = alpha_bar.view(-1, 1, 1, 1)
-    assert_close(a.sqrt() * noisy - (1 - a).sqrt() * target("v_prediction", asked, crossing, alpha_bar), asked)
-    assert_close((noisy - (1 - a).sqrt() * target("epsilon", asked, crossing, alpha_bar)) / a.sqrt(), asked)
+    assert_close(
+        a.sqrt() * noisy - (1 - a).sqrt() * prediction_target("v_prediction", asked, crossing, alpha_bar), asked
+    )
+    assert_close((noisy - (1 - a).sqrt() * prediction_target("epsilon", asked, crossing, alpha_bar)) / a.sqrt(), asked)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sfumato.bases.fingerprint import public_config
-from sfumato.pocket.parts import build_scheduler, build_text_encoder, build_unet, build_vae
+from sfumato.models.base import public_config
+from sfumato.training.pretrain.model import build_scheduler, build_text_encoder, build_unet, build_vae
 
-POCKET = Path(__file__).parents[2] / "src" / "sfumato" / "pocket"
+POCKET = Path(__file__).parents[2] / "src" / "sfumato" / "models" / "pocket"
 SUBJECTS = {
     *("accordion", "badger", "broccoli", "bubble-tea", "cupcake", "dodo", "donkey", "flamingo", "garlic", "giraffe"),
     *("hedgehog", "kangaroo", "kite", "llama", "magnet", "mango", "moose", "otter", "teddy-bear"),

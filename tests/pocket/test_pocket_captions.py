@@ -5,9 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from sfumato import load_base
-from sfumato.pocket.captions import all_captions, caption, other_caption, read_words
-from sfumato.pocket.encoding import encode_text
-from sfumato.pocket.pictures import read_manifest
+from sfumato.training.pretrain.dataset import all_captions, caption, other_caption, read_manifest, read_words
+from sfumato.training.pretrain.text import encode_text
 from tests.tiny import CPU
 
 SHARES = {"empty_share": 0.1, "group_share": 0.06, "plain_share": 0.25}

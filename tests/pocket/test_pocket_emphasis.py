@@ -11,9 +11,7 @@ from torch.testing import assert_close
 from sfumato import load_base
 from sfumato.errors import ConfigError, DataError, RunError, SfumatoError
 from sfumato.files import read_tensors
-from sfumato.pocket.directions import FORMS, Directions, Things, apart
-from sfumato.pocket.emphasis import Emphasis
-from sfumato.pocket.loosened import Loosened
+from sfumato.training.pretrain.text import FORMS, Directions, Emphasis, PairDropout, Things, center_states
 from tests.logged import log_in
 from tests.tiny import CPU
 from trainers import pretrain
@@ -76,7 +74,7 @@ def style_alone(style):
 
 def test_apart_is_each_less_the_mean_of_the_others():
     states = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
-    assert_close(apart(states)[1], states[1] - (states[0] + states[2]) / 2)
+    assert_close(center_states(states)[1], states[1] - (states[0] + states[2]) / 2)
 
 
 def test_where_styles_say_the_same_of_all_things_that_is_what_is_added():
@@ -159,11 +157,11 @@ def test_what_the_unet_is_told_of_the_two_together_goes_by_lot():
     encode = Encoder(together=1.0)
     captions = [f"{thing}, noto style" for thing in CONCEPTS] + ["a noto style picture of a crab", "hammer, flat style"]
     captions += ["", "crab", "noto style", "key, noto style, hand za"]
-    told = Loosened(directions(encode), most=0.5, seed=0)
+    told = PairDropout(directions(encode), most=0.5, seed=0)
     assert {
         form.format(thing=group, style="noto") for form in FORMS for group in CONCEPTS.values()
     } <= told.named.keys()
-    nothing, half = (Loosened(directions(encode), most=most, seed=0).states(captions, 3) for most in (0.0, 0.5))
+    nothing, half = (PairDropout(directions(encode), most=most, seed=0).states(captions, 3) for most in (0.0, 0.5))
     own = encode(captions)
     assert_close(nothing[5:], own[5:], rtol=0, atol=0)
     gone = (own - nothing).flatten(1)[:5]
@@ -174,7 +172,7 @@ def test_what_the_unet_is_told_of_the_two_together_goes_by_lot():
     )
     assert ((shares > 0) & (shares < 0.5)).all()
     assert len(set(shares.tolist())) == 5
-    again, next_step = (Loosened(directions(encode), most=0.5, seed=0).states(captions, step) for step in (3, 4))
+    again, next_step = (PairDropout(directions(encode), most=0.5, seed=0).states(captions, step) for step in (3, 4))
     assert_close(again, half, rtol=0, atol=0)
     assert not torch.equal(next_step, half)
     assert not {form.format(thing=concept, style=style) for form in FORMS for concept, style in WITHHELD} & encode.said
@@ -183,7 +181,7 @@ def test_what_the_unet_is_told_of_the_two_together_goes_by_lot():
 def test_what_the_unet_is_told_of_nothing_together_is_what_the_text_encoder_learns_to_say():
     encode = Encoder(together=1.0)
     texts, wanted = emphasis(encode, strength=0.0, together=0.0).lesson(0, 40)
-    told = Loosened(directions(encode), most=0.0, seed=0)
+    told = PairDropout(directions(encode), most=0.0, seed=0)
     known = [place for place, text in enumerate(texts) if text in told.named]
     assert len(known) > 20
     assert_close(told.states(texts, 0)[known], wanted[known], rtol=0, atol=1e-5)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sfumato.pocket import style_augmentation
-from sfumato.pocket.style_augmentation import HAND_COUNT, hand_name, restyle, restyle_randomly
+from sfumato.training.pretrain import batches
+from sfumato.training.pretrain.batches import HAND_COUNT, hand_name, restyle, restyle_randomly
 
 
 def lots(seed: int = 0) -> torch.Generator:
@@ -57,14 +57,14 @@ def test_every_hand_has_a_name_of_its_own_and_most_do_something(squares):
 @pytest.mark.parametrize("name", ["_recolored", "_lit", "_hatched", "_outlined"])
 def test_paper_stays_white_where_no_ground_is_laid(squares, name):
     plain = (squares + 1) / 2
-    changed = getattr(style_augmentation, name)(plain, style_augmentation._ink_of(plain), rand)
+    changed = getattr(batches, name)(plain, batches._ink_of(plain), rand)
     assert torch.allclose(changed[..., :8, :8], torch.ones(()))
     assert not torch.allclose(changed, plain)
 
 
 def test_a_ground_is_laid_around_what_is_drawn(squares):
     plain = (squares + 1) / 2
-    changed = style_augmentation._on_a_ground(plain, style_augmentation._ink_of(plain), rand)
+    changed = batches._on_a_ground(plain, batches._ink_of(plain), rand)
     assert torch.equal(changed[..., 14:50, 14:50], plain[..., 14:50, 14:50])
     assert changed[..., :8, :8].amin(1).mean() < 0.9
 
@@ -72,9 +72,7 @@ def test_a_ground_is_laid_around_what_is_drawn(squares):
 def test_lines_lie_where_colors_meet(squares):
     plain = (squares + 1) / 2
     black_over_the_colors = 0.4
-    changed = style_augmentation._outlined(
-        plain, style_augmentation._ink_of(plain), lambda *shape: torch.full(shape, black_over_the_colors)
-    )
+    changed = batches._outlined(plain, batches._ink_of(plain), lambda *shape: torch.full(shape, black_over_the_colors))
     dark = changed.amax(1) < 0.5
     assert dark[:, 11:13, 20:40].any(1).all()
     assert dark[:, 23:25, 28:36].any(1).all()
@@ -85,7 +83,7 @@ def test_lines_lie_where_colors_meet(squares):
 def test_finer_pictures_are_four_of_the_batch(squares):
     squares[1] = 0
     plain = (squares + 1) / 2
-    changed = style_augmentation._finer(plain)
+    changed = batches._finer(plain)
     assert changed.shape == plain.shape
     assert torch.equal(changed[1, :, :32, :32], torch.full((3, 32, 32), 0.5))
     assert torch.equal(changed[0, :, :32, :32], torch.nn.functional.avg_pool2d(plain, 2)[0])

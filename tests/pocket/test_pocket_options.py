@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sfumato.pocket.options import learning_rate_at, rate_at, settled_for_device
+from sfumato.training.pretrain.options import learning_rate_at, rate_at, resolve_for_device
 from trainers.pretrain import Config
 
 
@@ -22,10 +22,10 @@ def test_a_run_that_went_back_learns_at_a_smaller_rate():
 
 @pytest.mark.parametrize(("steps", "warmup", "fall_at"), [(500, 50, 166), (3000, 100, 1000)])
 def test_what_is_unset_goes_by_the_steps_and_what_is_set_stays(steps, warmup, fall_at):
-    config, precision = settled_for_device(Config(steps=steps, device="cpu", precision="fp32"), learning_rate=3e-4)
+    config, precision = resolve_for_device(Config(steps=steps, device="cpu", precision="fp32"), learning_rate=3e-4)
     assert (config.warmup, config.fall_at, config.learning_rate) == (warmup, fall_at, 3e-4)
     assert (precision.device.type, precision.compute) == ("cpu", torch.float32)
     set_ = Config(steps=steps, device="cpu", precision="bf16", warmup=0, fall_at=1, learning_rate=1.0)
-    config, precision = settled_for_device(set_)
+    config, precision = resolve_for_device(set_)
     assert (config.warmup, config.fall_at, config.learning_rate) == (0, 1, 1.0)
     assert precision.compute == torch.bfloat16

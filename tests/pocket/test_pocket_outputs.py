@@ -8,9 +8,8 @@ from PIL import Image
 from torch import nn
 
 from sfumato.errors import BaseModelError
-from sfumato.pocket import outputs
-from sfumato.pocket.outputs import save_sheet, sheet
-from sfumato.pocket.trained import PretrainState
+from sfumato.training.pretrain import outputs
+from sfumato.training.pretrain.outputs import PretrainState, save_sheet, sheet
 from tests.tiny import CPU
 
 

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 
 from sfumato.errors import DataError
-from sfumato.pocket.captions import read_words
-from sfumato.pocket.pictures import VARIANTS, read_manifest, read_others
-from sfumato.pocket.pictures import read_pictures as read_drawings
+from sfumato.training.pretrain.dataset import VARIANTS, read_manifest, read_others, read_words
+from sfumato.training.pretrain.dataset import read_pictures as read_drawings
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path):

@@ -1,6 +1,6 @@
 """The tokenizer that pre-training learns from its captions."""
 
-from sfumato.pocket.parts import build_tokenizer
+from sfumato.training.pretrain.model import build_tokenizer
 
 CAPTIONS = [
     f"{thing}, {style} style" for thing in ("red apple", "crab", "sea crab", "café") for style in ("flat", "noto")

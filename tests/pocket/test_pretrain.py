@@ -16,13 +16,13 @@ from torch.testing import assert_close
 from sfumato import load_base
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
-from sfumato.pocket.latents import Latents
-from sfumato.pocket.pictures import VARIANTS, read_others
-from sfumato.pocket.pictures import read_pictures as read_drawings
-from sfumato.pocket.trained import PretrainState
 from sfumato.precision import Precision
 from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
+from sfumato.training.pretrain.batches import Latents
+from sfumato.training.pretrain.dataset import VARIANTS, read_others
+from sfumato.training.pretrain.dataset import read_pictures as read_drawings
+from sfumato.training.pretrain.outputs import PretrainState
 from tests.logged import log_in
 from tests.tiny import CPU
 from trainers.pretrain import Config, train

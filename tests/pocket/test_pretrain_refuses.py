@@ -8,9 +8,8 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from sfumato import load_base
 from sfumato.errors import BaseModelError, ConfigError, DataError
-from sfumato.pocket.init_parts import fp32_on, learning_parts
-from sfumato.pocket.parts import build_vae
-from sfumato.training.full import make_inpainting, write_folder
+from sfumato.training.methods.full import make_inpainting, write_folder
+from sfumato.training.pretrain.model import build_vae, fp32_precision, trainable_parts
 from tests.tiny import CPU
 from trainers.pretrain import Config, train
 
@@ -130,19 +129,22 @@ def test_a_share_of_others_needs_them(data, tmp_path):
 
 def test_a_base_of_another_noise_schedule_does_not_go_on(pocket_folder):
     own = load_base(pocket_folder, precision=CPU).scheduler
-    learning_parts(str(pocket_folder), "cpu", own)
+    trainable_parts(str(pocket_folder), "cpu", own)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         for is_on in (True, False):
             torch.backends.cuda.matmul.allow_tf32 = is_on
-            assert (fp32_on("cpu").tf32, fp32_on("cpu").storage) == (is_on, torch.float32)  # as the run has decided
+            assert (fp32_precision("cpu").tf32, fp32_precision("cpu").storage) == (
+                is_on,
+                torch.float32,
+            )  # as the run has decided
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     other = DDIMScheduler.from_config(own.config, beta_end=own.config.beta_end * 1.5)
     with pytest.raises(
         BaseModelError, match=f"--init {pocket_folder}: a base with another noise schedule. Name a base"
     ):
-        learning_parts(str(pocket_folder), "cpu", other, option="--init")
+        trainable_parts(str(pocket_folder), "cpu", other, option="--init")
 
 
 def test_an_inpainting_model_does_not_go_on(pocket_folder, tmp_path):
@@ -150,4 +152,4 @@ def test_an_inpainting_model_does_not_go_on(pocket_folder, tmp_path):
     make_inpainting(base)
     folder = write_folder(base, tmp_path / "inpainting", torch.float32)
     with pytest.raises(BaseModelError, match=f"--base {folder}: an inpainting model. Name a base that pretrain made"):
-        learning_parts(str(folder), "cpu", base.scheduler)
+        trainable_parts(str(folder), "cpu", base.scheduler)

@@ -11,13 +11,21 @@ from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 
-from sfumato import load_base, randomness, schedulers
+from sfumato import load_base
 from sfumato.errors import BaseModelError, ConfigError
-from sfumato.pocket.encoding import encode_text
-from sfumato.pocket.outputs import assemble
-from sfumato.pocket.parts import build_scheduler
-from sfumato.pocket.self_play import DRAWN_AT_ONCE, Pairs, discriminative_loss, grown_errors, own_drawings, taking_part
 from sfumato.precision import decide
+from sfumato.training.pretrain.model import build_scheduler
+from sfumato.training.pretrain.outputs import assemble
+from sfumato.training.pretrain.self_play import (
+    DRAWN_AT_ONCE,
+    Pairs,
+    discriminative_loss,
+    error_increase,
+    own_drawings,
+    select_pictures,
+)
+from sfumato.training.pretrain.text import encode_text
+from sfumato.utils import randomness, schedulers
 from tests.tiny import CPU
 from trainers.self_play import Config, train
 
@@ -32,14 +40,14 @@ def test_the_loss_is_that_of_a_discriminator_whose_logit_is_how_much_likelier_a_
 
 
 def test_all_named_pictures_take_part_and_others_by_their_share():
-    chosen = taking_part(100, 30, 0.25, seed=3)
+    chosen = select_pictures(100, 30, 0.25, seed=3)
     assert chosen[:30] == list(range(30))
     assert len(chosen) == 40
     assert chosen == sorted(set(chosen))
     assert chosen[-1] < 100
-    assert chosen != taking_part(100, 30, 0.25, seed=4)
-    assert taking_part(100, 30, 0.0, seed=3) == list(range(30))
-    assert taking_part(100, 30, 1.0, seed=3) == taking_part(100, 30, 0.9, seed=3) == list(range(100))
+    assert chosen != select_pictures(100, 30, 0.25, seed=4)
+    assert select_pictures(100, 30, 0.0, seed=3) == list(range(30))
+    assert select_pictures(100, 30, 1.0, seed=3) == select_pictures(100, 30, 0.9, seed=3) == list(range(100))
 
 
 def test_a_picture_and_its_drawing_are_told_the_same_and_sometimes_nothing():
@@ -73,7 +81,7 @@ def test_errors_are_those_of_v_of_a_picture_and_its_drawing_with_one_noise_and_o
     latents, noise = (torch.randn(n, 2, 4, 4, generator=draws) for n in (6, 3))
     timesteps, scheduler = torch.tensor([10, 500, 990]), build_scheduler()
     arguments = latents, torch.zeros(6, 1, 1), timesteps, noise, scheduler, decide("fp32", device="cpu")
-    real, own = grown_errors(Constant(0.5), Constant(-1.0), *arguments)
+    real, own = error_increase(Constant(0.5), Constant(-1.0), *arguments)
     alpha = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
     sigma = (1 - scheduler.alphas_cumprod[timesteps]).sqrt()[:, None, None, None]
     for found, part in ((real, latents[:3]), (own, latents[3:])):
@@ -150,7 +158,7 @@ def test_own_drawings_are_what_diffusers_draws_of_the_same_noise(guidance, tmp_p
     more = {"guidance": guidance, "seed": 5, "kept": tmp_path / "own.safetensors", "unet_fingerprint": "of pocket"}
     found = own_drawings(base.unet, *parts, **more)
     noise = torch.stack([randomness.normal((4, 16, 16), 5, "own drawing", place) for place in range(2)])
-    ddim = schedulers.scheduler("ddim", build_scheduler().config)
+    ddim = schedulers.make_scheduler("ddim", build_scheduler().config)
     pipeline = assemble(base.vae, base.unet, base.text_encoders[0], base.tokenizers[0], ddim)
     asked = {"num_inference_steps": 25, "guidance_scale": guidance, "latents": noise, "output_type": "latent"}
     assert_close(found, pipeline(prompts, **asked).images, atol=1e-4, rtol=1e-4)
@@ -196,9 +204,9 @@ def test_pictures_become_likelier_than_drawings_and_these_are_of_the_captions_an
         errors.append((real.mean().item(), own.mean().item()))
         return discriminative_loss(real, own, sharpness)
 
-    monkeypatch.setattr("sfumato.pocket.self_play.own_drawings", drawn)
-    monkeypatch.setattr("sfumato.pocket.self_play.discriminative_loss", loss)
-    monkeypatch.setattr("sfumato.pocket.outputs.sheet", lambda *asked: sheets.append(asked[-1]))
+    monkeypatch.setattr("sfumato.training.pretrain.self_play.own_drawings", drawn)
+    monkeypatch.setattr("sfumato.training.pretrain.self_play.discriminative_loss", loss)
+    monkeypatch.setattr("sfumato.training.pretrain.outputs.sheet", lambda *asked: sheets.append(asked[-1]))
     (data / "other/noto").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(data / "other/noto/red-heart.png")
     options = {"base": str(pocket_folder), "data": data, "steps": 8, "empty_share": 0.0}
@@ -234,7 +242,7 @@ def test_an_interruption_among_the_drawings_lets_the_folder_go(data, pocket_fold
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sfumato.pocket.self_play.own_drawings", interrupted)
+        patch.setattr("sfumato.training.pretrain.self_play.own_drawings", interrupted)
         with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
             train(Config(**options, **SETTINGS))
     assert f"stopped among the own drawings. Go on with: sfumato resume {tmp_path / 'run'}" in capfd.readouterr().err

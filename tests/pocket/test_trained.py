@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.pocket.trained import PretrainState
+from sfumato.training.pretrain.outputs import PretrainState
 
 
 @pytest.mark.parametrize(("optimizer", "decaying"), [("adamw", {"adamw": 2}), ("muon", {"adamw": 1, "muon": 1})])

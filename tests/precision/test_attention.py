@@ -9,9 +9,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from sfumato import load_base
-from sfumato.bases import Base
+from sfumato.models import Base
 from sfumato.precision import decide
-from sfumato.precision.attention import LARGEST_SCORES, ProductAttention, learn_on_cpu
+from sfumato.precision.layers import MAX_SCORES, ProductAttention, use_cpu_training_attention
 from tests.tiny import CPU
 
 
@@ -43,7 +43,7 @@ def test_draws_the_same_bits_as_diffusers(base: Base) -> None:
     latents, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 192)
     with torch.no_grad():
         wanted = base.unet(latents, 10, text).sample
-        learn_on_cpu(base.unet)
+        use_cpu_training_attention(base.unet)
         assert torch.equal(base.unet(latents, 10, text).sample, wanted)
 
 
@@ -56,11 +56,11 @@ def test_products_are_used_only_for_small_scores(base: Base, monkeypatch: pytest
         return attention(query, *arguments, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    learn_on_cpu(base.unet)
+    use_cpu_training_attention(base.unet)
     layer = base.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1")
     layer(torch.randn(1, 256, 64))
     assert fused == []
-    tokens = int((LARGEST_SCORES / 4 / layer.heads) ** 0.5) + 1
+    tokens = int((MAX_SCORES / 4 / layer.heads) ** 0.5) + 1
     layer(torch.randn(1, tokens, 64))
     assert fused == [tokens]
 
@@ -70,7 +70,7 @@ def test_a_mask_is_heeded(base: Base) -> None:
     x, text, mask = torch.randn(1, 16, 64), torch.randn(1, 77, 192), torch.zeros(1, 1, 77)
     mask[..., 40:] = -10_000.0
     wanted = layer(x, text, mask)
-    learn_on_cpu(base.unet)
+    use_cpu_training_attention(base.unet)
     torch.testing.assert_close(layer(x, text, mask), wanted)
     assert not torch.allclose(layer(x, text), wanted)
 
@@ -80,7 +80,7 @@ def test_another_processor_is_left_alone(base: Base) -> None:
         pass
 
     base.unet.set_attn_processor(Own())
-    learn_on_cpu(base.unet)
+    use_cpu_training_attention(base.unet)
     assert {type(processor) for processor in base.unet.attn_processors.values()} == {Own}
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.errors import ConfigError
-from sfumato.pocket.checks import check_compiler
 from sfumato.precision import decide
+from sfumato.training.pretrain.checks import check_compiler
 
 
 class Up(nn.Module):

@@ -10,15 +10,15 @@ from peft import LoraConfig
 from PIL import ImageChops
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
 from sfumato.compose import Adapter, compose
-from sfumato.compose.guided import adapter_guidance
-from sfumato.drawing.pictures import draw
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
-from sfumato.precision import flat
-from sfumato.precision.lean import save_activation_memory
-from sfumato.precision.products import quicken
+from sfumato.compose.guidance import adapter_guidance
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.generation.draw import draw
+from sfumato.models import load_base
+from sfumato.precision import fast_unet
+from sfumato.precision.cpu_matmul import use_fast_matmul
+from sfumato.precision.layers import save_activation_memory
 from tests.tiny import CPU, tiny_pipeline
 
 
@@ -52,8 +52,8 @@ def asked(unet: Any, *, rows: int = 2, side: int = 16, seed: int = 0, tokens: in
 def counted(monkeypatch) -> list[int]:
     """A number for each call that is computed flat."""
     calls: list[int] = []
-    compute = flat._Flat.__call__
-    monkeypatch.setattr(flat._Flat, "__call__", lambda *given: (calls.append(1), compute(*given))[1])
+    compute = fast_unet._FastUNet.__call__
+    monkeypatch.setattr(fast_unet._FastUNet, "__call__", lambda *given: (calls.append(1), compute(*given))[1])
     return calls
 
 
@@ -61,7 +61,7 @@ def counted(monkeypatch) -> list[int]:
 def both(unet: Any, calls: list[int], **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What is computed flat, and what diffusers computes."""
     before = len(calls)
-    with flat.drawn_flat(unet):
+    with fast_unet.fast_inference(unet):
         (ours,) = unet(**given, return_dict=False)
     assert len(calls) == before + 1
     (theirs,) = unet(**given, return_dict=False)
@@ -79,14 +79,14 @@ def test_every_familys_unet_gives_diffusers_values(family, side, counted):
 
 def test_quick_and_lean_layers_are_the_usual(unet, counted):
     assert_close(*both(unet, counted, **asked(unet)))
-    quicken(unet)
+    use_fast_matmul(unet)
     save_activation_memory(unet)
     assert_close(*both(unet, counted, **asked(unet, seed=1)))
 
 
 def test_a_call_with_an_output_object_gives_one(unet, counted):
     given = asked(unet)
-    with torch.no_grad(), flat.drawn_flat(unet):
+    with torch.no_grad(), fast_unet.fast_inference(unet):
         (ours,) = unet(**given, return_dict=False)
         assert torch.equal(unet(**given).sample, ours)
         assert torch.equal(unet(*[given[name] for name in ("sample", "timestep", "encoder_hidden_states")])[0], ours)
@@ -97,7 +97,7 @@ def test_a_texts_keys_are_kept_until_another_is_heard(unet, counted):
     first, second = asked(unet), asked(unet, seed=1, tokens=154)
     with torch.no_grad():
         wanted = [unet(**given)[0] for given in (first, second)]
-        with flat.drawn_flat(unet):
+        with fast_unet.fast_inference(unet):
             found = [unet(**given)[0] for given in (first, second, first)]
             first["encoder_hidden_states"].mul_(2)  # the same tensor, another text
             doubled = unet(**first)[0]
@@ -120,7 +120,7 @@ def test_weights_that_change_from_call_to_call_are_seen(unet, counted, way):
 
     with torch.no_grad():
         handle = unet.register_forward_pre_hook(change)
-        with flat.drawn_flat(unet):
+        with fast_unet.fast_inference(unet):
             found = [unet(**given)[0] for _ in range(4)]
         for weight in () if way == "exchanged" else unet.parameters():
             weight.div_(1.01**4)
@@ -133,7 +133,7 @@ def test_weights_that_change_from_call_to_call_are_seen(unet, counted, way):
 
 def test_an_adapter_that_comes_beside_a_layer_within_the_block_is_seen(unet, counted):
     given = asked(unet)
-    with torch.no_grad(), flat.drawn_flat(unet):
+    with torch.no_grad(), fast_unet.fast_inference(unet):
         plain = unet(**given)[0]
         hooked(unet)
         assert not torch.allclose(unet(**given)[0], plain, atol=1e-3)
@@ -170,7 +170,7 @@ def with_another_layer(unet: Any) -> None:
 def test_what_is_changed_within_the_block_is_computed_as_it_was(unet, change, counted):
     given = asked(unet)
     with torch.no_grad():
-        with flat.drawn_flat(unet):
+        with fast_unet.fast_inference(unet):
             unet(**given)
             change(unet)
             found = unet(**given)[0]
@@ -181,11 +181,11 @@ def test_what_is_changed_within_the_block_is_computed_as_it_was(unet, change, co
 def test_a_hook_of_all_modules_is_seen(unet, counted):
     given = asked(unet)
     hooks: Any = torch.nn.modules.module
-    with torch.no_grad(), flat.drawn_flat(unet):
+    with torch.no_grad(), fast_unet.fast_inference(unet):
         handle = hooks.register_module_forward_hook(lambda module, _, out: 2 * out if is_linear(module) else None)
         try:
             found = unet(**given)[0]
-            assert not flat.is_usual(unet)
+            assert not fast_unet.is_supported_unet(unet)
         finally:
             handle.remove()
         assert not torch.allclose(found, unet(**given)[0], atol=1e-3)
@@ -197,17 +197,17 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def test_two_views_of_a_text_are_two_texts():
-    doubled = flat._Made(lambda text, weight: text * weight, torch.tensor(2.0))
+    doubled = fast_unet._CachedTensor(lambda text, weight: text * weight, torch.tensor(2.0))
     texts = torch.arange(6.0).view(2, 3)
     assert torch.equal(doubled(texts), 2 * texts)
     assert torch.equal(doubled(texts[:1].expand(2, 3)), 2 * texts[:1].expand(2, 3))
 
 
 def test_texts_that_come_in_new_tensors_do_not_pile_up():
-    doubled = flat._Made(lambda text, weight: text * weight, torch.tensor(2.0))
+    doubled = fast_unet._CachedTensor(lambda text, weight: text * weight, torch.tensor(2.0))
     texts = [torch.full((3,), float(number)) for number in range(9)]
     assert all(torch.equal(doubled(text), 2 * text) for text in texts)
-    assert len(doubled.known) == flat._Made.MOST
+    assert len(doubled.known) == fast_unet._CachedTensor.MOST
     assert doubled(texts[-1]) is doubled(texts[-1])
 
 
@@ -219,7 +219,7 @@ def test_adapter_guidance_is_drawn_flat_in_both_halves(pocket_folder, tmp_path, 
     with compose(base, Adapter(file, 1.0)) as mix, adapter_guidance(mix, 2, guidance=4):
         ours = draw(base, "red square", 0, steps=3, guidance=4)[0]
         assert len(counted) == 6
-        monkeypatch.setattr(flat, "MOST", 0)
+        monkeypatch.setattr(fast_unet, "MAX_WEIGHTS", 0)
         theirs = draw(base, "red square", 0, steps=3, guidance=4)[0]
         assert len(counted) == 6
     assert ImageChops.difference(ours, theirs).getextrema() <= ((0, 1),) * 3
@@ -291,11 +291,11 @@ def dropping(unet: Any) -> None:
     ],
 )
 def test_what_is_not_the_usual_is_computed_as_it_was(unet, change):
-    assert flat.is_usual(unet)
+    assert fast_unet.is_supported_unet(unet)
     change(unet)
-    assert not flat.is_usual(unet)
+    assert not fast_unet.is_supported_unet(unet)
     before = vars(unet).get("forward")
-    with flat.drawn_flat(unet):
+    with fast_unet.fast_inference(unet):
         assert vars(unet).get("forward") is before
 
 
@@ -305,20 +305,20 @@ def test_classes_in_which_somebody_put_a_method_are_not_the_usual(unet, name, mo
     kinds = {type(each).__name__: type(each) for each in (unet, block, block.attn1.processor, unet.conv_in)}
     method = {"AttnProcessor2_0": "__call__", "Conv2d": "_conv_forward"}.get(name, "forward")
     monkeypatch.setattr(kinds[name], method, lambda *_, **__: None)
-    assert not flat.is_usual(unet)
+    assert not fast_unet.is_supported_unet(unet)
 
 
 def test_autocast_and_large_unets_are_not_the_usual(unet, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
-        assert not flat.is_usual(unet)
-    monkeypatch.setattr(flat, "MOST", 1000)
-    assert not flat.is_usual(unet)
+        assert not fast_unet.is_supported_unet(unet)
+    monkeypatch.setattr(fast_unet, "MAX_WEIGHTS", 1000)
+    assert not fast_unet.is_supported_unet(unet)
 
 
 def test_another_architecture_is_not_the_usual():
-    assert not flat.is_usual(torch.nn.Linear(2, 2))
+    assert not fast_unet.is_supported_unet(torch.nn.Linear(2, 2))
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
-    assert not flat.is_usual(diffusers.UNet2DModel(sample_size=8, **blocks))
+    assert not fast_unet.is_supported_unet(diffusers.UNet2DModel(sample_size=8, **blocks))
 
 
 def test_calls_of_another_kind_are_diffusers(unet, counted):
@@ -327,7 +327,7 @@ def test_calls_of_another_kind_are_diffusers(unet, counted):
     attention_mask[:, :9] = 1
     with torch.no_grad():
         wanted = unet(**given, encoder_attention_mask=attention_mask)[0]
-        with flat.drawn_flat(unet):
+        with fast_unet.fast_inference(unet):
             assert torch.equal(unet(**given, encoder_attention_mask=attention_mask)[0], wanted)
             unet.to(torch.float64)
             half = {name: value.double() if name != "timestep" and value is not None else value
@@ -337,7 +337,7 @@ def test_calls_of_another_kind_are_diffusers(unet, counted):
             with torch.autocast("cpu", torch.bfloat16):
                 unet(**given)
     given["sample"].requires_grad_()
-    with flat.drawn_flat(unet):
+    with fast_unet.fast_inference(unet):
         unet(**given)[0].sum().backward()
     assert given["sample"].grad is not None
     assert not counted
@@ -350,7 +350,7 @@ def test_each_thread_computes_flat_for_itself(unet, counted):
     found, inside, left = {}, threading.Barrier(3), threading.Event()
 
     def drawing(number: int) -> None:
-        with torch.no_grad(), flat.drawn_flat(unet):
+        with torch.no_grad(), fast_unet.fast_inference(unet):
             inside.wait()
             found[number] = [unet(**given[number])[0] for _ in range(3)]
             left.wait(10 * number)
@@ -372,7 +372,7 @@ def test_each_thread_computes_flat_for_itself(unet, counted):
 
 
 def test_the_unet_is_itself_after_an_error(unet):
-    with pytest.raises(RuntimeError), torch.no_grad(), flat.drawn_flat(unet):
+    with pytest.raises(RuntimeError), torch.no_grad(), fast_unet.fast_inference(unet):
         unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 77, 5))
     assert "forward" not in vars(unet)
-    assert not flat._IN_USE
+    assert not fast_unet._IN_USE

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.precision.formats import BLOCK, FORMATS, LEVELS
-from sfumato.precision.quantized import quantize
+from sfumato.precision.quantization import BLOCK, FORMATS, LEVELS, quantize
 
 
 def normal(*shape, seed=0):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import load_base
-from sfumato.precision import decide, layer_norms
+from sfumato.precision import decide
+from sfumato.precision import layers as layer_norms
 from tests.tiny import CPU
 
 
@@ -30,7 +31,7 @@ def pair() -> tuple[nn.LayerNorm, nn.LayerNorm]:
     nn.init.normal_(plain.weight)
     nn.init.normal_(plain.bias)
     ours = copy.deepcopy(plain)
-    layer_norms.sum_in_fp32(ours)
+    layer_norms.use_fp32_norm_gradients(ours)
     return plain, ours
 
 
@@ -66,7 +67,7 @@ def test_values_and_the_gradient_of_what_comes_in_are_torchs_bits(pair, dtype, l
 
 def test_a_norm_over_several_sides_is_left_alone():
     norm = nn.LayerNorm((2, 8))
-    layer_norms.sum_in_fp32(norm)
+    layer_norms.use_fp32_norm_gradients(norm)
     x = torch.randn(3, 2, 8).bfloat16().requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         norm(x).sum().backward()

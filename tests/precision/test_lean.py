@@ -8,8 +8,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from sfumato.adapters import attach, select
-from sfumato.precision.lean import save_activation_memory
-from sfumato.precision.products import quicken
+from sfumato.precision.cpu_matmul import use_fast_matmul
+from sfumato.precision.layers import save_activation_memory
 from sfumato.training.options import BaseOptions
 from tests.tiny import tiny_pipeline
 
@@ -17,7 +17,7 @@ from tests.tiny import tiny_pipeline
 @pytest.fixture(scope="module")
 def unet():
     unet = tiny_pipeline("sd1", shallow=True).unet.requires_grad_(False)
-    quicken(unet)  # as every base's is
+    use_fast_matmul(unet)  # as every base's is
     return unet
 
 
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_equal_to_the_bit(unet, trained):
     found = []
     if trained == "SDXL":
         unet = tiny_pipeline("sdxl", shallow=True).unet.requires_grad_(False)
-        quicken(unet)
+        use_fast_matmul(unet)
     for lean in (False, True):
         one = copy.deepcopy(unet)
         if lean:
@@ -85,7 +85,7 @@ def test_weights_that_come_later_are_kept_as_little_of(pocket_folder, tmp_path):
     base.lazy_weights.load_only("unet")
     made.append(base.unet.conv_in._conv_forward)
     assert made[0] is made[1]
-    assert made[1].func.__module__ == "sfumato.precision.lean"
+    assert made[1].func.__module__ == "sfumato.precision.layers"
 
 
 def test_in_half_precision_frozen_weights_are_not_kept_twice(unet):

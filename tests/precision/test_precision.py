@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from sfumato.errors import PrecisionError
-from sfumato.precision import bf16, choices, decide, forecast_precision, products
-from sfumato.training import optimizers
+from sfumato.precision import choices, cpu_matmul, decide, forecast_precision
+from sfumato.precision import choices as bf16
+from sfumato.training.optim import optimizers
 
 
 def small_unet(heads: int = 1) -> diffusers.UNet2DConditionModel:
@@ -80,7 +81,7 @@ def test_beside_frozen_weights_a_cpu_learns_in_bf16_where_it_multiplies_that(mon
     ("flags", "has_bf16"), [("avx512f avx512_bf16", True), ("amx_bf16 sse2", True), ("avx512f avx2", False)]
 )
 def test_whether_a_cpu_multiplies_bf16_is_read_from_its_flags(monkeypatch, flags, has_bf16):
-    monkeypatch.setattr(products, "processor", lambda: f"vendor_id\t: a maker\nflags\t\t: {flags}")
+    monkeypatch.setattr(cpu_matmul, "processor", lambda: f"vendor_id\t: a maker\nflags\t\t: {flags}")
     assert bf16.cpu_has_bf16() is has_bf16
     assert bf16.multiplies_bf16(torch.device("cpu")) is has_bf16
     assert not bf16.multiplies_bf16(torch.device("mps"))
@@ -94,9 +95,9 @@ def test_where_linux_does_not_tell_the_flags_torch_does(monkeypatch):
     for name, has in asked.items():
         assert hasattr(torch.cpu, name)
         monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
-    monkeypatch.setattr(products, "Path", lambda _: Path("/nowhere"))
-    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 25 Model 97, AuthenticAMD")
-    assert products.processor.__wrapped__() == "AMD64 Family 25 Model 97, AuthenticAMD avx512f avx512_bf16"
+    monkeypatch.setattr(cpu_matmul, "Path", lambda _: Path("/nowhere"))
+    monkeypatch.setattr(cpu_matmul.platform, "processor", lambda: "AMD64 Family 25 Model 97, AuthenticAMD")
+    assert cpu_matmul.processor.__wrapped__() == "AMD64 Family 25 Model 97, AuthenticAMD avx512f avx512_bf16"
 
 
 @pytest.mark.parametrize("adapting", [True, False])
@@ -313,8 +314,8 @@ def test_on_a_cpu_layers_are_placed_with_quicker_products_in_torchs_own_layout()
 
 @pytest.mark.parametrize(("there", "by"), [(True, "oneDNN"), (False, "torch")])
 def test_onednn_multiplies_where_it_is_quicker_and_there(monkeypatch, bare, there, by):
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(products, "onednn", lambda: torch.matmul if there else None)
+    monkeypatch.setattr(cpu_matmul, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "onednn", lambda: torch.matmul if there else None)
     assert decide().products == by
 
 
@@ -383,7 +384,7 @@ def test_an_8_bit_optimizer_steps_on_the_gpu_as_adamw_does():
     found = {}
     for name in ("adamw", "adamw8bit"):
         weight = nn.Parameter(starts.to("cuda"))
-        optimizer = optimizers.build(name, [{"params": [weight], "lr": 1e-2}], weight_decay=0.01)
+        optimizer = optimizers.build_optimizer(name, [{"params": [weight], "lr": 1e-2}], weight_decay=0.01)
         for step in range(3):
             weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(1 + step)).to("cuda")
             optimizer.step()

@@ -7,23 +7,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sfumato.precision import products
+from sfumato.precision import cpu_matmul
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
 def maker(request, monkeypatch):
     """Both makers' processors, whatever this one is."""
-    if request.param and products.onednn() is None:
+    if request.param and cpu_matmul.onednn() is None:
         pytest.skip("torch has no oneDNN here")
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: request.param)
-    monkeypatch.setattr(products, "_LEAST", 1)
+    monkeypatch.setattr(cpu_matmul, "mkl_is_slow", lambda: request.param)
+    monkeypatch.setattr(cpu_matmul, "_LEAST", 1)
 
 
 @pytest.fixture
 def by_onednn(monkeypatch):
     calls = []
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(products, "_times", lambda *given: calls.append(given) or F.linear(*given))
+    monkeypatch.setattr(cpu_matmul, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "_matmul", lambda *given: calls.append(given) or F.linear(*given))
     return calls
 
 
@@ -47,11 +47,11 @@ def learn(function, inputs, wanted):
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (2, 3, 4, 24)])
 def test_linear_layers_give_torchs_values_and_gradients(maker, shape, wanted):
     inputs = drawn(*shape), drawn(17, 24, seed=1), drawn(17, seed=2)
-    torch.testing.assert_close(learn(products.linear, inputs, wanted), learn(F.linear, inputs, wanted))
+    torch.testing.assert_close(learn(cpu_matmul.linear, inputs, wanted), learn(F.linear, inputs, wanted))
     with torch.no_grad():
-        torch.testing.assert_close(products.linear(*inputs), F.linear(*inputs))
+        torch.testing.assert_close(cpu_matmul.linear(*inputs), F.linear(*inputs))
         turned = drawn(24, 7).t()
-        torch.testing.assert_close(products.linear(turned, inputs[1]), F.linear(turned, inputs[1]))
+        torch.testing.assert_close(cpu_matmul.linear(turned, inputs[1]), F.linear(turned, inputs[1]))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_linear_layers_give_torchs_values_and_gradients(maker, shape, wanted):
 @pytest.mark.parametrize("wanted", [(True, False, False), (True, True, True), (False, True, False)])
 def test_convolutions_of_small_pictures_give_torchs_values_and_gradients(maker, pictures, side, geometry, wanted):
     inputs = drawn(pictures, 8, side, side + 1), drawn(12, 8, 3, 3, seed=1), drawn(12, seed=2)
-    ours = learn(lambda *given: products.convolve_small(*given, geometry), inputs, wanted)
+    ours = learn(lambda *given: cpu_matmul.convolve_small(*given, geometry), inputs, wanted)
     torch.testing.assert_close(
         ours, learn(lambda *given: F.conv2d(*given, *geometry), inputs, wanted), atol=1e-4, rtol=1e-5
     )
@@ -74,41 +74,41 @@ class Quantised(torch.Tensor):
 def test_only_large_plain_fp32_products_take_the_other_way(by_onednn):
     large, weight = drawn(64, 512), drawn(512, 512)
     with torch.no_grad():
-        products.linear(large[:1], weight)
-        products.linear(large.bfloat16(), weight.bfloat16())
-        products.linear(large[:0], weight)
-        products.linear(large, weight.as_subclass(Quantised))
+        cpu_matmul.linear(large[:1], weight)
+        cpu_matmul.linear(large.bfloat16(), weight.bfloat16())
+        cpu_matmul.linear(large[:0], weight)
+        cpu_matmul.linear(large, weight.as_subclass(Quantised))
         with torch.autocast("cpu", torch.bfloat16):
-            assert products.linear(large, weight).dtype == torch.bfloat16
+            assert cpu_matmul.linear(large, weight).dtype == torch.bfloat16
         assert not by_onednn
-        products.linear(large, weight)
+        cpu_matmul.linear(large, weight)
     assert len(by_onednn) == 1
 
 
 def test_where_onednn_is_switched_off_it_is_not_asked(maker):
     with torch.backends.mkldnn.flags(enabled=False):
-        assert products._product() is None
-    assert (products._product() is not None) == products.mkl_is_slow()
+        assert cpu_matmul._product() is None
+    assert (cpu_matmul._product() is not None) == cpu_matmul.mkl_is_slow()
 
 
 def test_a_frozen_layer_keeps_no_input(by_onednn):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        products.linear(drawn(64, 512).requires_grad_(), drawn(500, 512))
-        products.convolve_small(drawn(1, 8, 4, 4).requires_grad_(), drawn(9, 8, 3, 3), None, ((1, 1), (1, 1), (1, 1)))
+        cpu_matmul.linear(drawn(64, 512).requires_grad_(), drawn(500, 512))
+        cpu_matmul.convolve_small(drawn(1, 8, 4, 4).requires_grad_(), drawn(9, 8, 3, 3), None, ((1, 1), (1, 1), (1, 1)))
     assert kept == [(500, 512), (9, 8, 3, 3)]
 
 
 def test_a_convolution_is_a_product_where_its_weight_outweighs_the_picture():
     taps = ((1, 1), (1, 1), (1, 1))
     weight = torch.zeros(1280, 1280, 3, 3)
-    assert products.is_small(torch.zeros(1, 1280, 8, 8), weight, taps, 1)
-    assert not products.is_small(torch.zeros(8, 1280, 8, 8), weight, taps, 1)
-    assert products.is_small(torch.zeros(4, 1280, 16, 16), weight, ((4, 4), (1, 1), (1, 1)), 1)
-    assert not products.is_small(torch.zeros(1, 1280, 8, 8), torch.zeros(1280, 1280, 1, 1), taps, 1)
-    assert not products.is_small(torch.zeros(1, 1280, 8, 8), weight[:, :640], taps, 2)
-    assert not products.is_small(torch.zeros(1, 1280, 8, 8).bfloat16(), weight.bfloat16(), taps, 1)
-    assert not products.is_small(torch.zeros(0, 1280, 8, 8), weight, taps, 1)
+    assert cpu_matmul.is_small_convolution(torch.zeros(1, 1280, 8, 8), weight, taps, 1)
+    assert not cpu_matmul.is_small_convolution(torch.zeros(8, 1280, 8, 8), weight, taps, 1)
+    assert cpu_matmul.is_small_convolution(torch.zeros(4, 1280, 16, 16), weight, ((4, 4), (1, 1), (1, 1)), 1)
+    assert not cpu_matmul.is_small_convolution(torch.zeros(1, 1280, 8, 8), torch.zeros(1280, 1280, 1, 1), taps, 1)
+    assert not cpu_matmul.is_small_convolution(torch.zeros(1, 1280, 8, 8), weight[:, :640], taps, 2)
+    assert not cpu_matmul.is_small_convolution(torch.zeros(1, 1280, 8, 8).bfloat16(), weight.bfloat16(), taps, 1)
+    assert not cpu_matmul.is_small_convolution(torch.zeros(0, 1280, 8, 8), weight, taps, 1)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (True, True, True)])
@@ -118,8 +118,8 @@ def test_a_pointwise_convolution_gives_torchs_values_and_gradients(maker, pictur
     taps = ((1, 1), (0, 0), (1, 1))
 
     def ours(*given):
-        quick = products.convolve(*given, taps, 1)
-        assert (quick is not None) == products.mkl_is_slow()
+        quick = cpu_matmul.convolve(*given, taps, 1)
+        assert (quick is not None) == cpu_matmul.mkl_is_slow()
         return F.conv2d(*given) if quick is None else quick
 
     torch.testing.assert_close(learn(ours, inputs, wanted), learn(F.conv2d, inputs, wanted))
@@ -129,9 +129,9 @@ def test_a_pointwise_convolution_gives_torchs_values_and_gradients(maker, pictur
 def test_other_convolutions_stay_torchs(by_onednn):
     x, weight = drawn(1, 24, 5, 6), drawn(16, 24, 1, 1)
     for stride, padding, groups in (((2, 2), (0, 0), 1), ((1, 1), (1, 1), 1), ((1, 1), (0, 0), 2)):
-        assert products.convolve(x, weight, None, (stride, padding, (1, 1)), groups) is None
-    assert products.convolve(drawn(1, 24, 46, 46), weight, None, ((1, 1), (0, 0), (1, 1)), 1) is None
-    assert products.convolve(x, drawn(16, 24, 3, 3), None, ((1, 1), (1, 1), (1, 1)), 1) is None
+        assert cpu_matmul.convolve(x, weight, None, (stride, padding, (1, 1)), groups) is None
+    assert cpu_matmul.convolve(drawn(1, 24, 46, 46), weight, None, ((1, 1), (0, 0), (1, 1)), 1) is None
+    assert cpu_matmul.convolve(x, drawn(16, 24, 3, 3), None, ((1, 1), (1, 1), (1, 1)), 1) is None
 
 
 class Small(nn.Module):
@@ -151,7 +151,7 @@ def test_a_quickened_model_is_the_same_model(maker):
     torch.manual_seed(0)
     model = Small()
     quick = copy.deepcopy(model)
-    products.quicken(quick)
+    cpu_matmul.use_fast_matmul(quick)
     other = copy.deepcopy(quick)
     with torch.no_grad():
         other.linear.weight.zero_()
@@ -163,11 +163,11 @@ def test_a_quickened_model_is_the_same_model(maker):
 
 def test_a_layer_after_which_something_else_computes_is_not_a_plain_one():
     layer = nn.Linear(2, 2)
-    assert products.is_plain_linear(layer)
+    assert cpu_matmul.is_plain_linear(layer)
     with layer.register_forward_hook(lambda module, inputs, output: output + 1):
-        assert not products.is_plain_linear(layer)
+        assert not cpu_matmul.is_plain_linear(layer)
     layer.forward = lambda x: x
-    assert not products.is_plain_linear(layer)
+    assert not cpu_matmul.is_plain_linear(layer)
 
 
 @pytest.mark.parametrize(
@@ -180,27 +180,27 @@ def test_a_layer_after_which_something_else_computes_is_not_a_plain_one():
     ],
 )
 def test_maker_and_flags_decide(monkeypatch, processor, slow):
-    products.mkl_is_slow.cache_clear()
-    monkeypatch.setattr(products, "processor", lambda: processor)
+    cpu_matmul.mkl_is_slow.cache_clear()
+    monkeypatch.setattr(cpu_matmul, "processor", lambda: processor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.mkl_is_slow() is slow
+    assert cpu_matmul.mkl_is_slow() is slow
     monkeypatch.undo()
-    products.mkl_is_slow.cache_clear()
+    cpu_matmul.mkl_is_slow.cache_clear()
 
 
 def test_without_the_product_or_with_another_nothing_breaks(monkeypatch):
     for product in (lambda *_: torch.zeros(3, 4), lambda x: x):
-        products.onednn.cache_clear()
+        cpu_matmul.onednn.cache_clear()
         monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
-        assert products.onednn() is None
+        assert cpu_matmul.onednn() is None
     monkeypatch.undo()
-    products.onednn.cache_clear()
+    cpu_matmul.onednn.cache_clear()
 
 
 @pytest.mark.slow
 def test_a_compiled_model_is_one_graph_and_stays_torchs(by_onednn):
     quick = Small()
-    products.quicken(quick)
+    cpu_matmul.use_fast_matmul(quick)
     x = drawn(1, 512, 4, 4)
     wanted = quick(x)
     assert by_onednn

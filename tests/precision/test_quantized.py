@@ -14,12 +14,11 @@ from torch.testing import assert_close
 
 from sfumato import Adapter, cli, compose
 from sfumato.adapters import attach, target_layers
-from sfumato.bases import load_base
 from sfumato.errors import AdapterError, ConfigError, PrecisionError
 from sfumato.files import read_tensors
+from sfumato.models import load_base
 from sfumato.precision import decide
-from sfumato.precision.formats import FORMATS
-from sfumato.precision.quantized import Quantized, quantize, stored_weights
+from sfumato.precision.quantization import FORMATS, Quantized, quantize, stored_weights
 from tests.runs.said import lines
 
 CPU = decide("fp32", device="cpu")

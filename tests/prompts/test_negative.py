@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.prompts.negative import negative_for
+from sfumato.models.prompts.syntax import negative_for
 
 
 @pytest.mark.parametrize(

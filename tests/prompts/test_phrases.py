@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from sfumato.prompts.phrases import has_phrase
+from sfumato.models.prompts.syntax import has_phrase
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.bases import TextEmbedding, load_base
 from sfumato.compose import Adapter, adapter_guidance, compose
 from sfumato.compose.regions import Region, regions
-from sfumato.drawing.pictures import Start, draw
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.changes import LoraModule
-from sfumato.files.write_kohya import write_lora
-from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.prompt_editing import Stage, concat_stages, has_edits, staged_prompts, stages
-from sfumato.prompts.syntax import emphasised
+from sfumato.files.kinds import LoraModule
+from sfumato.files.writing.kohya import write_lora
+from sfumato.generation.draw import Start, draw
+from sfumato.models import TextEmbedding, load_base
+from sfumato.models.prompts.editing import Stage, concat_stages, has_edits, prompt_stages, staged_prompts
+from sfumato.models.prompts.encoding import encode_prompts, encode_stages
+from sfumato.models.prompts.syntax import parse_prompt_attention
 from tests.pixels import difference
 from tests.tiny import CPU
 
@@ -39,7 +39,7 @@ from tests.tiny import CPU
 )
 def test_what_is_said_when_is_what_a1111_s_own_examples_say(prompt, expected):
     """The examples in its modules/prompt_parser.py, whose schedules are of ten steps."""
-    assert stages(prompt, 10) == expected
+    assert prompt_stages(prompt, 10) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_what_is_said_when_is_what_a1111_s_own_examples_say(prompt, expected):
     ],
 )  # fmt: skip
 def test_ends_marks_and_brackets(prompt, expected):
-    assert stages(prompt, 10) == expected
+    assert prompt_stages(prompt, 10) == expected
 
 
 @pytest.mark.parametrize(("opening", "closing"), [("(", ")"), ("[", "]"), ("[", "::0.5]"), ("[", "|]")])
 def test_brackets_nest_as_deep_as_they_like(opening, closing):
     """Python's functions call each other a thousand deep at most."""
     prompt = "[a:b:0.5]".join((opening * 1000, closing * 1000))
-    first, *_, last = stages(prompt, 10)
+    first, *_, last = prompt_stages(prompt, 10)
     assert "a" in first[1]
     assert last[0] == 10
     assert "a" not in last[1]
@@ -79,8 +79,8 @@ def test_brackets_nest_as_deep_as_they_like(opening, closing):
 
 @pytest.mark.parametrize(("when", "end"), [("9" * 20_000, 10), ("9" * 20_000 + ".", 10), ("0" * 20_000, 0)])
 def test_a_number_may_have_any_digits(when, end):
-    assert stages(f"[a:b:{when}]", 10)[0] == ((end, "a") if end else (10, "b"))
-    assert stages(f"[a:b:{when}x]", 10) == [(10, f"[a:b:{when}x]")]
+    assert prompt_stages(f"[a:b:{when}]", 10)[0] == ((end, "a") if end else (10, "b"))
+    assert prompt_stages(f"[a:b:{when}x]", 10) == [(10, f"[a:b:{when}x]")]
 
 
 def test_words_after_more_steps_than_are_usual_change_too():
@@ -100,9 +100,9 @@ def test_the_stages_of_several_pictures_are_those_of_one_batch():
 
 @pytest.mark.parametrize("prompt", ["[crab:b|c:0.5]", "[a|b:c]", "[a|b:3]"])
 def test_both_marks_in_one_bracket_are_refused_where_a1111_takes_all_for_text(prompt):
-    ((_, text),) = stages(prompt, 10)
+    ((_, text),) = prompt_stages(prompt, 10)
     with pytest.raises(ConfigError, match=r"':' and '\|' do not go together.* as in \[a:\[b\|c\]:0\.5\]"):
-        emphasised(text)
+        parse_prompt_attention(text)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def theirs(base, before, after, *, last, steps, sampler="ddim", negative=("", ""
     pipe.set_progress_bar_config(disable=True)
     told = []
     for prompt, without in zip((before, after), negative, strict=True):
-        text, other = encode(base, [prompt], without, "a1111")
+        text, other = encode_prompts(base, [prompt], without, "a1111")
         told.append(SimpleNamespace(text=text, other=other))
 
     def changed(pipe, index, timestep, tensors):

@@ -4,13 +4,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
+from sfumato.adapters.blocks import Blocks
+from sfumato.adapters.prompt_tags import split_flags, split_tags
 from sfumato.errors import ConfigError
-from sfumato.prompts.encoding import encode, encode_stages
-from sfumato.prompts.prompt_editing import stages
-from sfumato.prompts.syntax import check_whole, checked_syntax, emphasised, escaped
-from sfumato.prompts.tags import split_flags, split_tags
-from sfumato.weighting.blocks import Blocks
+from sfumato.models import load_base
+from sfumato.models.prompts.editing import prompt_stages
+from sfumato.models.prompts.encoding import encode_prompts, encode_stages
+from sfumato.models.prompts.syntax import (
+    check_no_trailing_weight,
+    checked_syntax,
+    escape_emphasis,
+    parse_prompt_attention,
+)
 from tests.tiny import CPU, tiny_pocket_folder
 
 
@@ -108,7 +113,7 @@ def test_a_tag_whose_weight_is_none_is_refused(prompt):
     ],
 )
 def test_emphasis_of_a1111_is_texts_and_weights(prompt, pieces):
-    found = emphasised(prompt)
+    found = parse_prompt_attention(prompt)
     assert [text for text, _ in found] == [text for text, _ in pieces]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
 
@@ -123,27 +128,27 @@ def test_emphasis_of_a1111_is_texts_and_weights(prompt, pieces):
 def test_an_escaped_text_says_itself_in_a1111s_syntax(text):
     """AND and BREAK are words in small letters, as the text encoder reads them."""
     read = text.replace("AND", "and").replace("BREAK", "break")
-    check_whole(escaped(text))
-    assert emphasised(escaped(text)) == [(read, 1)]
-    assert stages(escaped(text), 20) == [(20, escaped(text))]
+    check_no_trailing_weight(escape_emphasis(text))
+    assert parse_prompt_attention(escape_emphasis(text)) == [(read, 1)]
+    assert prompt_stages(escape_emphasis(text), 20) == [(20, escape_emphasis(text))]
 
 
 @pytest.mark.parametrize("prompt", ["(crab", "crab)", "[crab)", "crab:1.2)"])
 def test_brackets_that_do_not_pair_are_refused(prompt):
     with pytest.raises(ConfigError, match=r"bracket '(.)'; write \\\1 for the character"):
-        emphasised(prompt)
+        parse_prompt_attention(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["a [crab:lobster:0.5]", "[crab:10]", "[crab|lobster]", "[(crab:1.2)|lobster]"])
 def test_words_that_change_are_refused_where_there_are_no_steps(prompt):
     with pytest.raises(ConfigError, match="words that change between the steps"):
-        emphasised(prompt)
+        parse_prompt_attention(prompt)
 
 
 def test_several_prompts_in_one_are_refused():
-    assert emphasised("sand and SANDY land") == [("sand and SANDY land", 1.0)]
+    assert parse_prompt_attention("sand and SANDY land") == [("sand and SANDY land", 1.0)]
     with pytest.raises(ConfigError, match="AND adds up the predictions of several prompts in A1111"):
-        emphasised("a crab :1.2 AND fog :0.5")
+        parse_prompt_attention("a crab :1.2 AND fog :0.5")
 
 
 @pytest.mark.parametrize("prompt", ["a crab, fog:1.2", "a crab :.5 ", "in [fog::5] 16:9", "a : -2."])
@@ -159,13 +164,13 @@ def test_a_weight_of_the_whole_prompt_is_refused_and_is_text_in_a_negative_one(p
 
 @pytest.mark.parametrize("prompt", ["(a crab:1.2)", "a crab:1.2,", "a crab 1.2", "a crab:1.2.3", "a:b", r"16:\9"])
 def test_other_numbers_at_the_end_of_a_prompt_are_no_weights_of_it(prompt):
-    assert check_whole(prompt) is None
+    assert check_no_trailing_weight(prompt) is None
 
 
 @pytest.mark.parametrize("weight", ["1.2.3", "9" * 400])
 def test_a_weight_of_two_points_or_without_end_is_none(weight):
     with pytest.raises(ConfigError, match=rf"{weight[:40]}.*a weight is a number"):
-        emphasised(f"(crab:{weight})")
+        parse_prompt_attention(f"(crab:{weight})")
 
 
 def test_what_is_said_after_some_steps_is_read_before_the_first():
@@ -188,7 +193,7 @@ def test_without_weights_compel_encodes_as_the_base_does(name, request):
     pytest.importorskip("compel")
     base = request.getfixturevalue(name)
     prompts = ["red square", "blue circle"]
-    text, negative = encode(base, prompts, "", "compel")
+    text, negative = encode_prompts(base, prompts, "", "compel")
     ours, nothing = base.encode_text(prompts), base.unconditional(2)
     assert_close(text.hidden, ours.hidden)
     assert_close(negative.hidden, nothing.hidden)
@@ -200,7 +205,7 @@ def test_without_weights_compel_encodes_as_the_base_does(name, request):
 def test_a_negative_prompt_is_encoded_as_a_prompt_is(sdxl):
     """Zeros are for none alone."""
     pytest.importorskip("compel")
-    _, negative = encode(sdxl, ["red square", "crab"], "blue circle", "compel")
+    _, negative = encode_prompts(sdxl, ["red square", "crab"], "blue circle", "compel")
     ours = sdxl.encode_text(["blue circle"] * 2)
     assert_close(negative.hidden, ours.hidden)
     assert_close(negative.pooled, ours.pooled)
@@ -210,7 +215,7 @@ def test_a_negative_prompt_is_encoded_as_a_prompt_is(sdxl):
 def test_a_layer_is_skipped_as_the_base_skips_it(tmp_path, syntax):
     pytest.importorskip("compel")
     base = load_base(tiny_pocket_folder(tmp_path), precision=CPU, clip_skip=1)
-    text, _ = encode(base, ["red square"], "", syntax)
+    text, _ = encode_prompts(base, ["red square"], "", syntax)
     assert_close(text.hidden, base.encode_text(["red square"]).hidden)
 
 
@@ -219,7 +224,7 @@ def test_a_layer_is_skipped_as_the_base_skips_it(tmp_path, syntax):
 def test_what_compel_would_take_for_its_own_is_text_in_a1111(name, prompt, request):
     pytest.importorskip("compel")
     base = request.getfixturevalue(name)
-    text, _ = encode(base, [prompt], "", "a1111")
+    text, _ = encode_prompts(base, [prompt], "", "a1111")
     ours = base.encode_text([prompt.replace("\\", "") if prompt[0] != "(" else "red"])
     assert_close(text.hidden, ours.hidden)
     if text.pooled is not None:
@@ -230,8 +235,8 @@ def test_what_compel_would_take_for_its_own_is_text_in_a1111(name, prompt, reque
 def test_what_break_parts_is_encoded_by_itself(name, request):
     pytest.importorskip("compel")
     base = request.getfixturevalue(name)
-    whole, _ = encode(base, ["a (red:1.3) square BREAK blue circle"], "", "a1111")
-    parts = [encode(base, [prompt], "", "a1111")[0] for prompt in ("a (red:1.3) square", "blue circle")]
+    whole, _ = encode_prompts(base, ["a (red:1.3) square BREAK blue circle"], "", "a1111")
+    parts = [encode_prompts(base, [prompt], "", "a1111")[0] for prompt in ("a (red:1.3) square", "blue circle")]
     assert_close(whole.hidden, torch.cat([part.hidden for part in parts], 1))
     if whole.pooled is not None:
         assert_close(whole.pooled, parts[0].pooled)
@@ -241,14 +246,14 @@ def test_what_break_parts_is_encoded_by_itself(name, request):
 def test_nothing_is_behind_a_break_that_ends_the_prompt(pocket, prompt, same):
     """As in `tokenize_line` of A1111's modules/sd_hijack_clip.py."""
     pytest.importorskip("compel")
-    ours, alone = (encode(pocket, [text], "", "a1111")[0].hidden for text in (prompt, same))
+    ours, alone = (encode_prompts(pocket, [text], "", "a1111")[0].hidden for text in (prompt, same))
     assert_close(ours, alone)
 
 
 def test_one_syntax_weighs_as_the_other(pocket):
     pytest.importorskip("compel")
     (ours, _), (theirs, _) = (
-        encode(pocket, [prompt], "", syntax)
+        encode_prompts(pocket, [prompt], "", syntax)
         for prompt, syntax in (
             ("a (red:1.5) square [there]", "a1111"),
             ("a (red)1.5 square (there)0.9090909", "compel"),
@@ -259,10 +264,10 @@ def test_one_syntax_weighs_as_the_other(pocket):
 
 def test_a_weight_changes_the_embedding_and_a_long_prompt_is_seen_to_its_end(pocket):
     pytest.importorskip("compel")
-    plain, _ = encode(pocket, ["a red square"], "", "a1111")
-    heavy, _ = encode(pocket, ["a (red:1.5) square"], "", "a1111")
+    plain, _ = encode_prompts(pocket, ["a red square"], "", "a1111")
+    heavy, _ = encode_prompts(pocket, ["a (red:1.5) square"], "", "a1111")
     assert not torch.equal(plain.hidden, heavy.hidden)
-    long, negative = encode(pocket, ["red square, " * 60], "", "compel")
+    long, negative = encode_prompts(pocket, ["red square, " * 60], "", "compel")
     assert long.hidden.shape[1] > 77
     assert long.hidden.shape == negative.hidden.shape
 
@@ -270,7 +275,7 @@ def test_a_weight_changes_the_embedding_and_a_long_prompt_is_seen_to_its_end(poc
 def test_what_compel_cannot_read_is_one_line(pocket):
     pytest.importorskip("compel")
     with pytest.raises(ConfigError, match="compel"):
-        encode(pocket, ['("a", "b").blend(1, nothing)'], "", "compel")
+        encode_prompts(pocket, ['("a", "b").blend(1, nothing)'], "", "compel")
 
 
 def test_sd_scripts_options_are_taken_out_of_a_prompt():
@@ -291,6 +296,11 @@ def test_dashes_that_are_no_options_stay(prompt):
 def test_blanks_are_looked_at_once():
     """20,000 of them: for a quarter of a minute where each is the beginning of a search."""
     blanks = " " * 20_000
-    assert emphasised(f"a{blanks}b") == [(f"a{blanks}b", 1.0)]
-    assert emphasised(f"a{blanks}BREAK BREAK{blanks}b") == [("a", 1.0), ("BREAK", 1.0), ("BREAK", 1.0), ("b", 1.0)]
+    assert parse_prompt_attention(f"a{blanks}b") == [(f"a{blanks}b", 1.0)]
+    assert parse_prompt_attention(f"a{blanks}BREAK BREAK{blanks}b") == [
+        ("a", 1.0),
+        ("BREAK", 1.0),
+        ("BREAK", 1.0),
+        ("b", 1.0),
+    ]
     assert split_flags(f"a{blanks}b{blanks}--w 64") == (f"a{blanks}b", {"width": 64})

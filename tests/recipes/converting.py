@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sfumato.recipes import convert
+from sfumato.interop.recipes import convert
 
 TEDDY = Path(__file__).resolve().parents[2] / "datasets/teddy-bear"
 BASE = "--pretrained_model_name_or_path"

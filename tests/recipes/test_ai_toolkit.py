@@ -9,7 +9,7 @@ from converting import converted, written
 
 from sfumato import cli
 from sfumato.errors import ConfigError
-from sfumato.recipes import convert
+from sfumato.interop.recipes import convert
 
 SAVED = """
 job: extension

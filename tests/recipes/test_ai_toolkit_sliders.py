@@ -7,7 +7,7 @@ from converting import TEDDY, written
 
 from sfumato import cli
 from sfumato.errors import ConfigError
-from sfumato.recipes import convert
+from sfumato.interop.recipes import convert
 
 NETWORK = {"type": "lierla", "linear": 8, "linear_alpha": 4}
 MODEL = {"name_or_path": "some/sd15"}

@@ -11,8 +11,8 @@ from torch import nn
 
 from sfumato.adapters import ByLayer, attach, target_layers
 from sfumato.errors import ConfigError
-from sfumato.files.kohya import kohya_names
-from sfumato.recipes import convert
+from sfumato.files.module_names import kohya_names
+from sfumato.interop.recipes import convert
 from tests.tiny import tiny_pipeline
 
 SD_DIMS = ",".join(str(2 + n % 5) for n in range(25))

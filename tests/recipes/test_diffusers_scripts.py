@@ -6,7 +6,7 @@ import pytest
 from converting import BASE, TEDDY, converted, written
 
 from sfumato import cli
-from sfumato.recipes import convert
+from sfumato.interop.recipes import convert
 
 DOG = r"""
 export MODEL_NAME="CompVis/stable-diffusion-v1-4"

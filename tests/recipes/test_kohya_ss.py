@@ -8,7 +8,7 @@ from converting import written
 
 from sfumato import cli
 from sfumato.errors import ConfigError
-from sfumato.recipes import convert
+from sfumato.interop.recipes import convert
 
 SAVED = {
     **{"LoRA_type": "Standard", "LyCORIS_preset": "full", "adaptive_noise_scale": 0, "additional_parameters": ""},

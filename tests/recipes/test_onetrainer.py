@@ -8,7 +8,7 @@ from converting import written
 
 from sfumato import cli
 from sfumato.errors import ConfigError
-from sfumato.recipes import convert
+from sfumato.interop.recipes import convert
 
 ONETRAINER = {
     **{"training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE", "base_model_name": "xl.safetensors"},

@@ -5,20 +5,20 @@ from converting import BASE, converted, written
 
 from sfumato import cli
 from sfumato.errors import ConfigError
-from sfumato.recipes.reading import read
+from sfumato.interop.read_training import read_training
 
 
 def test_scripts_of_windows_are_read(home):
     text = "set MODEL=C:\\my models\\a.safetensors\r\npython train_network.py ^\r\n --network_dim=8 ^\r\n"
     text += ' --pretrained_model_name_or_path="%MODEL%" --output_name="it\'s"\r\n'
     (home / "train.bat").write_bytes(text.encode())
-    assert read(home / "train.bat").values == {
+    assert read_training(home / "train.bat").values == {
         "network_dim": "8",
         "pretrained_model_name_or_path": "C:\\my models\\a.safetensors",
         "output_name": "it's",
     }
     text = '$model = "a"\npython train_network.py `\n  --pretrained_model_name_or_path $model'
-    assert read(written(home / "train.ps1", text)).values == {"pretrained_model_name_or_path": "a"}
+    assert read_training(written(home / "train.ps1", text)).values == {"pretrained_model_name_or_path": "a"}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_scripts_of_windows_are_read(home):
     ],
 )  # fmt: skip
 def test_variables_comments_and_pipes_of_scripts_are_as_the_shell_has_them(name, text, base, home):
-    found = read(written(home / name, text.replace("$RUN", "python train_network.py"))).values
+    found = read_training(written(home / name, text.replace("$RUN", "python train_network.py"))).values
     assert found == {"pretrained_model_name_or_path": base, "seed": "3"}
 
 
@@ -54,7 +54,7 @@ def test_variables_comments_and_pipes_of_scripts_are_as_the_shell_has_them(name,
 )
 def test_what_only_a_running_shell_knows_is_refused(name, text, unset, home):
     with pytest.raises(ConfigError) as refused:
-        read(written(home / name, text))
+        read_training(written(home / name, text))
     assert str(refused.value).startswith(f"{name}: {unset} of its command has no value that can be read without")
 
 
@@ -135,9 +135,9 @@ def test_what_is_no_training_that_can_be_had_is_refused(name, text, said, home):
 
 def test_a_file_that_is_not_there_is_named(home):
     with pytest.raises(ConfigError, match=r"trian\.sh: cannot be read \(No such file or directory\)\. Name another"):
-        read(home / "trian.sh")
+        read_training(home / "trian.sh")
     with pytest.raises(ConfigError, match=r"job\.yaml: cannot be read \(No such file or directory\)\. Name the config"):
-        read(home / "job.yaml")
+        read_training(home / "job.yaml")
 
 
 def test_files_that_are_no_text_are_refused(home):

@@ -8,7 +8,7 @@ from converting import BASE, TEDDY, converted, written
 
 from sfumato import cli
 from sfumato.errors import ConfigError
-from sfumato.recipes import convert
+from sfumato.interop.recipes import convert
 
 NETWORK = r"""#!/bin/bash
 export MODEL="runwayml/stable-diffusion-v1-5"

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sfumato import randomness
 from sfumato.config import parse
 from sfumato.files import write_tensors
-from sfumato.runs.run import Run
-from sfumato.runs.step import Step
-from sfumato.training.ema import Ema
-from sfumato.training.optimizers import Schedule, build, clip
+from sfumato.runs.run import Run, Step
+from sfumato.training.optim.ema import Ema
+from sfumato.training.optim.optimizers import LearningRateSchedule, build_optimizer, clip_grad_norm
 from sfumato.training.options import RunOptions
+from sfumato.utils import randomness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +52,8 @@ def train(
         torch.manual_seed(config.seed)
         model = nn.Sequential(nn.Linear(config.width, config.width), nn.Dropout(0.2))
     parameters = list(model.parameters())
-    optimizer = build("adamw", [{"params": parameters, "lr": 1e-2}], weight_decay=0.01)
-    schedule = Schedule(optimizer, "cosine", config.steps, 2)
+    optimizer = build_optimizer("adamw", [{"params": parameters, "lr": 1e-2}], weight_decay=0.01)
+    schedule = LearningRateSchedule(optimizer, "cosine", config.steps, 2)
     average = Ema(parameters, 0.9)
     run.keep(model=model, optimizer=optimizer, average=average)
     run.identify(data=config.data)
@@ -69,7 +68,7 @@ def train(
         loss.backward()
         if before is not None:
             before(step, model)
-        norm = clip(parameters, 1.0)
+        norm = clip_grad_norm(parameters, 1.0)
         if step.healthy(loss=loss, gradient_norm=norm):
             optimizer.step()
             average.update()

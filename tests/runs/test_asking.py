@@ -10,11 +10,11 @@ import torch
 from bench.runs_resume import CASES, command, make_inputs, results
 from sfumato import cli
 from sfumato.files import read_tensors
-from sfumato.runs import request
+from sfumato.runs import options as request
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.runs.lock import Lock
-from sfumato.runs.request import Request
-from sfumato.runs.step import Step
+from sfumato.runs.options import Request
+from sfumato.runs.run import Step
 from tests.logged import log_in
 from tests.runs.said import Processes, lines, start
 from tests.runs.small import Config, train

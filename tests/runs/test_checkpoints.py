@@ -14,8 +14,7 @@ import torch
 from bench.runs_kill import measure
 from sfumato.errors import RunError
 from sfumato.runs import checkpoints
-from sfumato.runs.checkpoints import Checkpoints
-from sfumato.runs.state import pack, unpack
+from sfumato.runs.checkpoints import Checkpoints, flatten_state, unflatten_state
 from tests.runs.faults import CALLS, ERRORS, failing
 from tests.runs.said import ONE, problem
 from tests.runs.small import Config, train
@@ -49,8 +48,8 @@ def flat(tree):
     ids=str,
 )
 def test_a_state_comes_back_as_it_was(tree, tmp_path):
-    tensors, rest = pack(tree)
-    assert flat(unpack(tensors, json.loads(json.dumps(rest)))) == flat(tree)
+    tensors, rest = flatten_state(tree)
+    assert flat(unflatten_state(tensors, json.loads(json.dumps(rest)))) == flat(tree)
     store = Checkpoints(tmp_path)
     store.save(7, tree)
     assert flat(store.load(7)) == flat(tree)
@@ -58,7 +57,7 @@ def test_a_state_comes_back_as_it_was(tree, tmp_path):
 
 def test_what_neither_format_can_hold_is_named():
     with pytest.raises(RunError, match="/a/1 is a set"):
-        pack({"a": [0, {1, 2}]})
+        flatten_state({"a": [0, {1, 2}]})
 
 
 def test_at_least_two_valid_ones_stay(tmp_path):

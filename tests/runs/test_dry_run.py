@@ -16,14 +16,14 @@ from sfumato.trainers import lora
 
 from bench.runs_resume import CASES, command, make_inputs
 from sfumato import cli
-from sfumato.bases import Base
 from sfumato.errors import RunError
-from sfumato.precision.memory import peak_of_process
+from sfumato.models import Base
+from sfumato.precision.offload import peak_process_memory
 from sfumato.runs import dry_run
 from sfumato.runs.dry_run import DryRun, DryRunOver
 from sfumato.runs.run import Run
-from sfumato.training import noising
 from sfumato.training.entry_point import training_entry_point
+from sfumato.training.loss import objective
 from tests.runs.said import Processes, lines, problem
 from tests.runs.small import Config, train
 
@@ -74,7 +74,7 @@ def test_what_the_run_takes_is_told_from_what_its_parts_took(tmp_path, monkeypat
     """Steps of 9, 2, 3 and 4 seconds after 20 of preparation; looks of 5; a checkpoint of 7."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(dry_run, "peak_of_process", lambda: 3 * 2**29)
+    monkeypatch.setattr(dry_run, "peak_process_memory", lambda: 3 * 2**29)
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=7 * 2**30))
     data = SimpleNamespace(samples=16, names=["a"], listen=lambda heard: heard(4, SimpleNamespace(indices=[])))
     tried = DryRun(dry(tmp_path, checkpoint_every=40))
@@ -151,9 +151,9 @@ def test_a_signal_ends_it_and_nothing_is_kept(tmp_path, capsys):
 
 
 def test_it_logs_nowhere_else(tmp_path, monkeypatch):
-    monkeypatch.setattr("sfumato.runs.wandb_run.WandbRun.__init__", lambda *given: None)
-    monkeypatch.setattr("sfumato.runs.wandb_run.WandbRun.start", None)
-    monkeypatch.setattr("sfumato.runs.log._board", lambda folder: lambda: (folder / "events").touch())
+    monkeypatch.setattr("sfumato.runs.reporting.trackers.WandbRun.__init__", lambda *given: None)
+    monkeypatch.setattr("sfumato.runs.reporting.trackers.WandbRun.start", None)
+    monkeypatch.setattr("sfumato.runs.reporting.log._board", lambda folder: lambda: (folder / "events").touch())
     with pytest.raises(DryRunOver):
         train(dry(tmp_path, wandb="project", wandb_name="name", tensorboard=True))
     assert list(tmp_path.iterdir()) == []
@@ -177,12 +177,12 @@ def test_what_ends_it_before_its_first_step_leaves_nothing_of_any_process(is_mai
 
 
 def test_the_peak_of_memory_grows_with_what_is_held():
-    before = peak_of_process()
+    before = peak_process_memory()
     if before is None:
         pytest.skip("this system does not tell")
     assert before > 2**20
     held = np.ones(before // 8 + 2**20)
-    assert peak_of_process() > before + held.nbytes // 2
+    assert peak_process_memory() > before + held.nbytes // 2
 
 
 # Of a trainer
@@ -200,13 +200,13 @@ def asked(pocket_folder, pictures, tmp_path):
 def test_the_sheet_shows_what_the_steps_learn_from(prior, asked, tmp_path, monkeypatch):
     """The images that are noised for prompts of prior preservation are not learned, and so not shown."""
     learned, shown = [], []
-    losses, sheet = noising.per_sample_losses, dry_run.labelled_sheet
+    losses, sheet = objective.per_sample_losses, dry_run.labelled_sheet
 
     def noted(base, parts, **named):
         learned.append((parts[0].batch.captions, parts[0].batch.latents))
         return losses(base, parts, **named)
 
-    monkeypatch.setattr(noising, "per_sample_losses", noted)
+    monkeypatch.setattr(objective, "per_sample_losses", noted)
     monkeypatch.setattr(dry_run, "labelled_sheet", lambda cells: shown.extend(cells) or sheet(cells))
     path = lora.train(replace(asked, dry_run=True, prior_prompts=prior))
     assert path == tmp_path / "run.dry-run.png"
@@ -227,11 +227,13 @@ def test_the_sheet_shows_what_the_steps_learn_from(prior, asked, tmp_path, monke
 def test_what_a_mask_leaves_out_is_white_and_what_is_hidden_grey():
     data = SimpleNamespace(decode=lambda latents: -torch.ones(1, 3, 4, 4))
     mask = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    hidden = np.asarray(dry_run._decoded(dry_run._Seen(data, "a", "a", torch.zeros(1, 4, 2, 2), None, mask)))[..., 0]
+    hidden = np.asarray(dry_run._decoded(dry_run._SeenSample(data, "a", "a", torch.zeros(1, 4, 2, 2), None, mask)))[
+        ..., 0
+    ]
     assert (hidden[:2, :2] > 80).all()
     assert (hidden[:2, :2] < 128).all()
     assert (hidden[2:] == 0).all()
-    seen = dry_run._Seen(data, "a", "a", torch.zeros(1, 4, 2, 2), mask, None)
+    seen = dry_run._SeenSample(data, "a", "a", torch.zeros(1, 4, 2, 2), mask, None)
     shown = np.asarray(dry_run._decoded(seen))[..., 0]
     assert (shown[:2, :2] == 0).all()
     assert (shown[2:] > 200).all()

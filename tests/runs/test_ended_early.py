@@ -12,8 +12,7 @@ from bench.runs_resume import CASES, command, make_inputs, run
 from sfumato import cli
 from sfumato.files import read_header, read_tensors
 from sfumato.runs.checkpoints import Checkpoints
-from sfumato.runs.run import Run
-from sfumato.runs.step import Step
+from sfumato.runs.run import Run, Step
 from tests.logged import log_in
 from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train
@@ -71,13 +70,13 @@ def test_of_a_run_without_a_step_nothing_is_written(tmp_path):
 
 
 def test_which_steps_are_to_come(tmp_path):
-    assert start(tmp_path).steps_to_come(5) == range(5)
+    assert start(tmp_path).remaining_steps(5) == range(5)
     config = stopped(tmp_path / "small")
     run = Run.start(replace(config, resume=True), program="small")
-    assert run.steps_to_come(9) == range(3, 9)
+    assert run.remaining_steps(9) == range(3, 9)
     run.close()
     run = Run.start(replace(config, resume=True, finish=True), program="small")
-    assert list(run.steps_to_come(9)) == []
+    assert list(run.remaining_steps(9)) == []
     run.close()
 
 

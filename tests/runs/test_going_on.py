@@ -13,16 +13,13 @@ import torch
 from torch import nn
 
 from sfumato.errors import RunError
-from sfumato.files import atomic
-from sfumato.files.atomic import beside
-from sfumato.files.space import SPARE_BYTES, require_space
 from sfumato.runs import checkpoints, recovery
-from sfumato.runs.checkpoints import Checkpoints, bytes_of
-from sfumato.runs.health import Health
-from sfumato.runs.run import Run
-from sfumato.runs.state import pack, unpack
-from sfumato.runs.step import Step
+from sfumato.runs.checkpoints import Checkpoints, bytes_of, flatten_state, unflatten_state
+from sfumato.runs.recovery import DivergenceGuard
+from sfumato.runs.run import Run, Step
 from sfumato.training.options import RunOptions
+from sfumato.utils import atomic
+from sfumato.utils.atomic import SPARE_BYTES, require_disk_space, temporary_sibling
 from tests.logged import log_in
 from tests.runs.said import ONE, problem, start
 from tests.runs.small import Config, train
@@ -33,23 +30,23 @@ from tests.runs.small import Config, train
 def test_the_reserve_is_beside_what_is_needed(monkeypatch, tmp_path):
     free = SimpleNamespace(free=SPARE_BYTES + 1000)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: free)
-    require_space(tmp_path, 1000)
+    require_disk_space(tmp_path, 1000)
     with pytest.raises(OSError, match="no space"):
-        require_space(tmp_path, 1001)
+        require_disk_space(tmp_path, 1001)
 
 
 def test_too_little_room_is_said_in_mib(tmp_path, monkeypatch):
     free = SimpleNamespace(free=SPARE_BYTES - 2**20)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: free if folder == tmp_path else None)
     with pytest.raises(OSError, match="no space") as ended:
-        require_space(tmp_path, 3 * 2**20)
+        require_disk_space(tmp_path, 3 * 2**20)
     assert ended.value.errno == errno.ENOSPC
     assert ended.value.strerror == f"no space: 67 MiB are needed and 63 MiB are free on the disk of {tmp_path}"
 
 
 def test_room_is_asked_for_in_the_folder_and_for_the_state(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoints, "require_space", lambda *given: asked.append(given))
+    monkeypatch.setattr(checkpoints, "require_disk_space", lambda *given: asked.append(given))
     Checkpoints(tmp_path / "c").save(1, ONE)
     assert asked == [(tmp_path / "c", bytes_of(ONE))]
 
@@ -64,7 +61,7 @@ def test_the_room_is_what_is_taken(count, tmp_path):
 
 def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_moments(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(recovery, "require_space", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr(recovery, "require_disk_space", lambda folder, needed: asked.append(needed))
     run = start(tmp_path, keep=3, checkpoint_every=2)
     layer = nn.Linear(64, 64)
     run.keep(layer=layer, optimizer=torch.optim.AdamW(layer.parameters()))
@@ -77,7 +74,7 @@ def test_before_the_start_there_is_room_for_all_that_stay_one_more_and_the_momen
 
 def test_before_going_on_there_is_room_for_one_more_if_there_is_a_step_left(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(recovery, "require_space", lambda *given: asked.append(given))
+    monkeypatch.setattr(recovery, "require_disk_space", lambda *given: asked.append(given))
     for steps, resume in ((3, False), (4, True), (4, True)):
         run = start(tmp_path, checkpoint_every=1, resume=resume)
         for step in run.steps(steps):
@@ -93,12 +90,12 @@ def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path)
         step.done(loss=1.0)
     run.close()
     names = ("m.safetensors", "images/a.png", "samples/000001/0.png")
-    ours = [beside(tmp_path / "run" / name, name[name.index(".") :]) for name in names]
+    ours = [temporary_sibling(tmp_path / "run" / name, name[name.index(".") :]) for name in names]
     theirs = tmp_path / "run/.mine.part.png"
     for path in (*ours, theirs):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
-    beside(tmp_path / "run/model").mkdir()  # what dreambooth writes is a folder
+    temporary_sibling(tmp_path / "run/model").mkdir()  # what dreambooth writes is a folder
     start(tmp_path, resume=True).close()
     assert [path.name for path in (tmp_path / "run").rglob(".*.part*")] == [theirs.name]
 
@@ -108,7 +105,7 @@ def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path)
 
 def test_the_folders_of_a_checkpoint_are_brought_to_the_disk_before_and_after_the_rename(tmp_path, monkeypatch):
     seen = []
-    real = atomic.sync
+    real = atomic.fsync_path
     for room in (atomic, checkpoints):
         monkeypatch.setattr(room, "sync", lambda path: seen.append(path) or real(path))
     store = Checkpoints(tmp_path / "c")
@@ -144,8 +141,8 @@ def test_what_is_no_checkpoint_is_not_removed_behind_a_link(tmp_path):
 
 
 def test_what_is_unpacked_is_a_copy():
-    tensors, rest = pack({"a": torch.ones(2)})
-    again = unpack(tensors, rest)
+    tensors, rest = flatten_state({"a": torch.ones(2)})
+    again = unflatten_state(tensors, rest)
     again["a"].zero_()
     assert tensors["/a"].tolist() == [1, 1]
 
@@ -323,7 +320,7 @@ def test_the_main_process_changes_nothing_before_all_have_looked(tmp_path):
 
 
 def test_forgetting_begins_to_count_anew():
-    health = Health()
+    health = DivergenceGuard()
     for number in range(3):
         health.check(number, {"loss": math.nan})
     assert health.reset() == "step 3: loss not finite, in 3 steps in a row"

@@ -11,8 +11,8 @@ from torch import nn
 from sfumato.errors import BaseModelError, FileError, RunError
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
-from sfumato.runs.health import Health
-from sfumato.runs.step import Step
+from sfumato.runs.recovery import DivergenceGuard
+from sfumato.runs.run import Step
 from tests.logged import log_in
 from tests.runs.said import Processes, lines, problem, start
 from tests.runs.small import Config, train
@@ -236,7 +236,7 @@ def test_a_sample_that_fails_is_said_and_ends_nothing_but_the_first_does(error, 
 @pytest.mark.parametrize("place", range(3))
 def test_a_broken_number_in_any_weight_of_any_optimizer_is_found(place, value):
     weights = [nn.Parameter(torch.ones(3)) for _ in range(3)]
-    health = Health()
+    health = DivergenceGuard()
     parts = [nn.Linear(2, 2), torch.optim.SGD(weights[:2], lr=1.0), torch.optim.SGD(weights[2:], lr=1.0)]
     for large in (1.0, -3e38):  # whose squares are no numbers
         weights[place].data[1] = large

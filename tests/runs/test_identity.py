@@ -14,9 +14,8 @@ import torch
 import sfumato
 from sfumato.config import to_toml
 from sfumato.errors import RunError
-from sfumato.runs import identity
-from sfumato.runs.folder import check_folder
-from sfumato.runs.identity import differences, other_facts, read_facts, write_facts
+from sfumato.runs import folder as identity
+from sfumato.runs.folder import changed_facts, check_folder, differences, read_facts, write_facts
 from sfumato.runs.lock import Lock
 from sfumato.runs.options import FolderOptions
 from sfumato.runs.run import Run
@@ -29,12 +28,12 @@ from tests.runs.small import Config, train
 
 
 def test_a_fact_that_was_not_known_is_no_change():
-    assert other_facts({}, {"data": "a"}) == []
-    assert other_facts({"data": "a", "more": "b"}, {"data": "a"}) == []
+    assert changed_facts({}, {"data": "a"}) == []
+    assert changed_facts({"data": "a", "more": "b"}, {"data": "a"}) == []
 
 
 def test_a_changed_digest_is_shown_by_its_beginning():
-    assert other_facts({"data": "a" * 64}, {"data": "b" * 64}) == [f"data {'a' * 24} -> {'b' * 24}"]
+    assert changed_facts({"data": "a" * 64}, {"data": "b" * 64}) == [f"data {'a' * 24} -> {'b' * 24}"]
 
 
 @pytest.mark.parametrize("text", ["[1]", "7", "{", "[" * 100_000, "null"])
@@ -77,7 +76,7 @@ def test_the_facts_of_a_run(tmp_path):
 )
 def test_of_a_data_set_the_pictures_that_differ_are_named(now, said):
     before = {"a.png": "1 1", "b.png": "2 2"}
-    (line,) = other_facts({"data": "d", "base": "b"}, {"data": "e", "base": "b"}, {"data": (before, now)})
+    (line,) = changed_facts({"data": "d", "base": "b"}, {"data": "e", "base": "b"}, {"data": (before, now)})
     assert line.startswith(f"data: {said}")
 
 

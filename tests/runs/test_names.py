@@ -73,8 +73,8 @@ def a_run_writes_its_file_into_its_folder(name: str, root: Path) -> bool:
 
 
 def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> None:
-    from sfumato.command_line.pictures import picture_files
-    from sfumato.drawing.request import PictureRequest
+    from sfumato.generation.arguments.images import picture_files
+    from sfumato.generation.image_options import PictureRequest
 
     asked = [PictureRequest(prompt, 7, None, {}) for prompt in prompts]
     files = picture_files(root / "run", asked, is_sheet=False, may_exist=False, given=prompts)
@@ -84,7 +84,7 @@ def pictures_of_prompts_lie_in_their_folder(prompts: list[str], root: Path) -> N
 
 
 def words_have_files_of_their_own(tokens: list[str], root: Path) -> None:
-    from sfumato.words.placeholders import embedding_files
+    from sfumato.adapters.embeddings.tokens import embedding_files
 
     found = embedding_files(root / "run", "name", tokens, alone=True)
     assert len({str(path) for path in found.values()}) == len(set(tokens)), found

@@ -10,10 +10,10 @@ from PIL import Image, PngImagePlugin
 
 from sfumato import cli
 from sfumato.errors import ConfigError
-from sfumato.runs import overview
 from sfumato.runs.lock import Lock, is_in_use
-from sfumato.runs.overview import differing, find_runs, look_at, sample_sheet
-from sfumato.runs.sample_files import PROMPT, last_samples
+from sfumato.runs.reporting import overview
+from sfumato.runs.reporting.overview import differing_settings, find_runs, read_overview, sample_sheet
+from sfumato.runs.reporting.plot import PROMPT, last_samples
 from tests.runs.small import Config, train
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -64,7 +64,7 @@ def test_a_place_without_a_run_is_named(tmp_path):
 
 def test_a_run_at_its_end_and_one_that_went_on_after_it(tmp_path):
     folder = trained(tmp_path / "run")
-    seen = look_at(folder)
+    seen = read_overview(folder)
     assert (seen.program, seen.made, seen.steps, seen.state) == ("small", 4, 4, "done")
     assert seen.learned == folder / "m.safetensors"
     assert seen.settings["width"] == 8
@@ -72,7 +72,7 @@ def test_a_run_at_its_end_and_one_that_went_on_after_it(tmp_path):
     assert seen.figures == {"loss": pytest.approx(np.mean([row["loss"] for row in rows[-2:]]))}
     newest = folder / "checkpoints/000004/manifest.json"
     os.utime(newest, times=(later := (folder / "m.safetensors").stat().st_mtime + 1, later))
-    assert (look_at(folder).state, look_at(folder).learned) == ("stopped", None)
+    assert (read_overview(folder).state, read_overview(folder).learned) == ("stopped", None)
 
 
 def test_a_run_that_was_stopped_or_is_under_way(tmp_path):
@@ -80,14 +80,14 @@ def test_a_run_that_was_stopped_or_is_under_way(tmp_path):
     states = []
 
     def look(step, _):
-        states.append((is_in_use(config.output), look_at(config.output).state))
+        states.append((is_in_use(config.output), read_overview(config.output).state))
         if step.number == 2:
             raise KeyError
 
     with pytest.raises(KeyError):
         train(config, after=look)
     assert states == [(True, "running")] * 3
-    seen = look_at(config.output)
+    seen = read_overview(config.output)
     assert (seen.made, seen.state, seen.learned) == (2, "stopped", None)
     assert not is_in_use(config.output)
 
@@ -109,21 +109,24 @@ def test_what_is_broken_in_a_folder_is_left_out(tmp_path):
     folder = trained(tmp_path / "run")
     (folder / "config.toml").write_text("steps = [")
     (folder / "log.jsonl").write_text("no\nlog\n")
-    seen = look_at(folder)
+    seen = read_overview(folder)
     assert (seen.program, seen.made, seen.steps, dict(seen.figures), seen.settings) == ("small", 0, None, {}, {})
     for name in ("config.toml", "log.jsonl", "m.safetensors"):
         (folder / name).unlink()
-    assert look_at(folder).state == "stopped"
+    assert read_overview(folder).state == "stopped"
 
 
 def test_the_settings_told_are_those_in_which_runs_of_a_program_differ(tmp_path):
-    seen = [look_at(trained(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 1))]
-    assert differing(seen) == [{"seed": 0}, {"seed": 1}]
+    seen = [read_overview(trained(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 1))]
+    assert differing_settings(seen) == [{"seed": 0}, {"seed": 1}]
     other = replace(seen[1], program="other")
-    assert differing([seen[0], other]) == [{}, {}]
+    assert differing_settings([seen[0], other]) == [{}, {}]
     lacking = replace(seen[1], settings={"keep": 7})
-    assert differing([seen[0], lacking])[1].keys() == set(seen[0].settings) - overview.WITHOUT_EFFECT - overview._NAMES
-    assert set(differing([seen[0], lacking])[1].values()) == {None}
+    assert (
+        differing_settings([seen[0], lacking])[1].keys()
+        == set(seen[0].settings) - overview.WITHOUT_EFFECT - overview._NAMES
+    )
+    assert set(differing_settings([seen[0], lacking])[1].values()) == {None}
 
 
 # What they draw
@@ -136,7 +139,7 @@ def test_of_each_run_the_last_samples_stand_under_their_prompts(tmp_path, monkey
     drawn(second, 2, ("owl", RED), ("owl", BLUE))
     sheets = []
     monkeypatch.setattr(overview, "contact_sheet", lambda cells, **labels: sheets.append((cells, labels)))
-    sample_sheet([look_at(folder) for folder in (first, second, third)])
+    sample_sheet([read_overview(folder) for folder in (first, second, third)])
     ((cells, labels),) = sheets
     assert labels == {"row_labels": ["a, step 4\nseed 0", "b, step 2\nseed 1"], "column_labels": ["fox", "owl", "owl"]}
     colours = [[None if each is None else each.getpixel((0, 0)) for each in row] for row in cells]
@@ -149,7 +152,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch)
         drawn(folder, 4, ("fox", RED))
     sheets = []
     monkeypatch.setattr(overview, "contact_sheet", lambda _, **labels: sheets.append(labels["row_labels"]))
-    sample_sheet([look_at(folder) for folder in folders])
+    sample_sheet([read_overview(folder) for folder in folders])
     assert sheets == [[f"{folder}, step 4" for folder in folders]]
 
 
@@ -163,7 +166,7 @@ def test_samples_that_a_disk_broke_are_passed_over(tmp_path):
 
 
 def test_without_samples_there_is_no_sheet(tmp_path):
-    seen = [look_at(trained(tmp_path / "a"))]
+    seen = [read_overview(trained(tmp_path / "a"))]
     said = "no run has sample images; they come with --sample-every, which is on by default."
     assert problem(lambda: sample_sheet(seen)) == said
 
@@ -178,7 +181,7 @@ def test_the_command_lists_them(tmp_path, monkeypatch, capsys):
     drawn(tmp_path / "runs/a", 4, ("fox", RED))
     (tmp_path / "runs/longer/m.safetensors").unlink()
     capsys.readouterr()
-    losses = [f"loss {look_at(tmp_path / 'runs' / name).figures['loss']:.4g}" for name in ("a", "longer")]
+    losses = [f"loss {read_overview(tmp_path / 'runs' / name).figures['loss']:.4g}" for name in ("a", "longer")]
     assert cli.main(["runs", "-o", "sheet.png"]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from sfumato.errors import RunError
-from sfumato.runs.plot import plot_log, read_log, running_mean
+from sfumato.runs.reporting.plot import plot_log, read_log, running_mean
 
 
 def write(path, rows, end=""):

@@ -15,18 +15,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sfumato.drawing.sheet import contact_sheet
-from sfumato.runs import log as logs
-from sfumato.runs import progress, sample_files, signals
-from sfumato.runs import samples as sheets
-from sfumato.runs.folder import forget_samples
-from sfumato.runs.log import Log
-from sfumato.runs.progress import Preparation, Progress
+from sfumato.runs import progress
+from sfumato.runs import progress as signals
+from sfumato.runs.folder import remove_samples
+from sfumato.runs.progress import PreparationBars, Progress, StopSignal
+from sfumato.runs.reporting import log as logs
+from sfumato.runs.reporting import plot
+from sfumato.runs.reporting import samples as sheets
+from sfumato.runs.reporting.log import Log
+from sfumato.runs.reporting.samples import Samples
 from sfumato.runs.run import Run
-from sfumato.runs.samples import Samples
-from sfumato.runs.signals import Stop
 from sfumato.training.options import RunOptions
-from sfumato.training.sampling import drawing_of
+from sfumato.training.sampling import make_sampler
+from sfumato.utils.image_grid import contact_sheet
 from tests.runs.faults import failing
 from tests.runs.said import Processes, problem, start
 
@@ -210,7 +211,7 @@ def test_the_bar_begins_where_the_run_does_and_goes_back_with_it(capsys):
 @pytest.mark.parametrize(("terminal", "shown"), [(True, True), (False, True), (True, False)])
 def test_a_terminal_sees_what_is_prepared_and_a_log_what_takes_long(terminal, shown, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with Preparation(shown=shown) as told:
+    with PreparationBars(shown=shown) as told:
         for done in range(4):
             told("images", done, 3)
         told("captions", 2, 2)
@@ -233,7 +234,7 @@ def test_the_loss_that_is_shown_is_a_running_mean():
 def test_of_several_processes_one_says_that_it_stops(quiet, monkeypatch):
     said = []
     monkeypatch.setattr(signals.os, "write", lambda number, text: said.append(number))
-    with Stop(quiet=quiet) as stop:
+    with StopSignal(quiet=quiet) as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
     assert said == ([] if quiet else [2])
@@ -325,7 +326,9 @@ def test_pictures_of_other_prompts_are_neither_on_the_sheet_nor_before(samples, 
 def test_what_lies_on_the_sheet_already_is_held_at_its_size_there(samples, monkeypatch):
     """Of many rows of large pictures a training would else hold every pixel."""
     sheet, held = samples(), []
-    monkeypatch.setattr("sfumato.runs.samples.contact_sheet", lambda rows, **_: held.extend(rows) or rows[0][0])
+    monkeypatch.setattr(
+        "sfumato.runs.reporting.samples.contact_sheet", lambda rows, **_: held.extend(rows) or rows[0][0]
+    )
     large = Image.effect_noise((1024, 768), 64).convert("RGB")
     sheet._draw = lambda prompts, seeds: [large, large.crop((0, 0, 512, 512))]
     sheet.draw(0)
@@ -365,7 +368,7 @@ def test_a_resumed_run_forgets_the_rows_that_it_will_draw_again(step, left, samp
     (tmp_path / "samples/20240115/beach.png").touch()
     samples(step=step)
     assert len(list((tmp_path / "samples").iterdir())) == 5
-    forget_samples(tmp_path, step)
+    remove_samples(tmp_path, step)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [*left, "20240115", "mine"]
     assert (tmp_path / "samples/20240115/beach.png").exists()
 
@@ -397,7 +400,7 @@ def test_the_sheet_has_a_row_a_step_and_a_column_a_prompt(tmp_path, monkeypatch)
 
 
 def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
-    from sfumato.drawing import pictures as drawing
+    from sfumato.generation import draw as drawing
 
     layer, given = nn.Linear(1, 1), []
 
@@ -408,7 +411,7 @@ def test_samples_are_drawn_by_the_base_in_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "draw_each", draw)
     run = SimpleNamespace(folder=tmp_path, is_main=True, step=0, show=lambda *_: None)
     base = SimpleNamespace(lazy_weights=SimpleNamespace(restored_after=nullcontext))
-    Samples(run, ["a"], 5, drawing_of(base), modules=[layer]).draw(0)
+    Samples(run, ["a"], 5, make_sampler(base), modules=[layer]).draw(0)
     assert given == [(base, ["a"], [5], False)]
     assert layer.training
 
@@ -437,7 +440,7 @@ def test_several_processes_are_told_to_go_on_as_several(tmp_path, capsys):
 @pytest.mark.parametrize("count", [1, 2, 39, 40, 41, 79, 80, 1000])
 def test_a_sheet_of_many_steps_shows_the_first_the_last_and_some_between(count):
     steps = list(range(0, 10 * count, 10))
-    shown = sheets.thinned(steps, 40)
+    shown = sheets.thin_steps(steps, 40)
     assert (shown[0], shown[-1]) == (steps[0], steps[-1])
     assert shown == sorted(set(shown))
     assert (shown == steps) == (count <= 40)
@@ -451,8 +454,8 @@ def test_pictures_of_steps_that_the_sheet_leaves_out_are_not_read(tmp_path, monk
         folder = tmp_path / f"samples/{step:06d}"
         folder.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(folder / "0.png")
-    read, real = [], sample_files.read_drawn
-    monkeypatch.setattr(sample_files, "read_drawn", lambda path: read.append(path) or real(path))
+    read, real = [], plot.read_drawn
+    monkeypatch.setattr(plot, "read_image_or_none", lambda path: read.append(path) or real(path))
     drawn.draw(100)
     assert len(read) <= sheets.MOST_ROWS
     assert [path.parent.name for path in read[::33]] == ["000000", "000099"]

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato import randomness
 from sfumato.errors import RunError
 from sfumato.files import read_tensors
-from sfumato.runs.alone import Alone
+from sfumato.runs.processes import SingleProcess
 from sfumato.runs.run import Run
 from sfumato.training.options import RunOptions
+from sfumato.utils import randomness
 from tests.logged import log_in
 from tests.runs.said import lines, problem, start
 from tests.runs.small import Config, train
 
 
-class Second(Alone):
+class Second(SingleProcess):
     """A process that is not the main one."""
 
     is_main = False

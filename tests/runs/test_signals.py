@@ -14,7 +14,7 @@ import pytest
 from sfumato.cli import guarded
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
-from sfumato.runs.signals import Stop
+from sfumato.runs.progress import StopSignal
 from tests.runs.faults import failing
 from tests.runs.said import Processes, lines, start
 from tests.runs.small import Config, main, train
@@ -60,12 +60,12 @@ def test_a_signal_is_remembered_where_nobody_reads_that_it_was_heard(tmp_path, m
     os.close(reading)
     try:
         os.dup2(writing, 2)
-        unread = Stop()
+        unread = StopSignal()
         unread._remember(signal.SIGTERM, None)
         file = os.open(tmp_path / "weights", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 2)
         monkeypatch.setattr(sys, "stderr", None)
-        without = Stop()
+        without = StopSignal()
         without._remember(signal.SIGTERM, None)
     finally:
         os.dup2(kept, 2)
@@ -112,7 +112,7 @@ def test_handlers_are_what_they_were_when_the_loop_is_over(tmp_path):
 
 
 def test_a_first_signal_is_remembered_and_a_second_ends():
-    with Stop(quiet=True) as stop:
+    with StopSignal(quiet=True) as stop:
         stop._remember(signal.SIGTERM, None)
         assert stop.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
@@ -130,7 +130,7 @@ def test_a_first_signal_is_remembered_and_a_second_ends():
 def test_a_closed_terminal_is_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stop():
+        with StopSignal():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -138,7 +138,7 @@ def test_a_closed_terminal_is_ignored_under_nohup():
 
 def test_beneath_a_launcher_a_second_signal_is_none_of_a_person():
     """It passes on what the system sends to every process, so that each gets it twice."""
-    with Stop(quiet=True, alone=False) as stop:
+    with StopSignal(quiet=True, alone=False) as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGINT

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from sfumato.errors import ConfigError
-from sfumato.runs import log as logs
-from sfumato.runs.folder import clear
+from sfumato.runs.folder import clear_folder
+from sfumato.runs.reporting import log
+from sfumato.runs.reporting.trackers import check_project
 from sfumato.runs.run import Run
-from sfumato.runs.wandb_run import check_project
 from sfumato.training.checks import check_run
 from sfumato.training.options import RunOptions
 from tests.logged import log_in
@@ -228,7 +228,7 @@ def test_what_is_not_w_and_b_s_stays_in_its_folder(tmp_path):
     notes = tmp_path / "run/wandb/notes.txt"
     notes.parent.mkdir(parents=True)
     notes.touch()
-    clear(RunOptions(output=tmp_path / "run"))
+    clear_folder(RunOptions(output=tmp_path / "run"))
     assert notes.exists()
 
 
@@ -313,7 +313,7 @@ def test_rows_wait_for_the_disk_before_they_are_sent(service, tmp_path, monkeypa
     steps = run.steps(2)
     next(steps).done(loss=1.0)
     with monkeypatch.context() as patched:
-        patched.setattr(logs, "_append", full)
+        patched.setattr(log, "_append", full)
         run.log_file.flush()
     assert service.rows == {}
     steps.close()

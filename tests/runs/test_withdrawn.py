@@ -7,7 +7,7 @@ import pytest
 
 from sfumato import cli
 from sfumato.errors import DataError
-from sfumato.runs import unfinished
+from sfumato.runs import progress
 from tests.runs.faults import failing
 from tests.runs.said import problem, start
 
@@ -25,7 +25,7 @@ def left(folder):
 def test_a_new_folder_is_gone(folder, tmp_path):
     run = start(tmp_path)
     assert "config.toml" in left(folder)
-    unfinished.abandon_unbegun()
+    progress.abandon_unbegun()
     assert left(tmp_path) == []
     run.close()  # as whatever holds it may do later
 
@@ -34,7 +34,7 @@ def test_what_was_in_the_folder_stays(folder, tmp_path):
     folder.mkdir()
     (folder / "note.txt").write_text("mine")
     run = start(tmp_path)
-    unfinished.abandon_unbegun()
+    progress.abandon_unbegun()
     assert left(folder) == ["note.txt"]
     assert start(tmp_path) is not run  # nobody holds it
 
@@ -53,7 +53,7 @@ def test_a_disk_that_takes_no_run_is_told_with_what_helps_and_keeps_nothing(code
 def test_what_took_time_to_make_stays_with_the_run_that_made_it(folder, tmp_path):
     run = start(tmp_path)
     (folder / "class").mkdir()
-    unfinished.abandon_unbegun()
+    progress.abandon_unbegun()
     assert left(folder) == [".lock", "class", "config.toml", "log.jsonl", "run.json"]
     assert start(tmp_path) is not run
 
@@ -62,7 +62,7 @@ def test_a_run_that_has_begun_stays(folder, tmp_path):
     run = start(tmp_path)
     next(run.steps(2))
     before = left(folder)
-    unfinished.abandon_unbegun()
+    progress.abandon_unbegun()
     assert left(folder) == before
     run.close()
 
@@ -73,7 +73,7 @@ def test_a_run_that_was_to_be_replaced_stays_and_is_nobodys(folder, tmp_path):
     first.close()
     before = left(folder)
     second = start(tmp_path, overwrite=True)
-    unfinished.abandon_unbegun()
+    progress.abandon_unbegun()
     assert left(folder) == before
     assert start(tmp_path, overwrite=True) is not second
 

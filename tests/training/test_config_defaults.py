@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from sfumato.trainers import dreambooth, finetune, lora, textual_inversion
 
-from sfumato.bases.loading import base_skeleton
 from sfumato.data import ExampleSet
+from sfumato.models.loading import base_skeleton
 from sfumato.training import config_defaults
 from tests.tiny import CPU
 

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato import data, diffusion, randomness
-from sfumato.bases import load_base
+from sfumato import data
 from sfumato.errors import DataError
-from sfumato.runs.micro_batch import MicroBatch
-from sfumato.training.crossed import DDIM_STEPS, FIRST_SHARE, START_SHARES, Course, Crossing
-from sfumato.training.noising import draw_noised
+from sfumato.models import diffusion, load_base
+from sfumato.runs.processes import MicroBatch
+from sfumato.training.loss.crossed_samples import DDIM_STEPS, FIRST_SHARE, START_SHARES, Crossing, CrossingPlan
+from sfumato.training.loss.objective import draw_noised
+from sfumato.utils import randomness
 from tests.tiny import CPU
 
 
@@ -51,7 +52,7 @@ def both(base, dataset, crossing, step=3, batch=8):
 
 
 def noisy(base, half):
-    return diffusion.noise_latents(half.batch.latents, half.noise, base.alpha_bar[half.timesteps])
+    return diffusion.add_noise(half.batch.latents, half.noise, base.alpha_bar[half.timesteps])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -63,7 +64,7 @@ def test_a_base_that_sees_one_thing_everywhere_draws_that(kind, base, dataset, m
     def predict(noisy, timesteps, text, added):
         a = base.alpha_bar[timesteps].view(-1, 1, 1, 1)
         noise = (noisy - a.sqrt() * seen) / (1 - a).sqrt()
-        return diffusion.target(kind, seen.expand_as(noisy), noise, a.flatten())
+        return diffusion.prediction_target(kind, seen.expand_as(noisy), noise, a.flatten())
 
     monkeypatch.setattr(base, "predict", predict)
     unconditional, rows = base.unconditional, []
@@ -98,7 +99,9 @@ def test_what_is_seen_lies_between_and_what_is_asked_for_is_the_picture(base, da
     plain, crossed = both(base, dataset, crossing)
     a = base.alpha_bar[plain.timesteps]
     latents, seen = plain.batch.latents, noisy(base, crossed)
-    assert_close(diffusion.denoised(base.prediction_type, seen, crossed.target, a)[0], latents, rtol=0, atol=1e-4)
+    assert_close(
+        diffusion.split_prediction(base.prediction_type, seen, crossed.target, a)[0], latents, rtol=0, atol=1e-4
+    )
     rows = [row for row, timestep in enumerate(plain.timesteps) if timestep >= FIRST_SHARE * len(base.alpha_bar)]
     assert 0 < len(rows) < len(latents)
     parts = set()
@@ -132,7 +135,7 @@ def test_the_share_is_that_of_the_samples_and_the_seed_says_of_which(base, datas
 def test_what_a_run_does_not_cross_is_not_drawn_and_all_that_it_does(steps, base, dataset, crossing, monkeypatch):
     """By seed 7 all that is crossed is a function of the step and the place."""
     monkeypatch.setattr(Crossing, "_draw", lambda _, batch, text: batch.latents)
-    course = Course(steps, 4, range(len(base.alpha_bar)))
+    course = CrossingPlan(steps, 4, range(len(base.alpha_bar)))
     few, crossed, seen = Crossing(base, dataset, 7, 0.5, course, shown=False), set(), set()
     for step in range(steps):
         micro = MicroBatch(step, 4, 0, 4)
@@ -144,7 +147,7 @@ def test_what_a_run_does_not_cross_is_not_drawn_and_all_that_it_does(steps, base
         few.cross(plain, micro)
     assert few._drawn.keys() == crossed
     assert 0 < len(crossed) < len(seen)
-    assert Crossing(base, dataset, 7, 1.0, Course(500, 4, course.timesteps), shown=False)._drawn.keys() == set(
+    assert Crossing(base, dataset, 7, 1.0, CrossingPlan(500, 4, course.timesteps), shown=False)._drawn.keys() == set(
         crossing._drawn
     )
 

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from sfumato import cli
 from sfumato.files import read_tensors
 from sfumato.runs.checkpoints import Checkpoints
-from sfumato.training import ema
-from sfumato.training.ema import Ema
+from sfumato.training.optim import ema
+from sfumato.training.optim.ema import Ema
 from tests.logged import log_in
 
 

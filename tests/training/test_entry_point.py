@@ -106,7 +106,7 @@ def test_after_an_error_the_folder_is_free_while_the_error_is_kept(pocket_folder
         images=pictures, output=tmp_path / "run", base=str(pocket_folder), caption="a square", rank=2, **FEW
     )
     with monkeypatch.context() as broken:
-        broken.setattr("sfumato.training.adapting.new_adapter", lambda *given, **named: 1 / 0)
+        broken.setattr("sfumato.training.adapter.new_adapter", lambda *given, **named: 1 / 0)
         with pytest.raises(ZeroDivisionError) as kept:
             lora.train(config)
     assert not (tmp_path / "run").exists()
@@ -145,7 +145,7 @@ def test_after_a_failed_upload_the_folder_is_free_while_the_error_is_kept(tmp_pa
     def unreachable(*_):
         raise RunError("the hub is not there")
 
-    monkeypatch.setattr("sfumato.training.publish.push", unreachable)
+    monkeypatch.setattr("sfumato.training.finish.push", unreachable)
     run = start(tmp_path)
     for step in run.steps(1):
         step.done(loss=1.0)

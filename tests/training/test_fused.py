@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sfumato.errors import ConfigError
-from sfumato.training.fused import FusedStep, check
-from sfumato.training.optimizers import Schedule, build, clip
+from sfumato.training.optim.fused_backward import FusedBackwardPass, check_fused
+from sfumato.training.optim.optimizers import LearningRateSchedule, build_optimizer, clip_grad_norm
 
 
 def model() -> nn.Sequential:
@@ -29,14 +29,14 @@ def healthy(**numbers):
 
 
 def run(net, optimizer, steps, fused=None, *, limit=0.0):
-    schedule = Schedule(optimizer, "cosine", 4, 1)
+    schedule = LearningRateSchedule(optimizer, "cosine", 4, 1)
     norms = []
     for step in steps:
         schedule.set(step)
         loss = net(batch(step)).square().mean()
         if fused is None:
             loss.backward()
-            norms.append(clip(net.parameters(), limit))
+            norms.append(clip_grad_norm(net.parameters(), limit))
             optimizer.step()
             optimizer.zero_grad()
         else:
@@ -48,9 +48,9 @@ def run(net, optimizer, steps, fused=None, *, limit=0.0):
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion"])
 def test_weights_and_norms_are_those_of_backward_then_step(name, limit):
     plain, other = model(), model()
-    one, two = (build(name, groups(net), weight_decay=0.01) for net in (plain, other))
+    one, two = (build_optimizer(name, groups(net), weight_decay=0.01) for net in (plain, other))
     norms = run(plain, one, range(4), limit=limit)
-    assert run(other, two, range(4), FusedStep(two), limit=limit) == norms
+    assert run(other, two, range(4), FusedBackwardPass(two), limit=limit) == norms
     assert min(norms) > 0.05  # so that all of the steps are clipped, where any is
     for weight, same in zip(plain.parameters(), other.parameters(), strict=True):
         assert torch.equal(weight, same)
@@ -59,9 +59,9 @@ def test_weights_and_norms_are_those_of_backward_then_step(name, limit):
 def test_fp16s_steps_and_its_scale_are_those_of_backward_then_step():
     """Also where gradients overflow, which lowers the scale until they do not, and where it grows again."""
     plain, other = model(), model()
-    one, two = (build("adamw", groups(net), weight_decay=0.01) for net in (plain, other))
+    one, two = (build_optimizer("adamw", groups(net), weight_decay=0.01) for net in (plain, other))
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3) for _ in range(2)]
-    fused, scales = FusedStep(two, scalers[1]), []
+    fused, scales = FusedBackwardPass(two, scalers[1]), []
     for step in range(12):
         losses = []
         for net in (plain, other):
@@ -69,7 +69,7 @@ def test_fp16s_steps_and_its_scale_are_those_of_backward_then_step():
                 losses.append(net(batch(step)).float().square().mean())
         scalers[0].scale(losses[0]).backward()
         scalers[0].unscale_(one)
-        norm = clip(plain.parameters(), 0.05)
+        norm = clip_grad_norm(plain.parameters(), 0.05)
         scalers[0].step(one)
         one.zero_grad()
         found = fused.backward(losses[1], limit=0.05, healthy=healthy)
@@ -88,7 +88,7 @@ def test_fp16s_steps_and_its_scale_are_those_of_backward_then_step():
 def test_an_unhealthy_step_changes_nothing_and_keeps_no_gradient(limit):
     net = model()
     before, told = copy.deepcopy(net), []
-    fused = FusedStep(build("adamw", groups(net), weight_decay=0.01))
+    fused = FusedBackwardPass(build_optimizer("adamw", groups(net), weight_decay=0.01))
     loss = net(batch(0)).square().mean()
     fused.backward(loss, limit=limit, healthy=lambda **numbers: told.append(numbers))
     assert [set(numbers) for numbers in told] == [{"loss", "gradient_norm"} if limit else {"loss"}]
@@ -100,7 +100,7 @@ def test_an_unhealthy_step_changes_nothing_and_keeps_no_gradient(limit):
 @pytest.mark.parametrize(("limit", "passes"), [(0.0, 1), (1.0, 2)])
 def test_only_one_gradient_is_alive_at_a_time(limit, passes):
     net = model()
-    fused = FusedStep(build("adamw", groups(net), weight_decay=0.0))
+    fused = FusedBackwardPass(build_optimizer("adamw", groups(net), weight_decay=0.0))
     alive = []
     for parameter in net.parameters():  # hooks run in order, so these see the gradients before ours frees its own
         parameter.register_hook(lambda _: alive.append(sum(p.grad is not None for p in net.parameters())))
@@ -124,7 +124,7 @@ def test_a_weight_used_twice_steps_once_with_both_gradients():
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         loss = net(torch.eye(3)).square().sum()
         if fuse:
-            FusedStep(optimizer).backward(loss, limit=0.0, healthy=healthy)
+            FusedBackwardPass(optimizer).backward(loss, limit=0.0, healthy=healthy)
         else:
             loss.backward()
             optimizer.step()
@@ -133,12 +133,12 @@ def test_a_weight_used_twice_steps_once_with_both_gradients():
 
 def test_its_state_goes_on_in_a_run_that_is_not_fused():
     whole, parts = model(), model()
-    one, two = (build("adamw", groups(net), weight_decay=0.01) for net in (whole, parts))
+    one, two = (build_optimizer("adamw", groups(net), weight_decay=0.01) for net in (whole, parts))
     run(whole, one, range(4))
-    fused = FusedStep(two)
+    fused = FusedBackwardPass(two)
     run(parts, two, range(2), fused)
     plain = copy.deepcopy(parts)
-    again = build("adamw", groups(plain), weight_decay=0.01)
+    again = build_optimizer("adamw", groups(plain), weight_decay=0.01)
     again.load_state_dict(two.state_dict())
     run(plain, again, range(2, 4))
     for a, b in zip(whole.parameters(), plain.parameters(), strict=True):
@@ -156,6 +156,6 @@ def test_its_state_goes_on_in_a_run_that_is_not_fused():
 )
 def test_what_needs_all_gradients_at_once_is_refused_by_name(option, named):
     fine = {"accumulate": 1, "processes": 1, "optimizer": "adamw"}
-    check(**fine)
+    check_fused(**fine)
     with pytest.raises(ConfigError, match=named):
-        check(**(fine | option))
+        check_fused(**(fine | option))

@@ -12,10 +12,10 @@ from sfumato.trainers import dpo, dreambooth, finetune, lcm, lora, slider, textu
 
 from sfumato.config import to_dict
 from sfumato.files import read_tensors
-from sfumato.runs import unfinished
-from sfumato.runs.micro_batch import MicroBatches
-from sfumato.toml import read_toml
-from sfumato.training.less_memory import in_less_memory
+from sfumato.runs import progress
+from sfumato.runs.processes import MicroBatches
+from sfumato.training.optim.fused_backward import reduce_memory
+from sfumato.utils.text_files import read_toml
 from tests.logged import log_in
 from tests.runs.said import lines
 
@@ -30,8 +30,8 @@ def tried(config, monkeypatch, count=1, error=FULL):
     said = []
     while config is not None:
         run = SimpleNamespace(config=config, count=count, step=0, say=said.append, dry=None)
-        monkeypatch.setattr(unfinished, "take_left_in_a_step", lambda run=run: run)
-        config = in_less_memory(error)
+        monkeypatch.setattr(progress, "take_interrupted", lambda run=run: run)
+        config = reduce_memory(error)
         assert config is None or (config.resume, config.overwrite, config.force) == (True, False, False)
     return [line.partition("going on with ")[2].removesuffix(", which takes less") for line in said]
 
@@ -63,8 +63,8 @@ def test_several_processes_and_other_errors_end(monkeypatch):
     config = lora.Config(**IMAGES)
     assert tried(config, monkeypatch, count=2) == []
     assert tried(config, monkeypatch, error=RuntimeError("shapes differ")) == []
-    monkeypatch.setattr(unfinished, "take_left_in_a_step", lambda: None)  # as while the images are encoded
-    assert in_less_memory(FULL) is None
+    monkeypatch.setattr(progress, "take_interrupted", lambda: None)  # as while the images are encoded
+    assert reduce_memory(FULL) is None
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_a_run_of_an_error_that_a_debugger_keeps_is_not_taken_for_another(
     """The base of the second training does not fit, for which there is nothing to try."""
     config = config_of(lora, pocket_folder, pictures, tmp_path)
     with monkeypatch.context() as broken:
-        broken.setattr("sfumato.training.noising.draw_noised", lambda *given, **named: 1 / 0)
+        broken.setattr("sfumato.training.loss.objective.draw_noised", lambda *given, **named: 1 / 0)
         with pytest.raises(ZeroDivisionError) as kept:
             lora.train(config)
-    monkeypatch.setattr("sfumato.bases.load_base", lambda *given, **named: (_ for _ in ()).throw(FULL))
+    monkeypatch.setattr("sfumato.models.load_base", lambda *given, **named: (_ for _ in ()).throw(FULL))
     with pytest.raises(torch.OutOfMemoryError):
         lora.train(replace(config, output=tmp_path / "other"))
     assert not (tmp_path / "other").exists()

@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.training import muon
-from sfumato.training.muon import Muon, orthogonal
+from sfumato.training.optim import muon
+from sfumato.training.optim.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("is_multiplied", [True, False])
@@ -14,7 +14,7 @@ from sfumato.training.muon import Muon, orthogonal
 def test_orthogonal_brings_singular_values_near_one(monkeypatch, is_multiplied, rows):
     monkeypatch.setattr(muon, "multiplies_bf16", lambda device: is_multiplied)
     matrices = torch.randn(3, rows, 200, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonal(matrices))
+    values = torch.linalg.svdvals(orthogonalize(matrices))
     assert values.min() > 0.6
     assert values.max() < 1.3
 
@@ -40,12 +40,12 @@ def test_small_directions_stay_small_where_tf32_is_on(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(side, 16, generator=generator))[0] for side in (16, 320))
     matrix = ((left * torch.logspace(0, -4, 16)) @ right.mT)[None]
-    wanted = orthogonal(matrix)
+    wanted = orthogonalize(matrix)
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         with TF32():
             assert (rounded(matrix) @ rounded(matrix.mT) - matrix @ matrix.mT).abs().max() < 1e-6  # the mode rounds
-            found = orthogonal(matrix)
+            found = orthogonalize(matrix)
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -85,9 +85,9 @@ def test_muon_is_its_formula(shape):
 def test_few_rows_or_columns_come_to_the_same_by_their_products(monkeypatch, shape):
     monkeypatch.setattr(muon, "multiplies_bf16", lambda device: False)
     matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    by_gram = orthogonal(matrices)
+    by_gram = orthogonalize(matrices)
     monkeypatch.setattr(muon, "_FEW", 0)
-    assert_close(by_gram, orthogonal(matrices), rtol=0, atol=1e-4)
+    assert_close(by_gram, orthogonalize(matrices), rtol=0, atol=1e-4)
 
 
 def test_matrices_of_one_shape_step_together_or_in_parts_alike(monkeypatch):

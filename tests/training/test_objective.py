@@ -8,13 +8,22 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from sfumato import data, diffusion, randomness
-from sfumato.bases import load_base
-from sfumato.runs.micro_batch import MicroBatch
-from sfumato.training import objective
-from sfumato.training.metrics import Metrics
-from sfumato.training.noising import LossSettings, NoisedBatch, NoiseSettings, draw_noised, per_sample_losses
-from sfumato.training.objective import denoising_errors, draw_noise, predict
+from sfumato import data
+from sfumato.models import diffusion, load_base
+from sfumato.runs.processes import MicroBatch
+from sfumato.training.loss import objective
+from sfumato.training.loss.objective import (
+    LossSettings,
+    NoisedBatch,
+    NoiseSettings,
+    denoising_errors,
+    draw_noise,
+    draw_noised,
+    per_sample_losses,
+    predict,
+)
+from sfumato.training.loss.validation import Metrics
+from sfumato.utils import randomness
 from tests.tiny import CPU
 
 
@@ -83,7 +92,7 @@ def test_no_more_is_measured_at_once_than_is_drawn_at_once(base, pictures, monke
     monkeypatch.setattr(type(base), "predict", lambda self, x, *rest: rows.append(len(x)) or predict(self, x, *rest))
     size = dataset.batch(0, 0, 1).latents[0, 0].numel()
     for limit in (100 * size, 3 * size):
-        monkeypatch.setattr("sfumato.training.metrics.LATENTS_AT_ONCE", limit)
+        monkeypatch.setattr("sfumato.training.loss.validation.LATENTS_AT_ONCE", limit)
         measures = Metrics(base, dataset, {"drift": ["a crab", "an owl"]})
         with torch.no_grad():
             measures._before["drift"] *= 0.5
@@ -167,7 +176,7 @@ def test_huber_errors_are_of_each_timesteps_own_scale(base, batch):
         errors = denoising_errors(base, batch, noise, timesteps, batch.text, huber=0.1)
         prediction = predict(base, batch, noise, timesteps, batch.text)
     alpha_bar = base.alpha_bar[timesteps]
-    wanted = diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar)
+    wanted = diffusion.prediction_target(base.prediction_type, batch.latents, noise, alpha_bar)
     c = diffusion.huber_scale(alpha_bar, 0.1).view(-1, 1, 1, 1)
     per_pixel = 2 * c * (((prediction - wanted).square() + c.square()).sqrt() - c)
     assert_close(errors, per_pixel.mean((1, 2, 3)))
@@ -215,7 +224,7 @@ def test_debiased_errors_are_weighed_by_the_signal_to_noise_ratio(base, batch):
     noise, timesteps = draw_noise(batch, 0, 0, 0), torch.tensor([10, 300, 600, 900])
     alpha_bar = base.alpha_bar[timesteps]
     noised = NoisedBatch(
-        batch, noise, timesteps, diffusion.target(base.prediction_type, batch.latents, noise, alpha_bar)
+        batch, noise, timesteps, diffusion.prediction_target(base.prediction_type, batch.latents, noise, alpha_bar)
     )
     with torch.no_grad():
         plain = denoising_errors(base, batch, noise, timesteps, batch.text)

@@ -12,10 +12,10 @@ from bench.runs_resume import command, make_inputs
 from sfumato import cli
 from sfumato.errors import ConfigError
 from sfumato.files.header import read_header
-from sfumato.runs.checkpointed import CheckpointedParts
-from sfumato.training import optimizers
+from sfumato.runs.checkpoints import CheckpointedParts
 from sfumato.training.checks import check_trainer
-from sfumato.training.optimizer_settings import DEFAULTS, settings
+from sfumato.training.optim import optimizers
+from sfumato.training.optim.settings import DEFAULTS, settings
 from sfumato.training.options import TrainerOptions
 
 PACKAGES = {"prodigy": "prodigyopt", "lion": "lion_pytorch", "adamw8bit": "bitsandbytes"}
@@ -34,7 +34,7 @@ def built(name, args=(), weight=None):
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
         pytest.skip(f"{PACKAGES[name]} is not installed")
     weight = nn.Parameter(torch.ones(2, 3)) if weight is None else weight
-    return optimizers.build(name, [{"params": [weight], "lr": 0.1}], weight_decay=0.0, args=args)
+    return optimizers.build_optimizer(name, [{"params": [weight], "lr": 0.1}], weight_decay=0.0, args=args)
 
 
 def written(given):

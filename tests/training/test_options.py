@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from sfumato.trainers import dreambooth, lora, textual_inversion
 
-from sfumato.bases.family import FAMILIES
 from sfumato.config import parse
 from sfumato.data import ExampleSet
 from sfumato.data.folder import Example
 from sfumato.errors import ConfigError
-from sfumato.runs.options import settled
+from sfumato.models.family import FAMILIES
+from sfumato.runs.options import persistent_config
 from sfumato.training.checks import check_name, check_trainer, only_with
 from sfumato.training.config_defaults import resolve, resolve_learning_rate, span_of
 from sfumato.training.options import BaseOptions, DataOptions, TrainerOptions
@@ -235,7 +235,7 @@ def test_what_has_no_effect_is_refused_where_it_is_given_and_a_run_begins():
 
 def test_permissions_of_one_call_are_not_written_down():
     before = replace(CONFIG, overwrite=True, force=True, dry_run=True, finish=True)
-    assert settled(before) == CONFIG
+    assert persistent_config(before) == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_every_option_of_the_base_reaches_what_loads_it(recorded):
     made = SimpleNamespace(unet=SimpleNamespace(config={}))
     learned = []
     precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), prepare_for_training=learned.append)
-    given = recorded("sfumato.bases.load_base", made)
+    given = recorded("sfumato.models.load_base", made)
     assert ALL_GIVEN.load_base(precision) is made
     assert given == {
         "first": ("tiny",),

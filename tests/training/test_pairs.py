@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image, PngImagePlugin
 
-from sfumato.drawing.pnginfo import Parameters, save_picture
 from sfumato.errors import DataError
-from sfumato.training.pairs import preference_pairs, prompt_of, read_told
+from sfumato.generation.metadata.png_info import Parameters, save_picture
+from sfumato.training.methods.pairs import preference_pairs, prompt_of, read_captioned_folder
 
 
 def image(path, prompt="", caption="", size=(64, 64)):
@@ -19,7 +19,7 @@ def image(path, prompt="", caption="", size=(64, 64)):
 
 
 def found(tmp_path, template="{caption}"):
-    told = read_told(tmp_path / "good", template), read_told(tmp_path / "bad", "{caption}")
+    told = read_captioned_folder(tmp_path / "good", template), read_captioned_folder(tmp_path / "bad", "{caption}")
     more, less = preference_pairs(*told)
     assert [each.caption for each in more] == [each.caption for each in less]
     pairs = [(one.path.name, other.path.name, one.caption) for one, other in zip(more, less, strict=True)]
@@ -129,4 +129,4 @@ def test_without_any_caption_it_says_how_to_give_one(tmp_path):
     for folder in ("good", "bad"):
         image(tmp_path / folder / "1.png")
     with pytest.raises(DataError, match="1 of 1 images have no caption"):
-        read_told(tmp_path / "good", None)
+        read_captioned_folder(tmp_path / "good", None)

@@ -8,8 +8,14 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sfumato.adapters import attach, target_layers
-from sfumato.bases import load_base
-from sfumato.training.preferences import Rewarded, Start, figures_of, preference_loss, preference_margin
+from sfumato.models import load_base
+from sfumato.training.methods.dpo import (
+    ReferenceAdapter,
+    RewardedPairs,
+    preference_loss,
+    preference_margin,
+    reward_figures,
+)
 from tests.tiny import CPU
 
 
@@ -30,8 +36,8 @@ def test_an_adapter_of_nothing_has_the_loss_log_2_and_swapping_a_pair_turns_its_
 
 def test_figures():
     errors = (tensor([0.1, 0.2]), tensor([0.6, 0.6]), tensor([0.2, 0.4]), tensor([0.4, 0.4]))
-    sums = Rewarded(torch.zeros(2), tensor([3.0, 0.0]), *errors).sums()
-    assert {name: float(value) for name, value in figures_of(sums, 2).items()} == pytest.approx(
+    sums = RewardedPairs(torch.zeros(2), tensor([3.0, 0.0]), *errors).sums()
+    assert {name: float(value) for name, value in reward_figures(sums, 2).items()} == pytest.approx(
         {"accuracy": 0.75, "margin": 1.5, "preferred": 0.5, "rejected": 1.5}
     )
 
@@ -51,7 +57,7 @@ def test_the_start_is_the_model_before_and_leaves_no_trace(begun, pocket_folder)
             layer.up.data += 0.3
     lora.eval()
     before = said()
-    start = Start(lora, from_nothing=begun == "nothing")
+    start = ReferenceAdapter(lora, from_nothing=begun == "nothing")
     for layer in lora.layers.values():
         layer.up.data += 0.2
     after = said()

@@ -9,18 +9,18 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sfumato import data
-from sfumato.bases import load_base
-from sfumato.bases.vocabulary import clip_tokenizer
-from sfumato.drawing.call import Call
+from sfumato.adapters.embeddings.tokens import examine_identifier, is_common_word, words_before_class
 from sfumato.errors import DataError
-from sfumato.runs.micro_batch import MicroBatch, MicroBatches
-from sfumato.training import prior
-from sfumato.training.class_pictures import class_folder, draw_class, read_class
-from sfumato.training.metrics import DriftLimit
-from sfumato.training.noising import draw_noised, merge_by_shape
-from sfumato.training.prior import BasePrediction, ClassPictures
-from sfumato.training.subject import PreservedPrompts, Subject
-from sfumato.words.identifier import before, examine, is_ordinary
+from sfumato.generation.pipeline_call import PipelineCall
+from sfumato.models import load_base
+from sfumato.models.text import clip_tokenizer
+from sfumato.runs.processes import MicroBatch, MicroBatches
+from sfumato.training.loss import prior
+from sfumato.training.loss.class_images import class_folder, draw_class, read_class
+from sfumato.training.loss.objective import draw_noised, merge_by_shape
+from sfumato.training.loss.prior import BasePrediction, ClassPictures
+from sfumato.training.loss.validation import DriftLimit
+from sfumato.training.methods.subject import PreservedPrompts, Subject
 from tests.tiny import CPU
 
 COUNT = 2
@@ -83,7 +83,7 @@ def test_a_picture_depends_on_its_number_and_not_on_who_draws_it(draw, base, tmp
 
 
 def test_who_interrupts_a_drawing_loses_the_few_that_are_drawn_together(draw, base, tmp_path, monkeypatch):
-    whole, called = Call.draw, []
+    whole, called = PipelineCall.draw, []
 
     def interrupted(self, *given):
         called.append(len(given[0]))
@@ -91,7 +91,7 @@ def test_who_interrupts_a_drawing_loses_the_few_that_are_drawn_together(draw, ba
             raise KeyboardInterrupt
         return whole(self, *given)
 
-    monkeypatch.setattr(Call, "draw", interrupted)
+    monkeypatch.setattr(PipelineCall, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw(10)
     assert len(list(folder_of(base, tmp_path).glob("*.png"))) == 8
@@ -303,18 +303,18 @@ def test_prompts_of_one_kind_share_evenly(own, further):
 
 @pytest.mark.parametrize("word", ["dog", "Photo", "corgi", "zendaya", "otter"])
 def test_ordinary_words_are_known(word):
-    assert is_ordinary(word)
+    assert is_common_word(word)
 
 
 @pytest.mark.parametrize("word", ["sks", "ohwx", "zwx", "ukj", "x"])
 def test_rare_words_are_not(word):
-    assert not is_ordinary(word)
+    assert not is_common_word(word)
 
 
 def test_an_identifier_is_shown_as_the_tokenizers_cut_it():
     base = SimpleNamespace(tokenizers=[clip_tokenizer(positions=77), clip_tokenizer(pad_token="!", positions=77)])
-    assert examine("zwx", base).lines() == ["identifier 'zwx': 2 pieces (z + wx)"]
-    one, warning = examine("sks dog", base).lines()
+    assert examine_identifier("zwx", base).lines() == ["identifier 'zwx': 2 pieces (z + wx)"]
+    one, warning = examine_identifier("sks dog", base).lines()
     assert one == "identifier 'sks dog': 2 pieces (sks + dog)"
     assert "'dog' is an ordinary word" in warning
     words = {
@@ -325,8 +325,8 @@ def test_an_identifier_is_shown_as_the_tokenizers_cut_it():
         "kotoba": (),
         "red dog": ("red", "dog"),
     }
-    assert {word: examine(word, base).ordinary for word in words} == words
-    assert "'red', 'dog' are ordinary words" in examine("red dog", base).lines()[1]
+    assert {word: examine_identifier(word, base).ordinary for word in words} == words
+    assert "'red', 'dog' are ordinary words" in examine_identifier("red dog", base).lines()[1]
 
 
 def test_what_stands_before_the_class_is_what_a_subject_is_bound_to():
@@ -339,7 +339,7 @@ def test_what_stands_before_the_class_is_what_a_subject_is_bound_to():
         "a cat",
         "red dogs",
     ]
-    assert before("dog", captions) == ["red", "Red", "sks"]
-    assert before("guide dog", ["ohwx guide dog"]) == ["ohwx"]
-    assert before("dog.", ["a photo of sks dog.", "zwx dog in snow"]) == ["sks", "zwx"]
-    assert before("c++", ["sks c++"]) == ["sks"]
+    assert words_before_class("dog", captions) == ["red", "Red", "sks"]
+    assert words_before_class("guide dog", ["ohwx guide dog"]) == ["ohwx"]
+    assert words_before_class("dog.", ["a photo of sks dog.", "zwx dog in snow"]) == ["sks", "zwx"]
+    assert words_before_class("c++", ["sks c++"]) == ["sks"]

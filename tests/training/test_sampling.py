@@ -9,12 +9,12 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from sfumato.errors import ConfigError
-from sfumato.training.sampling import drawing_of
+from sfumato.training.sampling import make_sampler
 
 
 def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
     """3 of guidance and 2 of strength: two thirds of the weight, in the second half of rows; with 0 as it is."""
-    from sfumato.drawing import pictures as drawing
+    from sfumato.generation import draw as drawing
 
     seen, told = [], {"factor": 1.0, "off": False}
 
@@ -39,16 +39,16 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
         lazy_weights=SimpleNamespace(restored_after=nullcontext), unet=Unet(), defaults=SimpleNamespace(guidance=3.0)
     )
     lora = SimpleNamespace(scaled=lambda factor: now(factor=factor), disabled=lambda: now(off=True))
-    drawing_of(base, lora, 2.0)(["a"], [5])
-    drawing_of(base, lora, 0.0)(["a"], [5])
-    drawing_of(base)(["a"], [5])
+    make_sampler(base, lora, 2.0)(["a"], [5])
+    make_sampler(base, lora, 0.0)(["a"], [5])
+    make_sampler(base)(["a"], [5])
     plain = ([1.0, 2.0], 1.0, False)
     assert seen == [([1.0], 2 / 3, True), ([2.0], 2 / 3, False), plain, plain]
     assert told == {"factor": 1.0, "off": False}
 
 
 def test_samples_have_the_negative_prompt_that_the_file_asks_for(monkeypatch):
-    from sfumato.drawing import pictures as drawing
+    from sfumato.generation import draw as drawing
 
     given = []
 
@@ -59,14 +59,14 @@ def test_samples_have_the_negative_prompt_that_the_file_asks_for(monkeypatch):
     monkeypatch.setattr(drawing, "draw_each", draw)
     base = SimpleNamespace(lazy_weights=SimpleNamespace(restored_after=nullcontext))
     prompts = ["<a>, flat", "a dog", "<a> at sea", "<a>"]
-    assert drawing_of(base, negatives=["<a>"])(prompts, [1, 2, 3, 4]) == [
+    assert make_sampler(base, negatives=["<a>"])(prompts, [1, 2, 3, 4]) == [
         "<a>, flat 1", "a dog 2", "<a> at sea 3", "<a> 4",
     ]  # fmt: skip
     assert given == [(["<a>, flat", "<a> at sea"], [1, 3], "<a>"), (["a dog", "<a>"], [2, 4], "")]
 
 
 def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for(monkeypatch):
-    from sfumato.drawing import pictures as drawing
+    from sfumato.generation import draw as drawing
 
     seen, told = [], {"off": False}
 
@@ -89,7 +89,7 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
     monkeypatch.setattr(drawing, "draw_each", draw)
     lazy_weights = SimpleNamespace(restored_after=nullcontext)
     base = SimpleNamespace(lazy_weights=lazy_weights, unet=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000))
-    drawing_of(base, SimpleNamespace(disabled=disabled), span=(0.0, 0.8))(["a"], [5])
+    make_sampler(base, SimpleNamespace(disabled=disabled), span=(0.0, 0.8))(["a"], [5])
     assert seen == [(999, False), (200, False), (199, True), (199, True)]
     assert told == {"off": False}
     base.unet(torch.zeros(1), torch.tensor(0))
@@ -97,7 +97,7 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
 
 
 def test_a_prompt_s_own_settings_go_before_the_training_s(monkeypatch):
-    from sfumato.drawing import pictures as drawing
+    from sfumato.generation import draw as drawing
 
     given = []
 
@@ -112,7 +112,7 @@ def test_a_prompt_s_own_settings_go_before_the_training_s(monkeypatch):
         defaults=SimpleNamespace(sampler="dpm++"),
     )
     own = [{"seed": 7}, {"negative": "blurry", "steps": 3}, {}]
-    drawn = drawing_of(base, negatives=["<a>"], own=own)(["<a> at sea", "<a> on land", "a dog"], [1, 1, 1])
+    drawn = make_sampler(base, negatives=["<a>"], own=own)(["<a> at sea", "<a> on land", "a dog"], [1, 1, 1])
     assert drawn == ["<a> at sea 7", "<a> on land 1", "a dog 1"]
     size = {"width": None, "height": None}
     assert given == [
@@ -121,4 +121,4 @@ def test_a_prompt_s_own_settings_go_before_the_training_s(monkeypatch):
         (["<a> on land"], [1], {"negative": "blurry", "steps": 3, **size}),
     ]
     with pytest.raises(ConfigError, match="1001 steps; wanted 1 to 1000"):
-        drawing_of(base, own=[{"steps": 1001}])
+        make_sampler(base, own=[{"steps": 1001}])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfumato.training.unrelated import UNRELATED, clear_first, default_prompts, unrelated_to
+from sfumato.training.loss.validation import UNRELATED, default_prompts, recognizable_first, unrelated_to
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,6 @@ def test_samples_show_what_was_learned_and_what_was_not(template, trigger, promp
 
 
 def test_samples_show_first_what_any_base_draws_and_never_what_is_learned():
-    assert clear_first(unrelated_to(["a sks dog"]))[:2] == ["a car", "a tree"]
-    assert clear_first(["a ball", "a cup"]) == ["a ball", "a cup"]
-    assert sorted(clear_first(UNRELATED)) == sorted(UNRELATED)
+    assert recognizable_first(unrelated_to(["a sks dog"]))[:2] == ["a car", "a tree"]
+    assert recognizable_first(["a ball", "a cup"]) == ["a ball", "a cup"]
+    assert sorted(recognizable_first(UNRELATED)) == sorted(UNRELATED)

@@ -9,13 +9,11 @@ from PIL import Image
 from sfumato.trainers import dreambooth, lora, textual_inversion
 
 from sfumato import cli, data
-from sfumato.bases import load_base
-from sfumato.data.source import read_folder
-from sfumato.data.validation import hold_out
+from sfumato.data.dataset_config import hold_out, read_folder
 from sfumato.errors import ConfigError, DataError
+from sfumato.models import load_base
 from sfumato.training import config_defaults
-from sfumato.training.metrics import Metrics
-from sfumato.training.validation import prepare_validation
+from sfumato.training.loss.validation import Metrics, prepare_validation
 from tests.logged import log_in
 from tests.tiny import CPU
 

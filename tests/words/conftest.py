@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from sfumato.bases import load_base
+from sfumato.models import load_base
 from tests.tiny import CPU
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
+from sfumato.adapters.embeddings import embedding
+from sfumato.adapters.embeddings.added_tokens import PARTS
+from sfumato.adapters.embeddings.tokens import truncation_notes
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.models import load_base
 from sfumato.precision import decide
-from sfumato.words import embedding
-from sfumato.words.known import PARTS
-from sfumato.words.placeholders import truncation_notes
 
 
 def state(base):
@@ -209,12 +209,12 @@ def test_no_prompt_is_learned_where_it_is_encoded_and_is_zeros_where_it_is_zeros
 
 def test_weighted_words_may_be_new_ones(base):
     pytest.importorskip("compel")
-    from sfumato.prompts.encoding import encode
+    from sfumato.models.prompts.encoding import encode_prompts
 
     cut = len(base.tokenizers[0]("flamingo", add_special_tokens=False).input_ids)
-    plain, _ = encode(base, ["a (flamingo:1.3), flat style"], "", "a1111")
+    plain, _ = encode_prompts(base, ["a (flamingo:1.3), flat style"], "", "a1111")
     with embedding.new_words(base, ["<x>"], vectors=cut, start="words", initial=["flamingo"]):
-        new, _ = encode(base, ["a (<x>:1.3), flat style"], "", "a1111")
+        new, _ = encode_prompts(base, ["a (<x>:1.3), flat style"], "", "a1111")
     assert torch.equal(new.hidden, plain.hidden)
 
 

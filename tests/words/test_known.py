@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sfumato.bases import load_base
+from sfumato.adapters.embeddings import embedding
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
-from sfumato.words import embedding
+from sfumato.models import load_base
 from tests.tiny import CPU, MERGES, tiny_pipeline, write_folder
 
 TOKENS = MERGES + 514

@@ -5,12 +5,17 @@ import copy
 import pytest
 import torch
 
-from sfumato.bases.vocabulary import clip_tokenizer
+from sfumato.adapters.embeddings import embedding
+from sfumato.adapters.embeddings.added_tokens import _extend
+from sfumato.adapters.embeddings.tokens import (
+    contains_placeholder,
+    placeholder_warnings,
+    readable_token,
+    subword_pieces,
+)
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
-from sfumato.words import embedding
-from sfumato.words.known import _extend
-from sfumato.words.placeholders import holds, pieces, readable_token, warnings_of
+from sfumato.models.text import clip_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -68,10 +73,10 @@ def test_a_word_in_use_cannot_be_made_again(base):
 
 
 def test_a_placeholder_spelt_like_a_word_is_warned_of(base):
-    assert r"wants \[v\];" in warnings_of(["[v]"], base.tokenizers[0])[0]
-    (line,) = warnings_of(["<otter>", "zyxo"], base.tokenizers[0])
+    assert r"wants \[v\];" in placeholder_warnings(["[v]"], base.tokenizers[0])[0]
+    (line,) = placeholder_warnings(["<otter>", "zyxo"], base.tokenizers[0])
     assert line.startswith("zyxo is spelt like a word, which the tokenizer cuts into")
-    assert " ".join(pieces("zyxo", base.tokenizers[0])) in line
+    assert " ".join(subword_pieces("zyxo", base.tokenizers[0])) in line
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_a_placeholder_spelt_like_a_word_is_warned_of(base):
 )
 @pytest.mark.parametrize("vectors", [1, 2])
 def test_a_text_holds_a_word_where_the_tokenizer_finds_it(vectors, token, text, held, base):
-    assert holds(token, text) is held
+    assert contains_placeholder(token, text) is held
     with embedding.new_words(base, [token], vectors=vectors) as words:
         ids = torch.tensor(base.tokenizers[0](text).input_ids)
     assert bool((ids >= words.first[0]).any()) is held

@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from sfumato.cards.words import write_embedding_card
+from sfumato.adapters.embeddings import embedding
 from sfumato.errors import AdapterError, ConfigError, FileError
 from sfumato.files import read_header, write_tensors
 from sfumato.files.metadata import Description
-from sfumato.files.write_embedding import write_embedding
-from sfumato.words import embedding
+from sfumato.files.writing.embedding import write_embedding
+from sfumato.training.cards.methods import write_embedding_card
 from tests.tiny import tiny_pipeline
 
 

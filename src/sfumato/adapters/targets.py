@@ -1,11 +1,25 @@
-"""Which layers of a frozen model an adapter changes, by the names of sets of them."""
+"""Which layers of a frozen model an adapter changes, by the names of sets of them.
 
+Ranks and learning rates that layers have by their names: `--rank-of up.1=8`, `--rate-of IN04,IN05=0.5`.
+
+Ranks beside the layers that have them, and what rank layers have room for.
+"""
+
+from __future__ import annotations
+
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from sfumato.errors import AdapterError
+from sfumato.adapters.blocks import matches_block
+from sfumato.adapters.layers import BaseLayer
+from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.module_names import Target
+from sfumato.utils.formatting import pluralize
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
 _PROJECTIONS = r"\.attentions\.\d+\.proj_(in|out)$"
@@ -64,3 +78,247 @@ def target_layers(
         part: select(model, targets, conv=conv) if part == "unet" else select(model, TEXT_TARGETS)
         for part, model in parts.items()
     }
+
+
+_NAMES = re.compile(r"[\w.,-]+")
+"""A pattern of these signs alone is names between commas; any other is a regular expression."""
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What `option` gives the layers of a pattern. text: as it was given. value: a rank or a factor of the learning
+    rate; of 0 a layer is not adapted. alpha: that beside a rank, None for the one that keeps the scale."""
+
+    option: str
+    text: str
+    pattern: str
+    value: float
+    alpha: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.text}"
+
+    def words(self) -> Sequence[str]:
+        """What the pattern consists of: its names, or itself."""
+        is_names = self.pattern not in TARGETS and _NAMES.fullmatch(self.pattern)
+        return [word for word in self.pattern.split(",") if word] if is_names else [self.pattern]
+
+    def fits(self, part: str, path: str) -> bool:
+        """Whether the pattern is one of this layer."""
+        return any(_fits(word, part, path) for word in self.words())
+
+
+def _fits(word: str, part: str, path: str) -> bool:
+    if word in TARGETS:
+        return part == "unet" and re.search(TARGETS[word], path) is not None
+    return matches_block(word, part, path) if _NAMES.fullmatch(word) else re.search(word, path) is not None
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """The rules on ranks and on rates; of each the first that fits a layer counts, as in sd-scripts' regular
+    expressions (network_reg_dims)."""
+
+    ranks: tuple[LayerRule, ...] = ()
+    rates: tuple[LayerRule, ...] = ()
+
+    @classmethod
+    def of(cls, config: Any) -> ByLayer:
+        """What a config's `rank_of` and `rate_of` say, of which it may lack the second. Raises ConfigError for what
+        cannot be meant."""
+        return cls(tuple(map(_rank_rule, config.rank_of)), tuple(map(_rate_rule, getattr(config, "rate_of", ()))))
+
+    def rank_at(self, part: str, path: str) -> LayerRule | None:
+        """The rule on a layer's rank; None where it has that of the others."""
+        return next((rule for rule in self.ranks if rule.fits(part, path)), None)
+
+    def rate_at(self, part: str, path: str) -> LayerRule | None:
+        """The rule on a layer's rate; None where it has that of its part."""
+        return next((rule for rule in self.rates if rule.fits(part, path)), None)
+
+    def factor_at(self, part: str, path: str) -> float:
+        """What a layer's learning rate is multiplied with."""
+        rule = self.rate_at(part, path)
+        return 1.0 if rule is None else rule.value
+
+    def is_excluded(self, part: str, path: str) -> bool:
+        """Whether a layer's rank or rate is 0, so that it is not adapted."""
+        return any(rule is not None and not rule.value for rule in (self.rank_at(part, path), self.rate_at(part, path)))
+
+    def without_excluded(self, parts: Mapping[str, Mapping[str, BaseLayer]]) -> dict[str, dict[str, BaseLayer]]:
+        """The layers of `parts` whose rank and rate are not 0."""
+        return {
+            part: {path: host for path, host in some.items() if not self.is_excluded(part, path)}
+            for part, some in parts.items()
+        }
+
+    def kept(self, parts: Mapping[str, Mapping[str, BaseLayer]]) -> dict[str, dict[str, BaseLayer]]:
+        """The layers that are adapted, as `without_left_out`, and no part without any.
+
+        Raises AdapterError for a rule that counts for no layer, and where no layer of the U-Net, or none of the text
+        encoders, is left.
+        """
+        layers = [(part, path) for part, some in parts.items() for path in some]
+        _refuse_idle(self.ranks, layers, self.rank_at, self.rate_at)
+        _refuse_idle(self.rates, layers, self.rate_at, self.rank_at)
+        found = self.without_excluded(parts)
+        if not found.get("unet", True):
+            raise AdapterError("--rank-of and --rate-of leave no layer of the U-Net to adapt; leave fewer out.")
+        texts = [some for part, some in found.items() if part != "unet"]
+        if texts and not any(texts):
+            raise AdapterError(
+                "--rank-of and --rate-of leave no layer of the text encoders to adapt; leave --train-text-encoder out."
+            )
+        return {part: some for part, some in found.items() if some}
+
+    def as_network_args(self) -> dict[str, str]:
+        """What a file's metadata say of them, beside the other --network_args."""
+        told = {"rank_of": self.ranks, "rate_of": self.rates}
+        return {name: " ".join(rule.text for rule in rules) for name, rules in told.items() if rules}
+
+
+NO_LAYER_RULES = ByLayer()
+"""No rules: all layers have the rank and the rate of the others."""
+_RuleAt = Callable[[str, str], LayerRule | None]
+
+
+def _refuse_idle(rules: Sequence[LayerRule], layers: Sequence[Target], own: _RuleAt, other: _RuleAt) -> None:
+    """Raises AdapterError for a rule that counts for none of the layers. own: the rule of these that counts for a
+    layer. other: that on its rate beside its rank, or the reverse."""
+    for rule in rules:
+        for word in rule.words():
+            if not any(_fits(word, *layer) for layer in layers):
+                raise AdapterError(_unknown(rule, word, layers))
+        counts_for = [layer for layer in layers if own(*layer) is rule]
+        if not counts_for:
+            raise AdapterError(
+                f"{rule}: rules before it have all of its layers, and the first that fits counts; give it before them, "
+                "or leave it out."
+            )
+        beside = [other(*layer) for layer in counts_for]
+        if all(each is not None and not each.value for each in beside):
+            raise AdapterError(f"{rule}: {beside[0]} leaves all of its layers out; give one of the two.")
+
+
+def _unknown(rule: LayerRule, word: str, layers: Sequence[Target]) -> str:
+    """What to say of a word that names none of these layers: the first of each part's blocks are examples."""
+    examples: dict[tuple[str, str], str] = {}
+    for part, path in layers:
+        examples.setdefault((part, path.split(".")[0]), path)
+    named = "" if word == rule.pattern else f"{word} "
+    return (
+        f"{rule}: {named}names none of the {len(layers)} adapted layers, such as "
+        f"{', '.join(list(examples.values())[:3])}; wanted down, up.1, IN04, attn2, te, or a regular expression "
+        r"such as \.to_(k|v)$."
+    )
+
+
+def _rank_rule(text: str) -> LayerRule:
+    """PATTERN=RANK or PATTERN=RANK:ALPHA."""
+    wanted = "wanted PATTERN=RANK, or PATTERN=RANK:ALPHA, such as up.1=8, mid=8:4, or te=0 to leave it out"
+    pattern, numbers = _split("--rank-of", text, wanted)
+    number, colon, alpha_text = numbers.partition(":")
+    try:
+        rank, alpha = int(number), float(alpha_text) if colon else None
+    except ValueError:
+        raise ConfigError(f"--rank-of {text!r:.80}: {wanted}.") from None
+    if not 0 <= rank < 2**31 or not (alpha is None or 0 < alpha < math.inf):
+        raise ConfigError(f"--rank-of {text!r:.80}: a rank is 0 or more, and an alpha a positive number; {wanted}.")
+    if alpha is not None and not rank:
+        raise ConfigError(f"--rank-of {text!r:.80}: an alpha has no effect beside a rank of 0; leave it out.")
+    return LayerRule("--rank-of", text, pattern, rank, alpha)
+
+
+def _rate_rule(text: str) -> LayerRule:
+    """PATTERN=FACTOR."""
+    wanted = "wanted PATTERN=FACTOR, such as up.1=0.5, or mid=0 to leave it out"
+    pattern, number = _split("--rate-of", text, wanted)
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if not 0 <= factor < math.inf:
+        raise ConfigError(f"--rate-of {text!r:.80}: {wanted}.")
+    return LayerRule("--rate-of", text, pattern, factor)
+
+
+def _split(option: str, text: str, wanted: str) -> tuple[str, str]:
+    """What stands before and after the last = of a rule. Raises ConfigError for what is none."""
+    pattern, _, number = (part.strip() for part in text.rpartition("="))
+    if not pattern or not pattern.strip(","):
+        raise ConfigError(f"{option} {text!r:.80}: {wanted}.")
+    if pattern not in TARGETS and not _NAMES.fullmatch(pattern):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{option} {text!r:.80}: no regular expression ({error}).") from None
+    return pattern, number
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """Layers of one rank, which `given` gave, such as "--rank 4". what: they are called."""
+
+    given: str
+    rank: int
+    what: str
+    hosts: Sequence[BaseLayer]
+
+
+def group_by_rank(
+    parts: Mapping[str, Mapping[str, BaseLayer]],
+    rank: int,
+    conv_rank: int | None = None,
+    by_layer: ByLayer = NO_LAYER_RULES,
+) -> list[RankGroup]:
+    """The layers by their rank. parts, conv_rank, by_layer: as of `attach`.
+
+    Raises AdapterError where no layer has the convolutions' rank.
+    """
+    own: dict[LayerRule, list[BaseLayer]] = {}
+    wide, others = list[BaseLayer](), list[BaseLayer]()
+    for part, some in parts.items():
+        for path, host in some.items():
+            if (rule := by_layer.rank_at(part, path)) is not None:
+                own.setdefault(rule, []).append(host)
+            elif conv_rank is not None and is_spatial(host):
+                wide.append(host)
+            else:
+                others.append(host)
+    if conv_rank is not None and not wide:
+        without = " without a --rank-of" if any(is_spatial(host) for some in own.values() for host in some) else ""
+        raise AdapterError(
+            f"--conv-rank and --conv-alpha are for convolutions of more than 1x1, and none is adapted{without}; add "
+            "--targets everything, or leave them out."
+        )
+    found = [RankGroup(f"--rank {rank}", rank, "layer", others)]
+    found += [RankGroup(f"--conv-rank {conv_rank}", conv_rank, "convolution", wide)] if conv_rank is not None else []
+    found += [RankGroup(str(rule), int(rule.value), "layer", hosts) for rule, hosts in own.items()]
+    return [some for some in found if some.hosts]
+
+
+def is_spatial(host: BaseLayer) -> bool:
+    """Whether the layer is a convolution of more than 1x1, which is what has conv_dim in sd-scripts."""
+    return isinstance(host, nn.Conv2d) and math.prod(host.kernel_size) > 1
+
+
+def narrow_notes(some: RankGroup) -> list[str]:
+    """A line on the layers that are narrower than their rank.
+
+    Raises AdapterError where all are: the update would hold more numbers than the layers, and learn no more.
+    """
+    widths = [min(host.weight.shape[0], host.weight[0].numel()) for host in some.hosts]
+    narrow = [width for width in widths if width < some.rank]
+    if len(narrow) == len(widths):
+        raise AdapterError(
+            f"{some.given}: the widest {some.what} has {max(widths)} directions, and a change of it no "
+            "more; wanted at most that, of which 4 to 128 is usual."
+        )
+    if not narrow:
+        return []
+    are, least, most = "is" if len(narrow) == 1 else "are", min(narrow), max(narrow)
+    between = f"{least}" if least == most else f"{least} to {most}"
+    return [
+        f"{some.given}: {len(narrow)} of {pluralize(len(widths), some.what)} {are} narrower ({between}), "
+        "where it takes memory and learns no more"
+    ]

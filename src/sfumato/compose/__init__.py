@@ -12,11 +12,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sfumato.weighting.adapter import Adapter
+from sfumato.adapters.weights import Adapter
 
 if TYPE_CHECKING:
-    from sfumato.compose.guided import adapter_guidance
-    from sfumato.compose.match import Way
+    from sfumato.compose.guidance import adapter_guidance
+    from sfumato.compose.match import ApplyMode
     from sfumato.compose.mix import Mix, compose, current
 
 __all__ = ["Adapter", "Mix", "adapter_guidance", "compose", "current"]
@@ -25,7 +25,7 @@ __all__ = ["Adapter", "Mix", "adapter_guidance", "compose", "current"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'sfumato.compose' has no attribute {name!r}")
-    module = "guided" if name == "adapter_guidance" else "mix"
+    module = "guidance" if name == "adapter_guidance" else "mix"
     value = getattr(import_module(f"sfumato.compose.{module}"), name)
     globals()[name] = value
     return value
@@ -43,7 +43,7 @@ class _CallableModule(ModuleType):
         pipe: Any,
         *adapters: Adapter,
         partial: bool = False,
-        way: "Way" = "auto",
+        way: "ApplyMode" = "auto",
         verify: bool = False,
         words_known: bool = False,
     ) -> "Mix":

@@ -15,19 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.compose.match import Modules, parts_of
-from sfumato.compose.mix import Mix, current, say_words
+from sfumato.adapters.weights import Adapter, check_adapters, is_zero_weight
+from sfumato.compose.match import PipelineModules, pipeline_parts
+from sfumato.compose.mix import Mix, current, print_words
 from sfumato.errors import AdapterError
-from sfumato.files.embedding_file import merge_embeddings
-from sfumato.files.kohya import Target
-from sfumato.files.write_kohya import write_lora
+from sfumato.files.adapter_file import merge_embeddings
+from sfumato.files.module_names import Target
+from sfumato.files.writing.kohya import write_lora
 from sfumato.merging.factors import KEEP_ALL, Budget
-from sfumato.merging.lineage import merged_metadata
 from sfumato.merging.merge import merge
-from sfumato.merging.methods import Settings, check_method
-from sfumato.merging.sources import read_sources
-from sfumato.precision import tensors
-from sfumato.weighting.adapter import Adapter, check_adapters, is_idle
+from sfumato.merging.methods import MethodSettings, check_method
+from sfumato.merging.sources import merged_metadata, read_sources
+from sfumato.precision import quantization
 
 
 @contextmanager
@@ -35,7 +34,7 @@ def by_method(
     pipe: Any,
     *adapters: Adapter,
     method: str,
-    settings: Settings = Settings(),  # noqa: B008 - frozen
+    settings: MethodSettings = MethodSettings(),  # noqa: B008 - frozen
     budget: Budget = KEEP_ALL,
     seed: int = 0,
     partial: bool = False,
@@ -55,9 +54,9 @@ def by_method(
         )
     check_adapters(adapters)
     check_method(method)
-    modules = Modules(parts_of(pipe))
+    modules = PipelineModules(pipeline_parts(pipe))
     modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
-    some = [adapter for adapter in adapters if not is_idle(adapter.weight)]
+    some = [adapter for adapter in adapters if not is_zero_weight(adapter.weight)]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, Mix(pipe) as mix:
         both = zip(*read_sources(some, partial=partial, words=True), strict=True)
         # Weights of parts that no file changes leave nothing to merge, as weights of 0 do.
@@ -75,15 +74,15 @@ def by_method(
             )
             mix.add(Adapter(file, 1.0, title), partial=partial)
             if not words_known:
-                say_words(mix)
+                print_words(mix)
         yield mix
 
 
-def _weight_of(modules: Modules, target: Target) -> Tensor:
+def _weight_of(modules: PipelineModules, target: Target) -> Tensor:
     """The pipeline's own weight there, fp32 on the CPU. Raises AdapterError where there is none that is plain."""
     found = modules.find(target)
-    stored = None if found is None else tensors.stored(found[1], "weight")
-    if stored is None or not tensors.is_plain(stored):
+    stored = None if found is None else quantization.stored_tensor(found[1], "weight")
+    if stored is None or not quantization.is_plain_float(stored):
         raise AdapterError(
             f"{'.'.join(target)} is {'quantised' if found else 'not'} in this pipeline, so no adapter that depends on "
             "its weight can be merged. Load the base they were made for, unquantised."

@@ -11,27 +11,27 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from sfumato.bases.family import family_of_config
-from sfumato.compose.baked import Effect
-from sfumato.compose.live import can_be_live
+from sfumato.adapters.blocks import Blocks
+from sfumato.adapters.weights import Adapter, Weight, is_zero_weight, public_name, weight_at, without_suffix
+from sfumato.compose.layers.fused import Effect
+from sfumato.compose.layers.unfused import can_be_unfused
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
-from sfumato.files.changes import Change, LoraModule
-from sfumato.files.changes.bias import bias_change
-from sfumato.files.family import of_another_family
-from sfumato.files.kinds import ROLES
-from sfumato.files.kohya import PARTS, Target
-from sfumato.precision import tensors
-from sfumato.weighting.adapter import Adapter, Weight, is_idle, public_name, weight_at, without_suffix
-from sfumato.weighting.blocks import Blocks
+from sfumato.files.keys import ROLES
+from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.kinds.ia3 import bias_change
+from sfumato.files.metadata import family_mismatch
+from sfumato.files.module_names import PARTS, Target
+from sfumato.models.family import family_of_config
+from sfumato.precision import quantization
 
-Way = Literal["auto", "baked", "live"]
+ApplyMode = Literal["auto", "baked", "live"]
 _TEXT_LEVEL = "text_model."
 _COMPILED = "_orig_mod"
 """What `torch.compile` calls the module that it wraps, perhaps one block of a part."""
 
 
-def parts_of(pipe: Any) -> dict[str, nn.Module]:
+def pipeline_parts(pipe: Any) -> dict[str, nn.Module]:
     """The U-Net and text encoders of a diffusers pipeline or a Base, by name; without torch.compile's wrapper.
 
     Raises AdapterError for an object that has no U-Net, and for weights that are another library's to change.
@@ -98,7 +98,7 @@ def exclusive_row_split(unet: nn.Module) -> Iterator[None]:
         _HALVED.discard(unet)
 
 
-class Modules:
+class PipelineModules:
     """The modules of a pipeline by (part, path), whichever transformers version spells the paths."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
@@ -143,7 +143,7 @@ class Modules:
         part, path = target
         if part in self._parts:
             for spelling in dict.fromkeys((path, _TEXT_LEVEL + path, path.removeprefix(_TEXT_LEVEL))):
-                if (module := _walk(self._parts[part], spelling)) is not None:
+                if (module := _module_at(self._parts[part], spelling)) is not None:
                     return (part, spelling), without_peft(module)
         return None
 
@@ -154,7 +154,7 @@ def without_peft(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
-def _walk(module: nn.Module, path: str) -> nn.Module | None:
+def _module_at(module: nn.Module, path: str) -> nn.Module | None:
     """The module at a path, None if there is none; blocks that are compiled each by itself are gone through."""
     for name in path.split("."):
         child = module._modules.get(name)
@@ -178,11 +178,11 @@ class MatchedWeight:
     @property
     def live_form(self) -> LoraModule | None:
         """The low-rank form in which it can stand beside the layer, if there is one."""
-        return self.effect.low_rank if self.name == "weight" and can_be_live(self.module) else None
+        return self.effect.low_rank if self.name == "weight" and can_be_unfused(self.module) else None
 
 
-def match(
-    file: AdapterFile, label: str, modules: Modules, *, weight: Weight, partial: bool, way: Way
+def match_weights(
+    file: AdapterFile, label: str, modules: PipelineModules, *, weight: Weight, partial: bool, way: ApplyMode
 ) -> list[MatchedWeight]:
     """The weights and biases that the file changes.
 
@@ -197,7 +197,7 @@ def match(
     biased: list[str] = []
     for target, change in file.changes.items():
         place = modules.find(target)
-        shape = None if place is None else tensors.shape(place[1])
+        shape = None if place is None else quantization.module_weight_shape(place[1])
         if not modules.has(target[0]) and not weight_at(weight, *target):
             continue
         if place is None or shape is None:
@@ -217,11 +217,11 @@ def match(
             if bias is not None and _bias_shape(module):
                 found.append(MatchedWeight(part, path, "bias", module, Effect(bias, None), False))
     if (lacking or misshapen or biased) and not (partial and fitting):
-        raise AdapterError(_misfit(file, label, modules, fitting, lacking, misshapen, biased))
+        raise AdapterError(_mismatch_error(file, label, modules, fitting, lacking, misshapen, biased))
     return found
 
 
-def left_out(file: AdapterFile, found: Iterable[MatchedWeight]) -> int:
+def count_unmatched(file: AdapterFile, found: Iterable[MatchedWeight]) -> int:
     """How many modules of the file are not among what of it was found in the pipeline."""
     there = {(one.part, one.path) for one in found}
     return len(file.changes) - len(there) + len({_module_of(key) for key in file.skipped})
@@ -235,50 +235,52 @@ def _module_of(key: str) -> str:
 
 
 def weighted_matches(
-    adapter: Adapter, file: AdapterFile, modules: Modules, *, partial: bool
+    adapter: Adapter, file: AdapterFile, modules: PipelineModules, *, partial: bool
 ) -> Iterator[tuple[float, MatchedWeight]]:
     """What an adapter changes, with its weight there, for what stands beside layers; without what has a weight of 0."""
     modules.check_blocks({adapter.label: adapter.weight})
-    for found in match(file, adapter.label, modules, weight=adapter.weight, partial=partial, way="live"):
+    for found in match_weights(file, adapter.label, modules, weight=adapter.weight, partial=partial, way="live"):
         number = weight_at(adapter.weight, found.part, found.path)
         if number:
             yield number, found
 
 
-def say_unknown_words(pipe: Any, files: Mapping[Adapter, AdapterFile]) -> None:
+def warn_unknown_words(pipe: Any, files: Mapping[Adapter, AdapterFile]) -> None:
     """Say on stderr which words of adapters that count are not in use, and how prompts come to know them."""
     for adapter, file in files.items():
-        if not file.embeddings or is_idle(adapter.weight):
+        if not file.embeddings or is_zero_weight(adapter.weight):
             continue
-        from sfumato.words.embedding import is_in_use
+        from sfumato.adapters.embeddings.embedding import is_in_use
 
         if words := [token for token, parts in file.embeddings.items() if not is_in_use(pipe, token, parts)]:
             print(
                 f"{adapter.label}: brings the words {', '.join(words)}, which are left out; prompts know them within "
                 f"`with embedding.bundled(pipe, {{{adapter.label!r}: read_adapter(FILE).embeddings}}):` of "
-                "sfumato.words.embedding and sfumato.files.",
+                "sfumato.adapters.embeddings.embedding and sfumato.files.",
                 file=sys.stderr,
             )
 
 
 def _bias_shape(module: nn.Module) -> tuple[int, ...]:
-    bias = tensors.stored(module, "bias")
-    return tuple(bias.shape) if bias is not None and tensors.is_plain(bias) else ()
+    bias = quantization.stored_tensor(module, "bias")
+    return tuple(bias.shape) if bias is not None and quantization.is_plain_float(bias) else ()
 
 
-def _is_live(module: nn.Module, title: str, change: Change, way: Way) -> bool:
+def _is_live(module: nn.Module, title: str, change: Change, way: ApplyMode) -> bool:
     """Whether the layer takes its adapters beside it. Raises AdapterError for one that cannot take this one at all."""
-    stored = tensors.stored(module, "weight")
-    if tensors.is_plain(stored):
-        return way == "live" and can_be_live(module)  # norms and embeddings have no layer to stand beside
+    stored = quantization.stored_tensor(module, "weight")
+    if quantization.is_plain_float(stored):
+        return way == "live" and can_be_unfused(module)  # norms and embeddings have no layer to stand beside
     weight = getattr(module, "weight", None)
-    what = f"quantised ({tensors.dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(module).__name__})"
+    what = (
+        f"quantised ({quantization.dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(module).__name__})"
+    )
     if way == "baked":
         raise AdapterError(
             f"{title} is {what}, so nothing can be merged into it. Say way='live', or load the base in bf16."
         )
-    is_hidden = isinstance(module, nn.Conv2d) and not tensors.is_narrowed(module, stored)
-    if not can_be_live(module) or (change.needs_weight and is_hidden):
+    is_hidden = isinstance(module, nn.Conv2d) and not quantization.is_layerwise_cast(module, stored)
+    if not can_be_unfused(module) or (change.needs_weight and is_hidden):
         raise AdapterError(
             f"{title} is {what}, and a {change.kind} there has no path beside the layer. Load the base in bf16."
         )
@@ -290,10 +292,10 @@ def _shape(change: Change) -> str:
     return str(list(shape)) if shape is not None else f"({change.kind})"
 
 
-def _misfit(
+def _mismatch_error(
     file: AdapterFile,
     label: str,
-    modules: Modules,
+    modules: PipelineModules,
     fitting: int,
     lacking: list[str],
     misshapen: list[str],
@@ -303,7 +305,7 @@ def _misfit(
     name = public_name(file.path)
     name = name if without_suffix(name) == label else f"{name} ({label})"
     theirs, ours = (file.family, file.text_width), (modules.family, modules.text_width)
-    if other := of_another_family(theirs, ours, "pipeline"):
+    if other := family_mismatch(theirs, ours, "pipeline"):
         return f"{name}: {other}. Load it on a base of that family."
     some = f"the {fitting} of {total} modules that fit"
     partial = f", or pass partial=True (--partial) to apply {some}" if fitting else ""

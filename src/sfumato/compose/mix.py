@@ -19,38 +19,40 @@ from typing import Any, Self, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-from sfumato.compose import saving, table
-from sfumato.compose.baked import Baked, Effect
-from sfumato.compose.caller import change_lock
-from sfumato.compose.live import Live, SavesNone
+from sfumato.adapters.weights import Adapter, Weight, check_by_label, check_labels, checked_weight, format_weight
+from sfumato.compose import saving
+from sfumato.compose import saving as table
+from sfumato.compose.hooks import change_lock
+from sfumato.compose.layers.fused import Effect, FusedWeight
+from sfumato.compose.layers.original_weights import OriginalWeights, Place
+from sfumato.compose.layers.unfused import RefusesSaving, UnfusedLayer
 from sfumato.compose.match import (
+    ApplyMode,
     MatchedWeight,
-    Modules,
-    Way,
+    PipelineModules,
     compiled_parts,
-    left_out,
-    match,
-    parts_of,
+    count_unmatched,
+    match_weights,
+    pipeline_parts,
     unwrapped_parts,
 )
-from sfumato.compose.originals import Originals, Place
-from sfumato.compose.refusals import refuse_new_paths_in_compiled, refuse_offloaded, refuse_replaced, refuse_taken
-from sfumato.compose.sites import Site, SiteChange, apply_changes, new_site
+from sfumato.compose.sites import (
+    Site,
+    SiteChange,
+    apply_changes,
+    make_site,
+    refuse_new_paths_in_compiled,
+    refuse_offloaded,
+    refuse_replaced,
+    refuse_taken,
+)
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
-from sfumato.merging.whole_model import read_mixable
-from sfumato.numerals import some
-from sfumato.precision import tensors
-from sfumato.weighting.adapter import (
-    Adapter,
-    Weight,
-    check_by_label,
-    check_labels,
-    checked_weight,
-    weight_text,
-)
+from sfumato.merging.model_weights import read_adapter_or_model
+from sfumato.precision import quantization
+from sfumato.utils.formatting import format_list
 
 Asked = TypeVar("Asked")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -67,7 +69,7 @@ def compose(
     pipe: Any,
     *adapters: Adapter,
     partial: bool = False,
-    way: Way = "auto",
+    way: ApplyMode = "auto",
     verify: bool = False,
     words_known: bool = False,
 ) -> Mix:
@@ -78,12 +80,12 @@ def compose(
     all adapters beside each linear layer and convolution, so that changing weights costs almost nothing and each call
     costs a little; "auto" bakes, except for quantised weights. verify: refuse files that have no fingerprint in their
     metadata, or whose weights do not match it. words_known: do not mention new words that files bring, because the
-    caller adds them with `sfumato.words.embedding.bundled`. Everything is read and matched before the pipeline is
+    caller adds them with `sfumato.adapters.embeddings.embedding.bundled`. Everything is read and matched before the pipeline is
     changed; a failed call leaves it as it was. Raises AdapterError or FileError, one line, also for a pipeline that has
     a mix already (see `current(pipe)`).
     """
-    if way not in get_args(Way):
-        raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(Way))}.")
+    if way not in get_args(ApplyMode):
+        raise AdapterError(f"there is no way {way!r} to mix; there are {', '.join(get_args(ApplyMode))}.")
     with change_lock(pipe):  # until it is marked: of two threads one is refused
         earlier = current(pipe)
         if earlier is not None:
@@ -101,18 +103,18 @@ def compose(
             file=sys.stderr,
         )
     if adapters:
-        print(f"{some(list(mix.weights), 4)}: {mix.reason}", file=sys.stderr)
+        print(f"{format_list(list(mix.weights), 4)}: {mix.reason}", file=sys.stderr)
     if not words_known:
-        say_words(mix)
+        print_words(mix)
     return mix
 
 
-def say_words(mix: Mix) -> None:
+def print_words(mix: Mix) -> None:
     """Say on stderr which new words the files of a mix bring, and how to use them in prompts."""
     for label, words in mix.embeddings.items():
         print(
             f"{label}: brings the words {', '.join(words)}, which a mix leaves out; prompts know them within "
-            "`with embedding.bundled(pipe, mix.embeddings):` of sfumato.words.embedding.",
+            "`with embedding.bundled(pipe, mix.embeddings):` of sfumato.adapters.embeddings.embedding.",
             file=sys.stderr,
         )
 
@@ -123,7 +125,7 @@ def current(pipe: Any) -> Mix | None:
     return mix if isinstance(mix, Mix) else None
 
 
-def _one_at_a_time(method: Method) -> Method:
+def _locked(method: Method) -> Method:
     """Only one thread at a time changes the weights."""
 
     @wraps(method)
@@ -140,16 +142,16 @@ class Mix:
     As a context manager it undoes itself at the end. Every method makes its whole change, or none if it raises.
     """
 
-    def __init__(self, pipe: Any, way: Way = "auto") -> None:
+    def __init__(self, pipe: Any, way: ApplyMode = "auto") -> None:
         self._pipe = pipe
         self._lock = change_lock(pipe)
-        self._way: Way = way
-        self._parts = parts_of(pipe)
+        self._way: ApplyMode = way
+        self._parts = pipeline_parts(pipe)
         if hasattr(pipe, "lazy_weights"):  # of a Base, whose weights may not have been needed before
             pipe.lazy_weights.load("unet", "text")
-        self._modules = Modules(self._parts)
+        self._modules = PipelineModules(self._parts)
         self._family = self._modules.family
-        self._originals = Originals(self._parts, tuple(getattr(pipe, "files", ()) or ()))
+        self._originals = OriginalWeights(self._parts, tuple(getattr(pipe, "files", ()) or ()))
         self._sites: dict[Place, Site] = {}
         self._adapters: dict[str, Adapter] = {}
         self._weights: dict[str, Weight] = {}
@@ -225,7 +227,7 @@ class Mix:
         """New words that the files bring: {label: {token: {text encoder: (vectors, width)}}}.
 
         A mix changes weights and leaves the tokenizer alone. Prompts know these words within
-        `with embedding.bundled(pipe, mix.embeddings):` of `sfumato.words.embedding`.
+        `with embedding.bundled(pipe, mix.embeddings):` of `sfumato.adapters.embeddings.embedding`.
         """
         return MappingProxyType({label: file.embeddings for label, file in self._files.items() if file.embeddings})
 
@@ -237,36 +239,36 @@ class Mix:
     @property
     def reason(self) -> str:
         """How the adapters are applied, and why."""
-        return table.reason([site.way for site in self._sites.values()], self._way)
+        return table.apply_reason([site.way for site in self._sites.values()], self._way)
 
     def describe(self) -> str:
         """The mix in one line: "line 0.8, otter 0.6 (muted)"."""
         return ", ".join(
-            f"{label} {weight_text(weight)}{' (muted)' if label in self._muted else ''}"
+            f"{label} {format_weight(weight)}{' (muted)' if label in self._muted else ''}"
             for label, weight in self._weights.items()
         )
 
     def show(self) -> str:
         """The mix as a table: one line for each adapter, and how they are applied."""
         sites = [(label, site) for site in self._sites.values() for label in site.effects]
-        return table.show(self._weights, self._muted, self._files, sites, self.reason)
+        return table.mix_table(self._weights, self._muted, self._files, sites, self.reason)
 
     def __repr__(self) -> str:
         return f"Mix({'undone' if self._undone else self.describe()})"
 
-    @_one_at_a_time
+    @_locked
     def add(self, *adapters: Adapter, partial: bool = False, verify: bool = False) -> Self:
         """Mix in more adapters. The arguments are those of `compose`."""
         self.check_open()
-        parts_of(self._pipe)  # refuses what diffusers or peft has loaded since
+        pipeline_parts(self._pipe)  # refuses what diffusers or peft has loaded since
         refuse_taken(self._weights, adapters)
         self._modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
-        files = {adapter.label: read_mixable(adapter.path, partial=partial) for adapter in adapters}
+        files = {adapter.label: read_adapter_or_model(adapter.path, partial=partial) for adapter in adapters}
         for file in files.values() if verify else ():
             verify_deltas(file.metadata, file.changes, file.path.name)
         given = {adapter.label: adapter.weight for adapter in adapters}
         matched = {
-            label: match(file, label, self._modules, weight=given[label], partial=partial, way=self._way)
+            label: match_weights(file, label, self._modules, weight=given[label], partial=partial, way=self._way)
             for label, file in files.items()
         }
         self._check_shared({one.part for found in matched.values() for one in found})
@@ -284,7 +286,7 @@ class Mix:
         self._sites, self._weights = sites, weights
         self._adapters |= {adapter.label: adapter for adapter in adapters}
         self._files |= files
-        self._skipped |= {label: left_out(file, matched[label]) for label, file in files.items()}
+        self._skipped |= {label: count_unmatched(file, matched[label]) for label, file in files.items()}
         self._mark_parts()
         return self
 
@@ -293,23 +295,23 @@ class Mix:
         for one in found:
             place = (one.part, one.path, one.name)
             if place not in sites:
-                sites[place] = new_site(one, self._parts[one.part])
+                sites[place] = make_site(one, self._parts[one.part])
             sites[place].effects[label] = one.effect
 
     def _mark_parts(self) -> None:
         """Mark the mixed parts; parts with paths beside layers refuse to be saved."""
         for part in {"unet", *(site.part for site in self._sites.values())}:
             self._parts[part].__dict__[_MARK] = self
-        for module in (self._parts[site.part] for site in self._sites.values() if isinstance(site, Live)):
+        for module in (self._parts[site.part] for site in self._sites.values() if isinstance(site, UnfusedLayer)):
             if hasattr(type(module), _SAVE):
-                module.__dict__.setdefault(_SAVE, SavesNone(module))
+                module.__dict__.setdefault(_SAVE, RefusesSaving(module))
 
     def set(self, /, **weights: Weight) -> Self:
         """Set new weights by label: `mix.set(line=0.3)`. Only modules whose sum changes are computed again, from the
         base model."""
         return self.set_weights(weights)
 
-    @_one_at_a_time
+    @_locked
     def set_weights(self, weights: Mapping[str, Weight]) -> Self:
         """Set new weights by label, for labels that are no Python names. Other adapters keep their weights."""
         self.check_open()
@@ -328,7 +330,7 @@ class Mix:
         """Bring muted adapters back with their weights. Without labels: all adapters."""
         return self._mute(labels, lambda named: self._muted - named)
 
-    @_one_at_a_time
+    @_locked
     def _mute(self, labels: Sequence[str], change: Callable[[frozenset[str]], frozenset[str]]) -> Self:
         self.check_open()
         check_labels(labels, self._weights)
@@ -347,14 +349,14 @@ class Mix:
         check_by_label(factors, self._weights)
         before = self._factors
         # Asked here, since `without_conditional` is entered at each of the U-Net's calls.
-        self._is_streamed = "stream" in tensors.group_offloading(self._parts["unet"])
+        self._is_streamed = "stream" in quantization.group_offloading(self._parts["unet"])
         try:
             self._part(factors)
             yield
         finally:
             self._part(before)
 
-    @_one_at_a_time
+    @_locked
     def _part(self, factors: Mapping[str, float]) -> None:
         before, self._factors = self._factors, dict(factors)
         if self._undone:  # within the block: there is nothing to bring back
@@ -380,7 +382,7 @@ class Mix:
                 self._exchange(site)
 
     def _exchange(self, site: Site) -> None:
-        if isinstance(site, Baked):
+        if isinstance(site, FusedWeight):
             site.exchange(in_place=self._is_streamed)
         else:
             site.exchange()
@@ -388,7 +390,7 @@ class Mix:
     def _of_unet(self) -> list[Site]:
         return [site for site in self._sites.values() if site.part == "unet"]
 
-    @_one_at_a_time
+    @_locked
     def remove(self, *labels: str) -> Self:
         """Remove adapters from the mix. A weight that no adapter changes any more gets the base model's exact bytes
         back.
@@ -400,7 +402,7 @@ class Mix:
             raise AdapterError("remove() names no adapter; give the labels of some, or undo() the mix to take out all.")
         check_labels(labels, self._weights)
         touched = [site for site in self._sites.values() if not site.effects.keys().isdisjoint(labels)]
-        refuse_new_paths_in_compiled(self._pipe, (site for site in touched if isinstance(site, Live)))
+        refuse_new_paths_in_compiled(self._pipe, (site for site in touched if isinstance(site, UnfusedLayer)))
         weights = {label: weight for label, weight in self._weights.items() if label not in labels}
         self._change(weights, self._muted - frozenset(labels), labels)
         for place, site in list(self._sites.items()):
@@ -412,7 +414,7 @@ class Mix:
             del self._adapters[label], self._skipped[label], self._files[label]
         return self
 
-    @_one_at_a_time
+    @_locked
     def undo(self) -> None:
         """Restore the base model's exact bytes and release the pipeline. A second call does nothing."""
         if self._undone:
@@ -425,7 +427,7 @@ class Mix:
         for part in self._parts.values():
             if part.__dict__.get(_MARK) is self:
                 del part.__dict__[_MARK]
-            if isinstance(saves := part.__dict__.get(_SAVE), SavesNone) and not saves.sites():
+            if isinstance(saves := part.__dict__.get(_SAVE), RefusesSaving) and not saves.sites():
                 del part.__dict__[_SAVE]
         self._sites, self._weights, self._adapters, self._skipped, self._undone = {}, {}, {}, {}, True
         self._files, self._muted = {}, frozenset()
@@ -445,7 +447,7 @@ class Mix:
         """
         self.check_open()
         numbers = {label: 0.0 if label in self._muted else weight for label, weight in self._weights.items()}
-        return saving.save(path, self.family, self._sites.values(), numbers, self._files, dtype, title)
+        return saving.save_mix(path, self.family, self._sites.values(), numbers, self._files, dtype, title)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model has no mix, only a text that says what it carries and that can be read without this
@@ -473,7 +475,7 @@ class Mix:
         heard = {label: weight for label, weight in weights.items() if label not in muted}
         wanted = [SiteChange.to(site, heard, self._factors) for site in sites]
         changes = [change for change in wanted if change.changes_anything]
-        live = [(c.site, c.applied) for c in changes if c.rewrites and isinstance(c.site, Live)]
+        live = [(c.site, c.applied) for c in changes if c.rewrites and isinstance(c.site, UnfusedLayer)]
         for label in weights.keys() & self._files.keys() if changes else ():
             self._files[label].check_unwritten()
         refuse_offloaded(self._parts, (change.site for change in changes))

@@ -1,34 +1,37 @@
-"""A mix as one LoRA file: sum of w_i s_i up_i down_i is the product of the factors side by side, exactly."""
+"""A mix as one LoRA file: sum of w_i s_i up_i down_i is the product of the factors side by side, exactly.
+
+The mix in words: a line on how it is applied, and a table of its adapters.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from sfumato.compose.baked import Baked
-from sfumato.compose.live import Live
+from sfumato.adapters.weights import Weight, format_weight, public_name, weight_at
+from sfumato.compose.layers.fused import FusedWeight
+from sfumato.compose.layers.unfused import UnfusedLayer
+from sfumato.compose.match import ApplyMode
 from sfumato.errors import AdapterError
-from sfumato.files.adapter_file import AdapterFile
-from sfumato.files.changes import LoraModule
-from sfumato.files.embedding_file import merge_embeddings
-from sfumato.files.header import path_of
-from sfumato.files.kohya import Target
-from sfumato.files.write_kohya import write_lora
-from sfumato.merging.convert import diffusers_warnings
+from sfumato.files.adapter_file import AdapterFile, merge_embeddings
+from sfumato.files.header import checked_path
+from sfumato.files.kinds import LoraModule
+from sfumato.files.module_names import Target
+from sfumato.files.writing.kohya import write_lora
+from sfumato.merging.extract import diffusers_warnings
 from sfumato.merging.factors import Factors, concatenate, to_module
-from sfumato.merging.lineage import Parent, merged_metadata
-from sfumato.merging.sources import adapter_hash
-from sfumato.weighting.adapter import Weight, public_name, weight_at
+from sfumato.merging.sources import Parent, adapter_hash, merged_metadata
+from sfumato.utils.formatting import pluralize
 
 
-def save(
+def save_mix(
     path: str | os.PathLike[str],
     family: str,
-    sites: Iterable[Baked | Live],
+    sites: Iterable[FusedWeight | UnfusedLayer],
     weights: Mapping[str, Weight],
     files: Mapping[str, AdapterFile],
     dtype: torch.dtype,
@@ -41,7 +44,7 @@ def save(
     Raises AdapterError for changes that have no low-rank form, for words that contradict, and for a name, title or
     dtype that no such file has; FileError for a file that cannot be written.
     """
-    path = path_of(path)
+    path = checked_path(path)
     if path.suffix != ".safetensors":
         raise AdapterError(f"a mix is saved as a .safetensors file, got {str(path)!r}; give a name that ends so.")
     if title is not None and not isinstance(title, str):
@@ -64,7 +67,7 @@ def save(
                 )
             terms.append((number, effect.low_rank))
         if terms:
-            modules[site.part, site.path] = concatenated(terms)
+            modules[site.part, site.path] = concatenate_loras(terms)
     if not modules:
         raise AdapterError(f"{path.name}: nothing is applied, so there is nothing to save. Give an adapter a weight.")
     used = {label: weight for label, weight in weights.items() if weight != 0}
@@ -80,7 +83,7 @@ def save(
     return written
 
 
-def concatenated(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:
+def concatenate_loras(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:
     """The LoRA of scale 1 whose update is the sum of weight * update over the terms; its rank is the sum of theirs."""
     terms = list(terms)
     factors = [
@@ -88,3 +91,62 @@ def concatenated(terms: Iterable[tuple[float, LoraModule]]) -> LoraModule:
     ]
     # One may be written for a linear layer and one for the 1x1 convolution that it is.
     return to_module(concatenate(factors), max((low.shape for _, low in terms), key=len))
+
+
+_HEAD = ("adapter", "weight", "file", "kind", "rank", "U-Net", "text", "way")
+
+
+def apply_reason(ways: Sequence[str], asked: ApplyMode) -> str:
+    """How the adapters are applied, and why. ways: "baked" or "live" of each weight or layer; asked: of `compose`."""
+    baked = sum(way == "baked" for way in ways)
+    live = len(ways) - baked
+    if not live:
+        whys = {
+            "auto": "none is quantised, so this is exact, and drawing takes no longer",
+            "baked": "as asked",
+            "live": "there is no layer that a path could stand beside",
+        }
+        return f"{pluralize(baked, 'weight')} baked in place ({whys[asked]})"
+    why = "as asked" if asked == "live" else "quantised, so nothing can be summed into their weights"
+    rest = f"; {pluralize(baked, 'weight')} baked in place" if baked else ""
+    return f"{pluralize(live, 'layer')} live, one path for all adapters beside each ({why}){rest}"
+
+
+def mix_table(
+    weights: Mapping[str, Weight],
+    muted: frozenset[str],
+    files: Mapping[str, AdapterFile],
+    sites: Iterable[tuple[str, FusedWeight | UnfusedLayer]],
+    reason: str,
+) -> str:
+    """A line for each adapter: its weight, file, kinds, ranks, how many modules of each part it changes, and the way.
+
+    weights: by label. sites: (label, weight or bias that it changes).
+    """
+    if not weights:
+        return "an empty mix"
+    by_label: dict[str, list[FusedWeight | UnfusedLayer]] = {label: [] for label in weights}
+    for label, site in sites:
+        if site.name == "weight":
+            by_label[label].append(site)
+    rows = [_HEAD]
+    for label, weight in weights.items():
+        found = by_label[label]
+        unet = sum(site.part == "unet" for site in found)
+        low = [form.rank for site in found if (form := site.effects[label].low_rank) is not None]
+        ranks = "" if not low else str(min(low)) if min(low) == max(low) else f"{min(low)}-{max(low)}"
+        rows.append(
+            (
+                " ".join(label.split()),
+                format_weight(weight) + (" (muted)" if label in muted else ""),
+                public_name(files[label].path),
+                "+".join(files[label].kinds),
+                ranks,
+                str(unet),
+                str(len(found) - unet),
+                "+".join(sorted({site.way for site in found})),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, reason])

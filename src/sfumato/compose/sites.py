@@ -1,35 +1,40 @@
-"""The places that a mix changes, each within its weight or beside its layer, brought to new numbers together."""
+"""The places that a mix changes, each within its weight or beside its layer, brought to new numbers together.
+
+What a mix refuses before it changes anything: layers that are compiled, offloaded, or in another's mix.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.compose.baked import Applied, Baked
-from sfumato.compose.live import Live
-from sfumato.compose.lowrank import Scratch
-from sfumato.compose.match import MatchedWeight
-from sfumato.compose.originals import Originals
-from sfumato.precision.exact import exact_products
-from sfumato.weighting.adapter import Weight, weight_at
+from sfumato.adapters.weights import Adapter, Weight, check_adapters, weight_at
+from sfumato.compose.layers.fused import Applied, FusedWeight
+from sfumato.compose.layers.lowrank import Scratch
+from sfumato.compose.layers.original_weights import OriginalWeights
+from sfumato.compose.layers.unfused import UnfusedLayer
+from sfumato.compose.match import MatchedWeight, compiled_parts
+from sfumato.errors import AdapterError
+from sfumato.precision import quantization
+from sfumato.precision.cpu_matmul import exact_matmul
 
-Site = Baked | Live
+Site = FusedWeight | UnfusedLayer
 
 
-def new_site(found: MatchedWeight, part: nn.Module) -> Site:
+def make_site(found: MatchedWeight, part: nn.Module) -> Site:
     """A site without adapters for a weight or bias of this part of the pipeline."""
     if not found.live:
-        return Baked(found.part, found.path, found.module, found.name)
+        return FusedWeight(found.part, found.path, found.module, found.name)
     whole = next((p for p in part.parameters() if p.is_floating_point() and p.itemsize > 1), None)
     dtype, device = (torch.float32, torch.device("cpu")) if whole is None else (whole.dtype, whole.device)
     device = torch.device("cpu") if device.type == "meta" else device
-    return Live(found.part, found.path, found.module, dtype, device)
+    return UnfusedLayer(found.part, found.path, found.module, dtype, device)
 
 
-def applied_at(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> Applied:
+def applied_weights(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> Applied:
     """What a site has of these adapters. factors: of the weights in the U-Net, by label."""
     numbers = {
         label: weight_at(weights[label], site.part, site.path) * (factors.get(label, 1.0) if site.part == "unet" else 1)
@@ -60,11 +65,11 @@ class SiteChange(NamedTuple):
     @classmethod
     def to(cls, site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> SiteChange:
         """The change that brings the site to these weights. factors: as in `applied_at`."""
-        applied = applied_at(site, weights, factors)
+        applied = applied_weights(site, weights, factors)
         if site.part != "unet" or factors.keys().isdisjoint(site.effects):
             return cls(site, applied, None)
         unfactored = {label: weight for label, weight in weights.items() if label not in factors}
-        return cls(site, applied, applied_at(site, unfactored, {}))
+        return cls(site, applied, applied_weights(site, unfactored, {}))
 
     @property
     def rewrites(self) -> bool:
@@ -77,21 +82,23 @@ class SiteChange(NamedTuple):
         return self.rewrites or self.aside != self.site.other
 
 
-def apply_changes(changes: Sequence[SiteChange], originals: Originals) -> None:
+def apply_changes(changes: Sequence[SiteChange], originals: OriginalWeights) -> None:
     """Bring each site to what it is to have; all of it, or nothing when it raises."""
     rewriting = [change for change in changes if change.rewrites]
     for change in rewriting:
         change.site.check_untouched()
-    new = [site for site, applied, _ in rewriting if isinstance(site, Baked) and site.original is None and applied]
+    new = [
+        site for site, applied, _ in rewriting if isinstance(site, FusedWeight) and site.original is None and applied
+    ]
     held = originals.of({site.place: site.weight for site in new})
     for site in new:
         found = held[site.place]
         site.original, site.candidates = (found, ()) if isinstance(found, Tensor) else (None, found)
     scratch = Scratch()
     aside_before = [(change.site, change.site.other) for change in changes]
-    bare = [change.site for change in rewriting if isinstance(change.site, Live) and change.site.is_bare]
+    bare = [change.site for change in rewriting if isinstance(change.site, UnfusedLayer) and change.site.is_bare]
     rewritten: list[tuple[Site, Applied]] = []
-    with torch.no_grad(), exact_products():
+    with torch.no_grad(), exact_matmul():
         try:
             for change in rewriting:
                 rewritten.append((change.site, change.site.applied))
@@ -108,3 +115,49 @@ def apply_changes(changes: Sequence[SiteChange], originals: Originals) -> None:
             for live in bare:
                 live.restore()
             raise
+
+
+def refuse_new_paths_in_compiled(pipe: Any, sites: Iterable[UnfusedLayer]) -> None:
+    """Of layers that are to get a path beside them, or another: refuse those that are compiled already."""
+    changed = list(sites)
+    compiled = compiled_parts(pipe) if changed else set()
+    for site in changed:
+        if site.part in compiled:
+            raise AdapterError(
+                f"the {site.part} is compiled already, and a compiled layer does not notice a new path beside it. "
+                "Compose the live way before torch.compile, or say way='baked'."
+            )
+
+
+def refuse_offloaded(parts: Mapping[str, nn.Module], sites: Iterable[Site]) -> None:
+    """Refuse weights that are to be written to and lie on a disk."""
+    for name in sorted({site.part for site in sites if isinstance(site, FusedWeight)}):
+        if "disk" in quantization.group_offloading(parts[name]):
+            raise AdapterError(
+                f"the {name} is offloaded to disk in groups, where its weights cannot be written to. Offload it "
+                "without offload_to_disk_path, or say way='live' to compose."
+            )
+
+
+def refuse_replaced(parts: Mapping[str, nn.Module], sites: Iterable[Site]) -> None:
+    """Refuse weights of layers that their part does not hold any more, where neither a mix nor undoing it shows."""
+    baked = [site for site in sites if isinstance(site, FusedWeight)]
+    held = {id(module) for name in {site.part for site in baked} for module in parts[name].modules()}
+    for site in baked:
+        if id(site.module) not in held:
+            raise AdapterError(
+                f"the {site.part} has another {site.path} than the one that this mix is in, perhaps quantised since. "
+                "Put the layer back, or load the base again and compose after that."
+            )
+
+
+def refuse_taken(labels: Iterable[str], adapters: Sequence[Adapter]) -> None:
+    """Refuse new adapters whose labels are taken, by these or by one another."""
+    taken = list(labels)
+    check_adapters(adapters)
+    for adapter in adapters:
+        if adapter.label in taken:
+            raise AdapterError(
+                f"two adapters are called {adapter.label!r}. Tell them apart with Adapter(file, weight, name=...)."
+            )
+        taken.append(adapter.label)

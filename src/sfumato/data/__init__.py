@@ -12,20 +12,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfumato.data.batches import Batch, concat_batches
     from sfumato.data.buckets import Crop, bucket_sizes, fit_crop
-    from sfumato.data.dataset import Dataset
+    from sfumato.data.dataset_config import read_folder
     from sfumato.data.folder import Example, ExampleSet
     from sfumato.data.images import Picture, open_image, open_picture
     from sfumato.data.listing import Ignored
     from sfumato.data.options import Options
-    from sfumato.data.preparing import prepare
-    from sfumato.data.source import read_folder
+    from sfumato.data.preparation.dataset import Dataset
+    from sfumato.data.preparation.prepare import prepare
+    from sfumato.data.preparation.texts import Batch, concat_batches
 
 _HOME = {
-    "Batch": "batches",
+    "Batch": "preparation.texts",
     "Crop": "buckets",
-    "Dataset": "dataset",
+    "Dataset": "preparation.dataset",
     "Example": "folder",
     "ExampleSet": "folder",
     "Ignored": "listing",
@@ -33,11 +33,11 @@ _HOME = {
     "Picture": "images",
     "bucket_sizes": "buckets",
     "fit_crop": "buckets",
-    "concat_batches": "batches",
+    "concat_batches": "preparation.texts",
     "open_image": "images",
     "open_picture": "images",
-    "prepare": "preparing",
-    "read_folder": "source",
+    "prepare": "preparation.prepare",
+    "read_folder": "dataset_config",
 }
 
 __all__ = [

@@ -1,14 +1,22 @@
 """Aspect-ratio buckets: pictures of many shapes, cropped as little as possible, in batches of one shape.
 
 Sizes are (width, height) in pixels, as in Pillow.
+
+One example -> the pixels and the mask that training sees. Imports no torch.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from sfumato.data.folder import Example
+from sfumato.data.images import Picture, open_mask, open_picture
 from sfumato.data.options import CropMode
-from sfumato.errors import ConfigError
+from sfumato.errors import ConfigError, DataError
 
 _LARGEST = 8192
 """Pixels of a side. Every bucket of a resolution is counted, and of a million there are more than memory holds."""
@@ -18,7 +26,7 @@ Box = tuple[float, float, float, float]
 Sizes = Mapping[int, list[Size]]
 """The shapes that images of each resolution may get."""
 
-MOST_POSITIONS = 8
+MAX_POSITIONS = 8
 """Places that a random crop is taken from: each is encoded once, and more teach nothing new."""
 
 
@@ -125,7 +133,7 @@ def checked_sizes(resolution: int, step: int, *, buckets: bool) -> list[Size]:
     return bucket_sizes(resolution, step, largest_ratio=2.0 if buckets else 1.0)
 
 
-def of_resolution(sizes: Sizes, resolution: int | None) -> list[Size]:
+def sizes_of_resolution(sizes: Sizes, resolution: int | None) -> list[Size]:
     """Those of an example's resolution, which is set by then."""
     assert resolution is not None
     return sizes[resolution]
@@ -157,7 +165,7 @@ def fit_crop(original: Size, size: Size, mode: CropMode = "center", factor: int 
         return _padded(original, size)
     scale = max(size[0] / original[0], size[1] / original[1])
     spare = max(round(original[0] * scale) - size[0], round(original[1] * scale) - size[1])
-    stride = factor * max(1, math.ceil(spare / (factor * (MOST_POSITIONS - 1))))
+    stride = factor * max(1, math.ceil(spare / (factor * (MAX_POSITIONS - 1))))
     positions = spare // stride + 1 if mode == "random" else 1
     crop = Crop(original, (0, 0, 0, 0), size, (0, 0), None, positions, stride if positions > 1 else 0)
     wide, high = crop.resized
@@ -172,3 +180,81 @@ def _padded(original: Size, size: Size) -> Crop:
     width, height = (max(1, min(side, round(own * scale))) for own, side in zip(original, size, strict=True))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     return Crop(original, (0, 0, *original), size, (0, 0), (left, top, left + width, top + height))
+
+
+OPAQUE = "nothing of it is transparent, so all of it is learned"
+"""The end of the note on a picture whose alpha was to be its mask."""
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """image: RGB of `crop.resized` (the bucket's size, if the crop has one position). mask: L, that size over the VAE's
+    factor, or None. notes: for the person."""
+
+    image: Image.Image
+    mask: Image.Image | None
+    crop: Crop
+    notes: tuple[str, ...]
+
+
+def choose_crop(example: Example, original: Size, sizes: list[Size], vae_factor: int) -> Crop:
+    """The crop of an example whose picture is of size `original`: the nearest of `sizes`, as its options want it."""
+    return fit_crop(original, nearest_bucket(original, sizes), example.options.crop or "center", vae_factor)
+
+
+def crop_example(example: Example, sizes: list[Size], vae_factor: int) -> Cropped:
+    """Decode an example and bring it to its crop, resampled once. Raises DataError naming the file."""
+    picture = open_picture(example.path)
+    crop = choose_crop(example, picture.image.size, sizes, vae_factor)
+    mask = _mask(example, picture)
+    small = (crop.resized[0] // vae_factor, crop.resized[1] // vae_factor)
+    if crop.inside is not None:
+        image, mask = _padded_image(picture.image, crop), _padded_mask(mask, crop, small)
+    else:
+        image = picture.image.resize(crop.resized, Image.Resampling.LANCZOS, box=crop.box)
+        mask = None if mask is None else mask.resize(small, Image.Resampling.BOX, box=crop.box)
+    if mask is not None and mask.getextrema() == (0, 0):
+        raise DataError(f"{example.path.name}: its mask is black all over, so nothing is left to learn. Mend it.")
+    opaque = [f"{example.path.name}: {OPAQUE}"] if example.alpha_mask and picture.alpha is None else []
+    return Cropped(image, mask, crop, (*picture.notes, *opaque))
+
+
+def _padded_image(image: Image.Image, crop: Crop) -> Image.Image:
+    assert crop.inside is not None
+    left, top, right, bottom = crop.inside
+    sheet = Image.new("RGB", crop.size, "white")
+    sheet.paste(image.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+    return sheet
+
+
+def _padded_mask(mask: Image.Image | None, crop: Crop, small: Size) -> Image.Image:
+    """Black where a latent sees any of the white beside the picture."""
+    assert crop.inside is not None
+    left, top, right, bottom = crop.inside
+    seen = (mask or Image.new("L", crop.original, 255)).resize((right - left, bottom - top), Image.Resampling.BOX)
+    whole = Image.new("L", crop.size, 0)
+    whole.paste(seen, (left, top))
+    values = np.asarray(whole.resize(small, Image.Resampling.BOX))
+    inside = np.zeros(crop.size[::-1], dtype=np.uint8)
+    inside[top:bottom, left:right] = 255
+    whole_cells = np.asarray(Image.fromarray(inside).resize(small, Image.Resampling.BOX)) == 255
+    return Image.fromarray((values * whole_cells).astype(np.uint8))
+
+
+def _mask(example: Example, picture: Picture) -> Image.Image | None:
+    if example.mask is not None:
+        mask = open_mask(example.mask)
+        width, height = mask.size
+        if abs(width * picture.image.height - height * picture.image.width) > max(*mask.size, *picture.image.size):
+            raise DataError(
+                f"{example.mask.name}: {width} x {height} px, {example.path.name} has "
+                f"{picture.image.width} x {picture.image.height}. Give the mask the image's proportions."
+            )
+        return mask.resize(picture.image.size, Image.Resampling.BILINEAR)
+    return picture.alpha if example.alpha_mask else None
+
+
+def to_array(image: Image.Image) -> Pixels:
+    """(3, height, width), 0 to 255."""
+    return np.array(image, dtype=np.uint8).transpose(2, 0, 1)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from sfumato import shell
 from sfumato.errors import ConfigError, FileError
-from sfumato.numerals import pluralize
+from sfumato.utils import formatting
+from sfumato.utils.formatting import pluralize
 
 if TYPE_CHECKING:
     from sfumato.precision import Precision
@@ -120,7 +120,7 @@ def _refuse_unused(wishes: CaptionSettings, kind: str) -> None:
     for name, wish in asdict(wishes).items():
         if kind not in _KINDS[name] and wish != getattr(CaptionSettings(), name):
             raise ConfigError(
-                f"{shell.option(name)} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it out."
+                f"{formatting.option_flag(name)} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it out."
             )
 
 
@@ -128,7 +128,7 @@ def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    from sfumato.bases.hub import not_written
+    from sfumato.models.folder import disk_error
 
     if Path(hub_id).exists():
         raise ConfigError(f"--model {hub_id}: is a file; name the model's folder or a hub id.")
@@ -141,7 +141,7 @@ def _from_hub(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED)))
     except Exception as error:  # the hub's library has changed its network library twice
-        if reason := not_written(error):
+        if reason := disk_error(error):
             raise ConfigError(f"--model {hub_id}: {reason}") from None
         raise ConfigError(
             f"--model {hub_id}: no folder here, not in the hub's cache, and the hub does not give it "
@@ -228,7 +228,7 @@ class _Tagger:
             raise ConfigError('WD taggers need an extra: pip install "sfumato[tagger]".') from None
         self.wishes = wishes
         self.tags = _read_tags(folder / "selected_tags.csv")
-        self.without = {_spelt(tag) for tag in wishes.without}
+        self.without = {_tag_text(tag) for tag in wishes.without}
         names = {name for name, _ in self.tags}
         for tag in sorted(self.without - names):
             near = difflib.get_close_matches(tag, names, n=1)
@@ -297,12 +297,12 @@ def _read_tags(path: Path) -> list[tuple[str, str]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return [(_spelt(row["name"]), row["category"]) for row in rows]
+        return [(_tag_text(row["name"]), row["category"]) for row in rows]
     except (OSError, UnicodeDecodeError, KeyError, AttributeError, csv.Error):  # a row that ends before its name
         raise FileError(f"{path.name}: missing, or without the columns name and category. Download it again.") from None
 
 
-def _spelt(tag: str) -> str:
+def _tag_text(tag: str) -> str:
     """A tag as captions have it: danbooru's "long_hair" is "long hair"."""
     return tag if tag in _FACES else tag.replace("_", " ")
 

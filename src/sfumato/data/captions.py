@@ -1,20 +1,140 @@
-"""Captions: from the files people keep them in, through a template."""
+"""Captions: from the files people keep them in, through a template.
+
+{red|blue} in a caption is a wildcard: a sample has one of its alternatives, as with sd-scripts' enable_wildcard.
+
+An alternative may hold wildcards, whose }} closes two of them. Else {{ and }} are the letters { and }; an empty {} is
+two letters, too.
+"""
+
+from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import product
+from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from charset_normalizer import from_bytes
 
-from sfumato.data import wildcards
 from sfumato.errors import ConfigError, DataError
-from sfumato.text_files import decode, wide_by_mark
+from sfumato.utils.text_files import bom_encoding, decode_text
+
+Alternatives = tuple["Parts", ...]
+Parts = tuple[str | Alternatives, ...]
+"""A text as the words between its wildcards, and these as their alternatives."""
+
+_TOKEN = re.compile(r"\{\{|\}\}|\{\}|[{}|]|[^{}|]+")
+_LETTERS = {"{{": "{", "}}": "}"}
+_DEEPEST = 20
+"""Wildcards within each other; nobody writes more, and Python calls no function within thousands of others."""
+
+
+def choose_alternatives(text: str, pick: Callable[[int], int]) -> str:
+    """The text with one alternative of each wildcard. pick: told how many there are, says which, from 0 on.
+
+    Raises DataError for braces that do not match, as all of these do.
+    """
+    return _drawn(_parsed(text), pick)
+
+
+def count_choices(text: str) -> int:
+    """How many ways there are to choose."""
+    return _count(_parsed(text))
+
+
+def expand_wildcards(text: str) -> Iterator[str]:
+    """The text for each way to choose; ask `count` first."""
+    return _forms(_parsed(text))
+
+
+def covering_forms(text: str) -> list[str]:
+    """So few of the forms that each alternative is in one of them, in the first those that come first."""
+    return _cover(_parsed(text))
+
+
+def longest_form(text: str, size: Callable[[str], int]) -> str:
+    """The form with the longest alternative of each wildcard. size: of a text."""
+    return _longest(_parsed(text), size)
+
+
+def wildcard_fault(text: str) -> str:
+    """What is wrong with the text's braces; empty if nothing is."""
+    try:
+        _parsed(text)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Parts:
+    ((parts,), _) = _read(text, 0, 0)
+    return parts
+
+
+def _read(text: str, start: int, depth: int) -> tuple[Alternatives, int]:
+    """The alternatives that begin here, and where their wildcard has ended. depth: how many wildcards are open; without
+    any the whole text is the one alternative."""
+    if depth > _DEEPEST:
+        raise DataError(f"wildcards in more than {_DEEPEST} others. Write {{{{ for each {{ that is a letter.")
+    alternatives: list[list[str | Alternatives]] = [[]]
+    at, pairs = start, 0  # pairs: how many {{ wait for their }}
+    while token := _TOKEN.match(text, at):
+        found = "}" if token[0] == "}}" and depth and not pairs else token[0]
+        at += len(found)
+        if found == "{":
+            inner, at = _read(text, at, depth + 1)
+            alternatives[-1].append(inner)
+        elif found == "}" and depth:
+            return tuple(map(tuple, alternatives)), at
+        elif found == "}":
+            said = text[max(0, at - 30) : at]
+            raise DataError(f"a }} that closes nothing, {said!r}. Open it with {{, or write }}}} for the letter.")
+        elif found == "|" and depth:
+            alternatives.append([])
+        else:
+            pairs += (found == "{{") - (found == "}}")
+            alternatives[-1].append(_LETTERS.get(found, found))
+    if depth:
+        said = text[start - 1 : start + 29]
+        raise DataError(f"a {{ that is never closed, {said!r}. Close it with }}, or write {{{{ for the letter.")
+    return tuple(map(tuple, alternatives)), at
+
+
+def _drawn(parts: Parts, pick: Callable[[int], int]) -> str:
+    return "".join(part if isinstance(part, str) else _drawn(part[pick(len(part))], pick) for part in parts)
+
+
+def _count(parts: Parts) -> int:
+    return prod(sum(map(_count, part)) for part in parts if not isinstance(part, str))
+
+
+def _forms(parts: Parts) -> Iterator[str]:
+    return map("".join, product(*_each(parts, _forms)))
+
+
+def _cover(parts: Parts) -> list[str]:
+    each = _each(parts, _cover)
+    return ["".join(own[place % len(own)] for own in each) for place in range(max(map(len, each), default=1))]
+
+
+def _each(parts: Parts, texts: Callable[[Parts], Iterator[str] | list[str]]) -> list[list[str]]:
+    """Of each part the texts that may stand there."""
+    return [[part] if isinstance(part, str) else [text for one in part for text in texts(one)] for part in parts]
+
+
+def _longest(parts: Parts, size: Callable[[str], int]) -> str:
+    return "".join(
+        part if isinstance(part, str) else max((_longest(one, size) for one in part), key=size) for part in parts
+    )
+
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of the files with one picture's caption, in the order they are looked for."""
 
-METADATA = "metadata.jsonl"
+METADATA_FILE = "metadata.jsonl"
 _FIELDS = ("caption", "trigger")
 _LARGEST_CAPTION = 1_000_000
 
@@ -43,13 +163,13 @@ def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:
     """
     data = _bytes(path)
     if (text := _unicode(data)) is not None:
-        return by_line(text), None
+        return normalize_lines(text), None
     own = _sensible(data)
     for encoding in [likely, *own] if likely in own else [*own, likely]:
         if encoding is None:
             continue
         try:
-            return by_line(data.decode(encoding)), encoding
+            return normalize_lines(data.decode(encoding)), encoding
         except (UnicodeDecodeError, LookupError):
             continue
     raise DataError(f"{path.name}: not text in any encoding that could be told. Save it as UTF-8.")
@@ -122,7 +242,7 @@ def _bytes(path: Path) -> bytes:
 def _unicode(data: bytes) -> str | None:
     """The text, if the bytes say that they are Unicode."""
     try:
-        return None if wide_by_mark(data) is None and _wide_without_mark(data) else decode(data)
+        return None if bom_encoding(data) is None and _wide_without_mark(data) else decode_text(data)
     except UnicodeDecodeError:
         return None
 
@@ -133,7 +253,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     That is Hugging Face's imagefolder; `caption` does for `text`. Raises DataError with the line's number.
     """
     try:
-        lines = decode(path.read_bytes()).split("\n")  # a text may hold other ends of lines, U+2028 say
+        lines = decode_text(path.read_bytes()).split("\n")  # a text may hold other ends of lines, U+2028 say
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path.name}: cannot be read as UTF-8 ({type(error).__name__}). Save it so.") from None
     found: dict[str, str] = {}
@@ -155,22 +275,22 @@ def read_metadata(path: Path) -> dict[str, str]:
         text = row.get("text", row.get("caption"))
         if text is not None and not isinstance(text, str):
             raise DataError(f"{wanted}, found a text that is no string.")
-        if text and not is_text(text):
+        if text and not is_encodable(text):
             raise DataError(f"{path.name}, line {number}: half of a character ({text[:60]!r}). Write it whole.")
-        name, caption = named.as_posix(), by_line(text or "")
+        name, caption = named.as_posix(), normalize_lines(text or "")
         if found.setdefault(name, caption) != caption:
             raise DataError(f"{path.name}, line {number}: another text for {name}. Leave one of them.")
     return found
 
 
-def words_of(name: str) -> str:
+def words_in_name(name: str) -> str:
     """The words of a file's name: "red-apple" and "red_apple" are "red apple".
 
     Raises DataError for a name that is not in UTF-8, as an old archive may hold it.
     """
-    if not is_text(name):
+    if not is_encodable(name):
         raise DataError(f"{name!r}: a name that is to be a caption, and is not in UTF-8. Rename it.")
-    return one_line(re.sub(r"[-_]+", " ", name))
+    return normalize_spaces(re.sub(r"[-_]+", " ", name))
 
 
 _OF_CAMERAS = frozenset({
@@ -184,7 +304,7 @@ _BESIDE_THESE = frozenset({
 """What phones put behind, which are words by themselves."""
 
 
-def says_nothing(name: str) -> bool:
+def is_meaningless_name(name: str) -> bool:
     """Whether a file's name is a number, such as a camera gives: "00", "IMG_1234", "b07", "DSC00012 (1)"."""
     words = [word.lower() for word in re.findall(r"[^\W\d_]+", name)]
     known = _OF_CAMERAS | _BESIDE_THESE if _OF_CAMERAS.intersection(words) or words[:2] == ["screen", "shot"] else ()
@@ -210,7 +330,7 @@ def check_template(
             known = f"{{caption}} and {{trigger}} are filled{choice}"
             raise ConfigError(f"{said} {template!r}: {{{name}}} is unknown; {known}.")
     if has_wildcards:
-        if fault := wildcards.fault(_with_fields_as_letters(template)):
+        if fault := wildcard_fault(_with_fields_as_letters(template)):
             raise ConfigError(f"{said} {template!r} has {fault}")
     elif left := re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", template)):
         raise ConfigError(f"{said} {template!r} has a {left[0]} by itself; {{caption}} and {{trigger}} are filled.")
@@ -221,19 +341,19 @@ def check_template(
 def fill_template(template: str, caption: str, trigger: str | None) -> str:
     """The template with caption and trigger put in, on one line."""
     values: Mapping[str, str] = {"caption": caption, "trigger": trigger or ""}
-    return one_line(re.sub(r"\{(caption|trigger)\}", lambda match: values[match[1]], template))
+    return normalize_spaces(re.sub(r"\{(caption|trigger)\}", lambda match: values[match[1]], template))
 
 
 def first_template(template: str) -> str:
     """The template with the first alternative of each wildcard, to be filled."""
-    return wildcards.cover(_with_fields_as_letters(template))[0]
+    return covering_forms(_with_fields_as_letters(template))[0]
 
 
 def _with_fields_as_letters(template: str) -> str:
     return re.sub(r"\{(caption|trigger)\}", r"{{\1}}", template)
 
 
-def is_text(text: str) -> bool:
+def is_encodable(text: str) -> bool:
     """Whether it can be written: no half of a UTF-16 pair, and no byte of a file's name that was not UTF-8."""
     try:
         text.encode()
@@ -242,11 +362,11 @@ def is_text(text: str) -> bool:
     return True
 
 
-def one_line(text: str) -> str:
+def normalize_spaces(text: str) -> str:
     """The words of a text with one space between any two."""
     return " ".join(text.replace("\0", " ").split())
 
 
-def by_line(text: str) -> str:
+def normalize_lines(text: str) -> str:
     """The same for each line, without those that are empty."""
-    return "\n".join(filter(None, map(one_line, re.split(r"[\r\n]+", text))))
+    return "\n".join(filter(None, map(normalize_spaces, re.split(r"[\r\n]+", text))))

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from sfumato.data.captions import is_text
+from sfumato.data.captions import is_encodable
 from sfumato.errors import DataError
-from sfumato.files.atomic import write_text
-from sfumato.text_files import decode
+from sfumato.utils.atomic import write_text
+from sfumato.utils.text_files import decode_text
 
-NAME = "SHA256SUMS"
+CHECKSUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](?:\./)?(.+?)\r?")
 _SIGNS = MappingProxyType({"\\": "\\", "n": "\n", "r": "\r"})
 """What stands behind a backslash in a name, as sha256sum writes it; the line itself then begins with one."""
@@ -28,15 +28,17 @@ def read_sums(folder: Path) -> dict[str, str]:
 
     Raises DataError, with the line's number, for one that cannot be read.
     """
-    path = folder / NAME
+    path = folder / CHECKSUMS_FILE
     if not path.is_file():
         return {}
     try:
         if path.stat().st_size > _LARGEST_BYTES:
-            raise DataError(f"{NAME}: {path.stat().st_size:,} bytes; no list of checksums is that long. Write it anew.")
-        lines = decode(path.read_bytes()).split("\n")  # a name may hold other ends of lines, U+2028 say
+            raise DataError(
+                f"{CHECKSUMS_FILE}: {path.stat().st_size:,} bytes; no list of checksums is that long. Write it anew."
+            )
+        lines = decode_text(path.read_bytes()).split("\n")  # a name may hold other ends of lines, U+2028 say
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{NAME}: cannot be read as UTF-8 ({type(error).__name__}). Write it anew.") from None
+        raise DataError(f"{CHECKSUMS_FILE}: cannot be read as UTF-8 ({type(error).__name__}). Write it anew.") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -44,12 +46,14 @@ def read_sums(folder: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise DataError(
-                f"{NAME}, line {number}: wanted 64 hex digits, two spaces and a name, found {line[:60]!r}. Write it "
-                f"anew with sha256sum * > {NAME}."
+                f"{CHECKSUMS_FILE}, line {number}: wanted 64 hex digits, two spaces and a name, found {line[:60]!r}. Write it "
+                f"anew with sha256sum * > {CHECKSUMS_FILE}."
             )
         name = re.sub(r"\\(.)", lambda sign: _SIGNS.get(sign[1], sign[0]), match[3]) if match[1] else match[3]
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f"{NAME}, line {number}: {name[:60]} is outside the folder. Name files from it on.")
+            raise DataError(
+                f"{CHECKSUMS_FILE}, line {number}: {name[:60]} is outside the folder. Name files from it on."
+            )
         found[name] = match[2].lower()
     return found
 
@@ -59,12 +63,15 @@ def write_sums(folder: Path, files: Iterable[Path]) -> Path:
 
     Raises DataError for a name that cannot be written in UTF-8.
     """
-    others = sorted(file for file in files if file != folder / NAME)
+    others = sorted(file for file in files if file != folder / CHECKSUMS_FILE)
     for file in others:
-        if not is_text(file.name):
-            raise DataError(f"{file.name!r}: its name is not in UTF-8, as {NAME} is. Rename it.")
-    write_text(folder / NAME, "".join(_line(file_digest(file), file.relative_to(folder).as_posix()) for file in others))
-    return folder / NAME
+        if not is_encodable(file.name):
+            raise DataError(f"{file.name!r}: its name is not in UTF-8, as {CHECKSUMS_FILE} is. Rename it.")
+    write_text(
+        folder / CHECKSUMS_FILE,
+        "".join(_line(file_digest(file), file.relative_to(folder).as_posix()) for file in others),
+    )
+    return folder / CHECKSUMS_FILE
 
 
 def _line(digest: str, name: str) -> str:
@@ -95,6 +102,6 @@ def refuse_changed(path: Path, wanted: str, found: str) -> None:
     """Raises DataError, naming the file, unless both checksums are one, or there is none that is wanted."""
     if wanted and wanted != found:
         raise DataError(
-            f"{path.name}: not the file that {NAME} lists; its bytes are others. Copy it anew, or write {NAME} anew if "
+            f"{path.name}: not the file that {CHECKSUMS_FILE} lists; its bytes are others. Copy it anew, or write {CHECKSUMS_FILE} anew if "
             "you changed it."
         )

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
-from sfumato.data import wildcards
+from sfumato.data import captions as wildcards
 from sfumato.data.captions import (
-    METADATA,
+    METADATA_FILE,
     check_template,
     fill_template,
     first_template,
-    one_line,
-    says_nothing,
-    words_of,
+    is_meaningless_name,
+    normalize_spaces,
+    words_in_name,
 )
 from sfumato.data.images import read_size
 from sfumato.data.listing import (
@@ -29,15 +29,15 @@ from sfumato.data.listing import (
     Ignored,
     ListedPicture,
     Listing,
-    grouped,
+    group_notes,
     own_name_note,
 )
 from sfumato.data.options import MaskSource, Options
-from sfumato.data.tags import KeptTags, said, without_marks
+from sfumato.data.tags import KeptTags, strip_keep_separator, unshuffled_captions
 from sfumato.errors import DataError
-from sfumato.limits import more_tokens
-from sfumato.numerals import pluralize, shortened, some
-from sfumato.prompts.phrases import has_phrase
+from sfumato.models.prompts.syntax import has_phrase
+from sfumato.utils.formatting import format_list, pluralize, truncate_text
+from sfumato.utils.limits import truncation_hint
 
 Group = Literal["instance", "class", "validation"]
 PLACEHOLDER = "[trigger]"
@@ -77,7 +77,9 @@ class Example:
     @property
     def said(self) -> list[str]:
         """Its captions as samples have them, each alternative of a wildcard in one of them at least."""
-        return list(dict.fromkeys(text for caption in self.captions for text in said(caption, self.options)))
+        return list(
+            dict.fromkeys(text for caption in self.captions for text in unshuffled_captions(caption, self.options))
+        )
 
     @property
     def files(self) -> list[Path]:
@@ -120,7 +122,7 @@ class ExampleSet(Sequence[Example]):
         """The words that captions were made with to call up what is learned, each once; without those that none holds,
         which were not learned."""
         given = dict.fromkeys(example.trigger for example in self.examples if example.trigger)
-        return [trigger for trigger in given if not unused_trigger(self.examples, trigger)]
+        return [trigger for trigger in given if not unused_trigger_note(self.examples, trigger)]
 
     def in_group(self, group: Group) -> "ExampleSet":
         """The examples of one group only; may be empty."""
@@ -128,7 +130,7 @@ class ExampleSet(Sequence[Example]):
         return ExampleSet(chosen, self.ignored, self.notes, self.skip_bad)
 
 
-def examples_of(
+def make_examples(
     listing: Listing,
     *,
     template: str | None,
@@ -150,10 +152,10 @@ def examples_of(
         check_template(template, trigger, has_wildcards=bool(options.wildcards))
     path = listing.root
     if not listing.pictures:
-        raise no_pictures(path, listing.ignored)
-    bad = bad_headers(listing.pictures)
-    (name,) = labels_of([path])
-    refuse_bad(list(bad.values()), len(listing.pictures), skip_bad, f" in {name}")
+        raise no_images_message(path, listing.ignored)
+    bad = unreadable_pictures(listing.pictures)
+    (name,) = unique_labels([path])
+    refuse_bad_pictures(list(bad.values()), len(listing.pictures), skip_bad, f" in {name}")
     for found in listing.pictures:
         if found.caption.error:
             raise DataError(found.caption.error)
@@ -163,31 +165,31 @@ def examples_of(
     ]
     good = [found for found in listing.pictures if found.path not in bad]
     examples = [
-        example_of(found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line), options=options)
+        make_example(found, template=template, trigger=trigger, mask=mask, by_line=bool(by_line), options=options)
         for found in good
     ]
     for example in examples:
         if fault := unmatched_braces(example):
             raise DataError(f"{example.path.name}: {fault}")
     _check_captions(examples, template, words, path)
-    counted = f"{pluralize(len(examples), 'image')} in {name}{ignored_words(listing.ignored)}"
-    numbers = [found.path.name for found in good if nameless(found, template)]
-    unused = trigger and unused_trigger(examples, trigger)
+    counted = f"{pluralize(len(examples), 'image')} in {name}{ignored_summary(listing.ignored)}"
+    numbers = [found.path.name for found in good if is_caption_meaningless(found, template)]
+    unused = trigger and unused_trigger_note(examples, trigger)
     notes = [
         *([counted] if listing.ignored or bad else []),
         *(f"left out: {reason}" for reason in bad.values()),
         *listing.notes,
-        *grouped(note for found in good for note in found.caption.notes),
-        *lines_notes(good, template, by_line, of_class=words is None),
+        *group_notes(note for found in good for note in found.caption.notes),
+        *caption_lines_notes(good, template, by_line, of_class=words is None),
         *wildcards_notes(examples, options.wildcards, of_class=words is None),
         *_mask_notes(path, examples, mask),
-        *([captions_of_numbers(numbers, template or "", trigger)] if numbers else []),
+        *([meaningless_captions_note(numbers, template or "", trigger)] if numbers else []),
         *([f"{unused} to add it"] if unused else []),
     ]
     return ExampleSet(tuple(examples), (*listing.ignored, *left_out), tuple(dict.fromkeys(notes)), skip_bad)
 
 
-def example_of(
+def make_example(
     found: ListedPicture,
     *,
     template: str | None,
@@ -202,7 +204,7 @@ def example_of(
     texts = found.caption.text.split("\n") if by_line else [found.caption.text]
     whole = [_filled(text, found.path, template, trigger) for text in texts]
     # Which tags the marks keep depends on the alternatives that are chosen.
-    filled = [(text, None) if options.wildcards else without_marks(text, options) for text in whole]
+    filled = [(text, None) if options.wildcards else strip_keep_separator(text, options) for text in whole]
     caption, *further = dict.fromkeys(text for text, _ in filled)
     return Example(
         found.path,
@@ -221,29 +223,29 @@ def example_of(
 
 def _filled(text: str, picture: Path, template: str | None, trigger: str | None) -> str:
     """The picture's caption of this text; empty if it has none. The placeholder in it becomes the trigger."""
-    text = one_line(text.replace(PLACEHOLDER, trigger) if trigger else text)
+    text = normalize_spaces(text.replace(PLACEHOLDER, trigger) if trigger else text)
     if template is None:
         return text
     takes_words = not text and "{caption}" in template
-    return fill_template(template, words_of(picture.stem) if takes_words else text, trigger)
+    return fill_template(template, words_in_name(picture.stem) if takes_words else text, trigger)
 
 
-def no_pictures(path: Path, ignored: Sequence[Ignored]) -> DataError:
+def no_images_message(path: Path, ignored: Sequence[Ignored]) -> DataError:
     """What to say of a folder without pictures; of those below it that hold some, to name one of them."""
     if below := [entry.name for entry in ignored if entry.reason == FOLDER_OF_PICTURES]:
         return DataError(
-            f"{path}: no images in it, but in its folders {some(below)}. Name one of them, list them in a "
+            f"{path}: no images in it, but in its folders {format_list(below)}. Name one of them, list them in a "
             'dataset.toml, or call them "10_sks dog", whose images come 10 times an epoch as "sks dog".'
         )
     if deeper := [entry.name for entry in ignored if entry.reason == FOLDER_OF_REPEATS]:
         return DataError(
-            f"{path}: no images in it, but in folders with repeats within {some(deeper)}. Name that folder, as in "
+            f"{path}: no images in it, but in folders with repeats within {format_list(deeper)}. Name that folder, as in "
             f"--images {path / deeper[0]}."
         )
-    return DataError(f"{path}: no images in it{ignored_words(ignored)}. Put PNG or JPEG files there.")
+    return DataError(f"{path}: no images in it{ignored_summary(ignored)}. Put PNG or JPEG files there.")
 
 
-def no_masks(path: Path) -> DataError:
+def no_masks_message(path: Path) -> DataError:
     """What to say of a folder without masks where they were asked for."""
     return DataError(
         f"{path}: no masks in it. Put NAME.mask.png beside NAME.png, or masks/NAME.png; to learn its images whole, "
@@ -251,7 +253,7 @@ def no_masks(path: Path) -> DataError:
     )
 
 
-def no_subject(path: Path) -> DataError:
+def no_subject_message(path: Path) -> DataError:
     """What to say of pictures of which none is to be learned."""
     return DataError(
         f"{path}: has no images to learn, but of a class or for validation only. Name a source without class = true "
@@ -259,18 +261,18 @@ def no_subject(path: Path) -> DataError:
     )
 
 
-def bad_headers(pictures: Sequence[ListedPicture]) -> dict[Path, str]:
+def unreadable_pictures(pictures: Sequence[ListedPicture]) -> dict[Path, str]:
     """The pictures whose header tells that they cannot be learned from, and the whole reason."""
     bad: dict[Path, str] = {}
-    for picture, label in zip(pictures, labels_of([picture.path for picture in pictures]), strict=True):
+    for picture, label in zip(pictures, unique_labels([picture.path for picture in pictures]), strict=True):
         try:
             read_size(picture.path)
         except DataError as error:
-            bad[picture.path] = labelled(str(error), picture.path, label)
+            bad[picture.path] = replace_label(str(error), picture.path, label)
     return bad
 
 
-def cut_captions(ends: Mapping[str, str], limit: int, *, varies: bool = False) -> str:
+def truncated_captions_note(ends: Mapping[str, str], limit: int, *, varies: bool = False) -> str:
     """What to say of captions of which no more than `limit` tokens are read; empty for none.
 
     ends: by whose caption it is, what is cut of it. varies: whether its tags change places, so that others are cut.
@@ -279,16 +281,16 @@ def cut_captions(ends: Mapping[str, str], limit: int, *, varies: bool = False) -
         return ""
     name, end = next(iter(ends.items()))
     if len(ends) == 1:
-        found = f"{name}: the caption is longer than {limit} tokens; its end is not seen: ... {shortened(end)!r}"
+        found = f"{name}: the caption is longer than {limit} tokens; its end is not seen: ... {truncate_text(end)!r}"
     else:
         found = (
             f"{len(ends):,} captions are longer than {limit} tokens; their ends are not seen, such as of {name}: ... "
-            f"{shortened(end)!r}"
+            f"{truncate_text(end)!r}"
         )
-    return f"{found}{'; others where the tags change places' if varies else ''}{more_tokens(limit)}"
+    return f"{found}{'; others where the tags change places' if varies else ''}{truncation_hint(limit)}"
 
 
-def labels_of(paths: Sequence[Path]) -> list[str]:
+def unique_labels(paths: Sequence[Path]) -> list[str]:
     """Each file's name; of several with one name, the path from the folder on that holds all the files."""
     names = [path.name or path.resolve().name for path in paths]
     counts = Counter(names)
@@ -306,12 +308,12 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def labelled(text: str, path: Path, label: str) -> str:
+def replace_label(text: str, path: Path, label: str) -> str:
     """A line that begins with a file's name, with its label instead."""
     return f"{label}{text.removeprefix(path.name)}" if text.startswith(f"{path.name}: ") else text
 
 
-def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
+def unused_trigger_note(examples: Sequence[Example], trigger: str) -> str:
     """What to say of a trigger that no caption holds, by their template; empty where one does."""
     if any(has_phrase(trigger, caption, plural=True) for example in examples for caption in example.said):
         return ""
@@ -320,15 +322,15 @@ def unused_trigger(examples: Sequence[Example], trigger: str) -> str:
     return f'no caption holds the trigger {trigger!r}; pass --caption "{template}, {{trigger}}"'
 
 
-def without_trigger(captions: Iterable[tuple[str, str]]) -> str:
+def missing_trigger_note(captions: Iterable[tuple[str, str]]) -> str:
     """What to say of those of (picture's name, caption) in which [trigger] is left; empty for none."""
     if names := [name for name, caption in captions if PLACEHOLDER in caption]:
         held = f"{pluralize(len(names), 'caption holds', 'captions hold')} {PLACEHOLDER}"
-        return f"{held}, and there is no trigger: {some(names)}; pass --trigger WORD"
+        return f"{held}, and there is no trigger: {format_list(names)}; pass --trigger WORD"
     return ""
 
 
-def refuse_bad(reasons: Sequence[str], total: int, skip: bool | None, where: str = "") -> None:
+def refuse_bad_pictures(reasons: Sequence[str], total: int, skip: bool | None, where: str = "") -> None:
     """End with the bad pictures' names and reasons, unless they may be skipped and some are left. skip: None where
     there is no option for that."""
     if not reasons or (skip and len(reasons) < total):
@@ -344,41 +346,41 @@ def _check_captions(examples: Sequence[Example], template: str | None, words: st
     missing = [example.path.name for example in examples if not example.caption]
     if not missing:
         return
-    shown = some(missing)
+    shown = format_list(missing)
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
     own = own_name_note(folder) if folder == examples[0].path.parent else ""
-    ways = ["Write NAME.txt beside each", f'list them as "text" in {METADATA}']
+    ways = ["Write NAME.txt beside each", f'list them as "text" in {METADATA_FILE}']
     ways += [f'give their source words = "{words or "a dog"}"']
-    ways += [] if words is None else [f"pass {by_template(missing, examples[0].trigger, words)}"]
+    ways += [] if words is None else [f"pass {template_note(missing, examples[0].trigger, words)}"]
     raise DataError(
         f"{len(missing)} of {len(examples)} images have no caption: {shown}. {', '.join(ways[:-1])}, or {ways[-1]}."
         + (f" {own}." if own else "")
     )
 
 
-def by_template(names: Sequence[str], trigger: str | None, words: str = "") -> str:
+def template_note(names: Sequence[str], trigger: str | None, words: str = "") -> str:
     """How --caption gives captions, which hold these words, to pictures of these names. The names of a camera say
     nothing of a picture."""
     same = f'--caption "{words or trigger or "a dog"}" as the caption of all'
-    if all(says_nothing(Path(name).stem) for name in names):
+    if all(is_meaningless_name(Path(name).stem) for name in names):
         return same
     before = f"{words}, " if words else ""
     return f'--caption "{before}{{caption}}" to take the words of the file names, or {same}'
 
 
-def nameless(found: ListedPicture, template: str | None) -> bool:
+def is_caption_meaningless(found: ListedPicture, template: str | None) -> bool:
     """Whether the template takes for the picture's caption the words of a name that says nothing."""
     takes = template is not None and "{caption}" in template
-    return takes and not found.caption.text and says_nothing(found.path.stem)
+    return takes and not found.caption.text and is_meaningless_name(found.path.stem)
 
 
-def captions_of_numbers(names: Sequence[str], template: str, trigger: str | None) -> str:
+def meaningless_captions_note(names: Sequence[str], template: str, trigger: str | None) -> str:
     """What to say of pictures with such names in the place of captions. template: what takes them."""
     same = trigger if trigger and template == "{caption}" else template.replace("{caption}", "a dog")
     found = pluralize(len(names), "caption is a name of a file that says", "captions are names of files that say")
     return (
-        f"{found} nothing, such as {words_of(Path(names[0]).stem)!r}; write "
+        f"{found} nothing, such as {words_in_name(Path(names[0]).stem)!r}; write "
         f'captions, or pass --caption "{same}" as the caption of all'
     )
 
@@ -386,7 +388,7 @@ def captions_of_numbers(names: Sequence[str], template: str, trigger: str | None
 NO_LINES = "caption_lines changes nothing: no caption has several lines"
 
 
-def lines_notes(
+def caption_lines_notes(
     pictures: Sequence[ListedPicture], template: str | None, by_line: bool | None, *, of_class: bool
 ) -> Iterator[str]:
     """What to say of captions of several lines where by_line is unset, or that there are none of those it is for.
@@ -420,18 +422,18 @@ def wildcards_notes(examples: Sequence[Example], asked: bool | None, *, of_class
         counted = pluralize(len(found), "caption has", "captions have")
         how = "wildcards = true in the source of their class" if of_class else "--wildcards"
         yield (
-            f"{counted} braces that are read as letters, such as {shortened(letters)!r} of {name}; with {how} each "
+            f"{counted} braces that are read as letters, such as {truncate_text(letters)!r} of {name}; with {how} each "
             "sample has one of the alternatives"
         )
 
 
 def unmatched_braces(example: Example) -> str:
     """What to say of a picture whose caption has wildcards that do not end or begin; empty for one that has none."""
-    faults = map(wildcards.fault, example.captions) if example.options.wildcards else ()
+    faults = map(wildcards.wildcard_fault, example.captions) if example.options.wildcards else ()
     return next((f"its caption has {fault}" for fault in faults if fault), "")
 
 
-def joint_notes(sources: Iterable[tuple[Container[str], Iterable[str]]]) -> list[str]:
+def merge_notes(sources: Iterable[tuple[Container[str], Iterable[str]]]) -> list[str]:
     """The notes of several sources, each once. sources: of each what it would say if what it asks for changed nothing,
     and its notes. That is said where it holds of all that ask for it."""
     each = [(asked, list(notes)) for asked, notes in sources]
@@ -444,21 +446,21 @@ def _mask_notes(root: Path, examples: Sequence[Example], mask: MaskSource) -> It
         return
     without = [example.path.name for example in examples if example.mask is None]
     if len(without) == len(examples):
-        raise no_masks(root)
+        raise no_masks_message(root)
     if without:
         found = pluralize(len(without), "image has", "images have")
         yield f"{found} no mask, learned whole: {', '.join(without[:3])}"
 
 
-def without_alpha(names: Sequence[str]) -> str:
+def no_alpha_note(names: Sequence[str]) -> str:
     """What to say of pictures whose alpha was to be their mask, and that have none."""
     found = pluralize(len(names), "image has", "images have")
-    return f"{found} no transparent part, learned whole: {some(list(names), 4)}"
+    return f"{found} no transparent part, learned whole: {format_list(list(names), 4)}"
 
 
-def ignored_words(ignored: Sequence[Ignored]) -> str:
+def ignored_summary(ignored: Sequence[Ignored]) -> str:
     """ ", 2 ignored: a (reason), b (reason)"; empty for none."""
     if not ignored:
         return ""
-    shown = some([f"{entry.name} ({entry.reason.rstrip('.')})" for entry in ignored], 5)
+    shown = format_list([f"{entry.name} ({entry.reason.rstrip('.')})" for entry in ignored], 5)
     return f", {len(ignored)} ignored: {shown}"

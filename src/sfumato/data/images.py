@@ -84,7 +84,7 @@ def open_picture(path: Path, *, any_ratio: bool = False) -> Picture:
         return Picture(_on_white(image, alpha), alpha, notes)
 
 
-def as_image(image: Image.Image) -> Image.Image:
+def convert_image(image: Image.Image) -> Image.Image:
     """A picture that is open already as `open_image` has it. Raises DataError for pixels whose white is unknown."""
     return _on_white(*_colours_and_alpha(image, Path("an image"), []))
 
@@ -104,7 +104,7 @@ def open_mask(path: Path, *, any_ratio: bool = False) -> Image.Image:
         return _masking(image, alpha)
 
 
-def as_mask(image: Image.Image) -> Image.Image:
+def convert_mask(image: Image.Image) -> Image.Image:
     """The same of a picture that is open already. Raises DataError for pixels whose white is unknown."""
     return _masking(*_colours_and_alpha(image, Path("a mask"), []))
 
@@ -136,7 +136,7 @@ def _layers(path: Path, any_ratio: bool = False) -> tuple[Image.Image, Image.Ima
 
 
 @contextmanager
-def as_stored(path: Path) -> Iterator[Image.Image]:
+def open_as_stored(path: Path) -> Iterator[Image.Image]:
     """The picture in its file's own format, mode, colours and orientation. Raises DataError as `open_picture`."""
     with _decoding(path), _open(path) as file:
         check_size(path, file.size)
@@ -235,7 +235,7 @@ def _decoding(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path.name}: {_what_else(path)}") from None
+        raise DataError(f"{path.name}: {_describe_undecodable(path)}") from None
     except Image.DecompressionBombError:
         raise DataError(
             f"{path.name}: far more than {LARGEST_MEGAPIXELS:.0f} megapixels by its header. Make it smaller."
@@ -250,7 +250,7 @@ def _decoding(path: Path) -> Iterator[None]:
         raise DataError(f"{path.name}: cannot be decoded ({reason}). Copy it anew, or remove it.") from None
 
 
-def _what_else(path: Path) -> str:
+def _describe_undecodable(path: Path) -> str:
     """What a file is that no decoder knows, and what to do."""
     with path.open("rb") as file:
         head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -340,7 +340,7 @@ _OTHER_SRGB = ("linear", "g10", "scrgb")
 def _srgb(image: Image.Image, embedded: bytes | None, path: Path, notes: list[str]) -> Image.Image:
     """An L, RGB, CMYK or LAB picture through the file's colour profile, if that says anything but sRGB."""
     if image.mode == "LAB":
-        return _through(image, ImageCms.createProfile("LAB"))
+        return _apply_profile(image, ImageCms.createProfile("LAB"))
     if not embedded:
         if image.mode == "CMYK":
             notes.append(f"{path.name}: CMYK without a colour profile; its colours are a guess")
@@ -352,13 +352,13 @@ def _srgb(image: Image.Image, embedded: bytes | None, path: Path, notes: list[st
             said = ImageCms.getProfileDescription(profile).lower()
             if "srgb" in said and not any(word in said for word in _OTHER_SRGB):
                 return image
-        return _through(image, profile)
+        return _apply_profile(image, profile)
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append(f"{path.name}: its colour profile cannot be used; its colours are a guess")
         return image
 
 
-def _through(image: Image.Image, profile: Any) -> Image.Image:
+def _apply_profile(image: Image.Image, profile: Any) -> Image.Image:
     converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     assert converted is not None  # None only for in-place conversions
     return converted

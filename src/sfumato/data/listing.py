@@ -10,20 +10,20 @@ from pathlib import Path
 
 from sfumato.data.captions import (
     CAPTION_SUFFIXES,
-    METADATA,
+    METADATA_FILE,
     guess_from,
-    is_text,
-    one_line,
+    is_encodable,
+    normalize_spaces,
     read_metadata,
     read_text,
-    words_of,
+    words_in_name,
 )
-from sfumato.data.checksums import NAME, check_files, read_sums
+from sfumato.data.checksums import CHECKSUMS_FILE, check_files, read_sums
 from sfumato.data.images import SUFFIXES
 from sfumato.errors import DataError
-from sfumato.numerals import pluralize, some
+from sfumato.utils.formatting import format_list, pluralize
 
-REPEATS = re.compile(r"(\d{1,5})_(.*)")
+REPEATS_PATTERN = re.compile(r"(\d{1,5})_(.*)")
 """kohya's folders: "10_sks dog" holds pictures that come ten times in an epoch, and their caption."""
 
 
@@ -103,10 +103,10 @@ def list_folder(path: Path, *, words: str = "", suffixes: Sequence[str] = CAPTIO
 def own_name_note(folder: Path) -> str:
     """What to say of a folder that is named itself although its name is kohya's; empty for others."""
     folder = Path(abspath(folder)) if folder.name in ("", "..") else folder
-    match = REPEATS.fullmatch(folder.name)
-    if not match or not is_text(folder.name):
+    match = REPEATS_PATTERN.fullmatch(folder.name)
+    if not match or not is_encodable(folder.name):
         return ""
-    words = words_of(match[2])
+    words = words_in_name(match[2])
     meant = f"{pluralize(int(match[1]), 'repeat')}{f' and the caption {words!r}' if words else ''}"
     return f"{folder.name}: its {meant} count where {folder.parent}, the folder above it, is named; here they do not"
 
@@ -133,7 +133,7 @@ class _Reader:
         self._read_sums(self.root)
         self._folders(entries)
         self._compare_sums()
-        self._tell_differing()
+        self._note_conflicting_captions()
 
     def _read_sums(self, folder: Path) -> None:
         self.sums |= {folder / name: digest for name, digest in read_sums(folder).items()}
@@ -143,15 +143,15 @@ class _Reader:
         absent = [path.relative_to(self.root).as_posix() for path in self.sums if not path.is_file()]
         if absent:
             self.notes.append(
-                f"{NAME} lists {pluralize(len(absent), 'file that is', 'files that are')} not there: {some(absent)}"
+                f"{CHECKSUMS_FILE} lists {pluralize(len(absent), 'file that is', 'files that are')} not there: {format_list(absent)}"
             )
         unlisted = [found.path.name for found in self.pictures if not found.checksums[0]]
         if self.sums and unlisted:
             self.notes.append(
-                f"{NAME} does not list {pluralize(len(unlisted), 'image')}, left unchecked: {some(unlisted)}"
+                f"{CHECKSUMS_FILE} does not list {pluralize(len(unlisted), 'image')}, left unchecked: {format_list(unlisted)}"
             )
 
-    def _tell_differing(self) -> None:
+    def _note_conflicting_captions(self) -> None:
         """Say which pictures have captions in two places that contradict each other."""
         if self.differing[1:]:
             self.notes.append(f"{len(self.differing)} images have captions that differ, such as {self.differing[0]}")
@@ -159,15 +159,15 @@ class _Reader:
             self.notes.extend(self.differing)
 
     def _folders(self, entries: list[Path]) -> None:
-        kohya = [entry for entry in entries if REPEATS.fullmatch(entry.name) and entry.is_dir()]
+        kohya = [entry for entry in entries if REPEATS_PATTERN.fullmatch(entry.name) and entry.is_dir()]
         if not kohya:
             self._folder(self.root, entries, 1, self.words)
             return
         for entry in entries:
-            if entry not in kohya and entry.name != NAME:
+            if entry not in kohya and entry.name != CHECKSUMS_FILE:
                 self._ignore(entry, "beside folders with repeats, such as " + kohya[0].name)
         for folder in kohya:
-            match = REPEATS.fullmatch(folder.name)
+            match = REPEATS_PATTERN.fullmatch(folder.name)
             assert match
             if int(match[1]) == 0:
                 self._ignore(folder, "0 repeats")
@@ -181,7 +181,7 @@ class _Reader:
                     "of a year another name"
                 )
             self._read_sums(folder)
-            self._folder(folder, self._entries(folder), int(match[1]), words_of(match[2]) or self.words)
+            self._folder(folder, self._entries(folder), int(match[1]), words_in_name(match[2]) or self.words)
 
     def _entries(self, folder: Path) -> list[Path]:
         try:
@@ -204,33 +204,33 @@ class _Reader:
             mask = self._mask_of(path)
             sums = (self.sums.get(path, ""), self.sums.get(mask, "") if mask else "")
             self.pictures.append(ListedPicture(path, caption, repeats, mask, sums))
-        self._ignore_idle(folder, entries, pictures)
+        self._ignore_unmatched(folder, entries, pictures)
 
     def _metadata(self, folder: Path) -> dict[Path, str]:
         """The texts of the folder's metadata.jsonl, by picture."""
-        if not (folder / METADATA).is_file():
+        if not (folder / METADATA_FILE).is_file():
             return {}
-        if not self._is_inside(folder / METADATA):
-            self.notes.append(f"{METADATA}: leads out of the folder, so it is not read")
+        if not self._is_inside(folder / METADATA_FILE):
+            self.notes.append(f"{METADATA_FILE}: leads out of the folder, so it is not read")
             return {}
-        self._check(folder / METADATA)
-        listed = read_metadata(folder / METADATA)
+        self._check(folder / METADATA_FILE)
+        listed = read_metadata(folder / METADATA_FILE)
         described = {self._listed(folder / name): text for name, text in listed.items()}
         lacking = [name for name, text in listed.items() if not text]
         if lacking and len(lacking) == len(listed):
-            self.notes.append(f'{METADATA}: no line of it has a "text", so it holds no caption')
+            self.notes.append(f'{METADATA_FILE}: no line of it has a "text", so it holds no caption')
         elif lacking:
             found = pluralize(len(lacking), "line has", "lines have")
-            self.notes.append(f'{METADATA}: {found} no "text", so no caption: {some(lacking)}')
+            self.notes.append(f'{METADATA_FILE}: {found} no "text", so no caption: {format_list(lacking)}')
         for path in described:
             if not path.is_file():
-                self.notes.append(f"{METADATA}: there is no image {path.relative_to(folder).as_posix()}")
+                self.notes.append(f"{METADATA_FILE}: there is no image {path.relative_to(folder).as_posix()}")
         return described
 
-    def _ignore_idle(self, folder: Path, entries: list[Path], pictures: list[Path]) -> None:
+    def _ignore_unmatched(self, folder: Path, entries: list[Path], pictures: list[Path]) -> None:
         """Note the captions and masks that belong to none of the pictures."""
         beside = [path.stem for path in pictures if path.parent == folder]
-        companions = {_composed(f"{stem}{suffix}") for stem in beside for suffix in self.suffixes}
+        companions = {_normalize_unicode(f"{stem}{suffix}") for stem in beside for suffix in self.suffixes}
         masks = {found.mask for found in self.pictures}
         for entry in (each for each in entries if not each.name.startswith(".")):
             if self._is_caption(entry) and self._lowered(entry) not in companions:
@@ -259,7 +259,7 @@ class _Reader:
             there = self._entries(folder) if folder.is_dir() else []
             small = {self._lowered(entry): entry for entry in there}
             self.spelt[folder] = small | {entry.name: entry for entry in there}
-        path = self.spelt[folder].get(name) or self.spelt[folder].get(_composed(name))
+        path = self.spelt[folder].get(name) or self.spelt[folder].get(_normalize_unicode(name))
         return path if path is not None and path.is_file() else None  # a pipe by that name would never end
 
     def _mask_of(self, picture: Path) -> Path | None:
@@ -278,10 +278,10 @@ class _Reader:
             self._ignore(entry, "a broken link" if entry.is_symlink() else "not a plain file")
         elif not self._is_inside(entry):
             self._ignore(entry, "leads out of the folder")
-        elif self._is_caption(entry) or entry.name in (METADATA, NAME) or _is_document(entry):
+        elif self._is_caption(entry) or entry.name in (METADATA_FILE, CHECKSUMS_FILE) or _is_document(entry):
             pass
         elif entry.name == "metadata.csv":
-            self._ignore(entry, f"captions are read from {METADATA}")
+            self._ignore(entry, f"captions are read from {METADATA_FILE}")
         elif entry.suffix.lower() not in SUFFIXES:
             self._ignore(entry, "not an image by its name")
         elif entry.stem.endswith("-condlabel"):
@@ -297,7 +297,7 @@ class _Reader:
     def _lowered(self, entry: Path) -> str:
         """Its name with the ending in small letters, all of it where captions end in two parts, composed."""
         end = next((end for end in self.suffixes if entry.name[-len(end) :].lower() == end), entry.suffix.lower())
-        return _composed(entry.name[: len(entry.name) - len(end)] + end)
+        return _normalize_unicode(entry.name[: len(entry.name) - len(end)] + end)
 
     def _is_inside(self, file: Path) -> bool:
         """Whether it is a plain file that no link leads out of the folder for."""
@@ -336,7 +336,7 @@ class _Reader:
                 return Caption(text, path.name, notes=tuple(notes))
             notes.append(f"{path.name}: empty, so taken for missing")
         if metadata:
-            return Caption(metadata, METADATA, notes=tuple(notes))
+            return Caption(metadata, METADATA_FILE, notes=tuple(notes))
         return Caption(words, "folder name" if words else "", notes=tuple(notes))
 
     def _text_of(self, path: Path) -> tuple[str, str | None]:
@@ -349,12 +349,12 @@ class _Reader:
     def _otherwise(self, text: str, paths: Sequence[Path], metadata: str) -> list[str]:
         """The names of the further sources that hold another caption than this text. paths: the files; metadata: the
         text of metadata.jsonl."""
-        others = {METADATA: metadata}
+        others = {METADATA_FILE: metadata}
         for path in paths:
             if self._is_inside(path):
                 with suppress(DataError):  # of a file that is not needed
                     others[path.name] = self._text_of(path)[0]
-        return [name for name, other in others.items() if one_line(other) not in ("", one_line(text))]
+        return [name for name, other in others.items() if normalize_spaces(other) not in ("", normalize_spaces(text))]
 
 
 def _is_document(entry: Path) -> bool:
@@ -370,20 +370,24 @@ def _kind_of(folder: Path) -> str:
         return "a folder"
     if any(entry.suffix.lower() in SUFFIXES for entry in entries):
         return FOLDER_OF_PICTURES
-    return FOLDER_OF_REPEATS if any(REPEATS.fullmatch(each.name) and each.is_dir() for each in entries) else "a folder"
+    return (
+        FOLDER_OF_REPEATS
+        if any(REPEATS_PATTERN.fullmatch(each.name) and each.is_dir() for each in entries)
+        else "a folder"
+    )
 
 
-def grouped(notes: Iterable[str]) -> list[str]:
+def group_notes(notes: Iterable[str]) -> list[str]:
     """Notes that begin with a file's name; for those that say the same, be it with another example after a colon, one
     line."""
     found: dict[str, list[tuple[str, str]]] = {}
     for note in notes:
         name, _, text = note.partition(": ")
         found.setdefault(text.partition(": ")[0], []).append((name, text))
-    return [f"{some([name for name, _ in alike])}: {alike[0][1]}" for alike in found.values()]
+    return [f"{format_list([name for name, _ in alike])}: {alike[0][1]}" for alike in found.values()]
 
 
-def _composed(name: str) -> str:
+def _normalize_unicode(name: str) -> str:
     """The name with each accent in its letter; files from a Mac have them apart, so that "é" is not "é"."""
     return unicodedata.normalize("NFC", name)
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from unicodedata import normalize
 
+from sfumato.adapters.embeddings.tokens import contains_placeholder
 from sfumato.data.folder import Example, ExampleSet
 from sfumato.errors import DataError
-from sfumato.numerals import pluralize
-from sfumato.prompts.phrases import has_phrase, whole
-from sfumato.words.placeholders import holds
+from sfumato.models.prompts.syntax import has_phrase, phrase_pattern
+from sfumato.utils.formatting import pluralize
 
 
 def insert_placeholders(folder: ExampleSet, placeholders: Sequence[str], stands_for: Sequence[str] = ()) -> ExampleSet:
@@ -36,7 +36,7 @@ def _renaming(placeholders: Sequence[str], stands_for: Sequence[str]) -> Callabl
     # Longest first, and all at once: of "sks otter" and "otter" each takes its own place.
     # "{caption}" is what a template is filled at, also where a word stands for "caption".
     # "Otter" is an otter, too, since text encoders read small letters alone.
-    parts = [r"\{caption\}", *map(whole, sorted(names, key=len, reverse=True))]
+    parts = [r"\{caption\}", *map(phrase_pattern, sorted(names, key=len, reverse=True))]
     phrases = re.compile("|".join(parts), re.IGNORECASE)
 
     def rename(text: str) -> str:
@@ -74,8 +74,8 @@ def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) ->
     holds any."""
     ours = [caption for e in examples if e.group != "class" for caption in e.said]
     learned = [caption for e in examples if e.group == "instance" for caption in e.said]
-    without = [caption for caption in ours if not any(holds(token, caption) for token in placeholders)]
-    unused = [token for token in placeholders if not any(holds(token, caption) for caption in learned)]
+    without = [caption for caption in ours if not any(contains_placeholder(token, caption) for token in placeholders)]
+    unused = [token for token in placeholders if not any(contains_placeholder(token, caption) for caption in learned)]
     if without:
         raise DataError(
             f"{len(without)} of {len(ours)} captions hold no placeholder, first {without[0]!r}. Write it there, "
@@ -84,7 +84,7 @@ def _check_captions(examples: Sequence[Example], placeholders: Sequence[str]) ->
     if unused:
         raise DataError(f"{unused[0]} is in no caption, so it would learn nothing. Write it into some.")
     for caption in (caption for e in examples if e.group == "class" for caption in e.said):
-        if held := [token for token in placeholders if holds(token, caption)]:
+        if held := [token for token in placeholders if contains_placeholder(token, caption)]:
             raise DataError(
                 f"the caption {caption!r} of an image of the class holds {held[0]}, which is learned for the subject "
                 "alone. Leave it out there."

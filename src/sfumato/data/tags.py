@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from itertools import chain, combinations, permutations
 from math import factorial, perm
 
-from sfumato.data import wildcards
-from sfumato.data.captions import one_line
+from sfumato.data import captions
+from sfumato.data.captions import normalize_spaces
 from sfumato.data.options import Options
 
 KeptTags = tuple[int, int]
@@ -16,7 +16,7 @@ MANY_FORMS = 4096
 """Of the wildcards of a caption; of so many the tags are not counted."""
 
 
-def without_marks(caption: str, options: Options) -> tuple[str, KeptTags | None]:
+def strip_keep_separator(caption: str, options: Options) -> tuple[str, KeptTags | None]:
     """The caption without its `keep_tags_separator`, and the tags that this keeps; None where there is none.
 
     As in sd-scripts, tags before the first stay in front, those after the second at the end.
@@ -45,25 +45,25 @@ def join_tags(tags: list[str], options: Options) -> str:
     return f"{options.separator.strip()} ".join(tags)
 
 
-def said(caption: str, options: Options) -> list[str]:
+def unshuffled_captions(caption: str, options: Options) -> list[str]:
     """The caption as samples have it that keep all tags in their order. With wildcards several: each alternative is in
     one of them, and those that come first in the first."""
-    texts = wildcards.cover(caption) if options.wildcards else [caption]
-    return list(dict.fromkeys(_finished(_unmarked(text, options)[0], options) for text in texts))
+    texts = captions.covering_forms(caption) if options.wildcards else [caption]
+    return list(dict.fromkeys(_clean_tags(_remove_separators(text, options)[0], options) for text in texts))
 
 
-def longest(caption: str, options: Options, tokens: Callable[[str], int]) -> str:
+def longest_caption(caption: str, options: Options, tokens: Callable[[str], int]) -> str:
     """The same with the longest alternative of each wildcard. tokens: how many a text has."""
-    text = wildcards.longest(caption, tokens) if options.wildcards else caption
-    return _finished(_unmarked(text, options)[0], options)
+    text = captions.longest_form(caption, tokens) if options.wildcards else caption
+    return _clean_tags(_remove_separators(text, options)[0], options)
 
 
-def _unmarked(text: str, options: Options, kept: KeptTags | None = None) -> tuple[str, KeptTags | None]:
+def _remove_separators(text: str, options: Options, kept: KeptTags | None = None) -> tuple[str, KeptTags | None]:
     """A caption whose wildcards are chosen, without marks, which may have been within them; others have none left."""
-    return without_marks(one_line(text), options) if options.wildcards else (text, kept)
+    return strip_keep_separator(normalize_spaces(text), options) if options.wildcards else (text, kept)
 
 
-def _finished(caption: str, options: Options) -> str:
+def _clean_tags(caption: str, options: Options) -> str:
     """The caption with the parts of its tags as tags."""
     if not options.secondary_separator:
         return caption
@@ -71,21 +71,23 @@ def _finished(caption: str, options: Options) -> str:
     return join_tags([part.strip() for part in parts if part.strip()], options)
 
 
-def vary(caption: str, options: Options, seed: int, step: int, place: int, *, kept: KeptTags | None = None) -> str:
+def vary_caption(
+    caption: str, options: Options, seed: int, step: int, place: int, *, kept: KeptTags | None = None
+) -> str:
     """The caption as one sample has it; the caption itself where nothing varies. kept: in place of what the options
     keep; with wildcards the caption's marks, which it still has, tell that."""
     if not caption or not (options.varies_caption or options.wildcards):
-        return _finished(caption, options)
+        return _clean_tags(caption, options)
     import torch
 
-    from sfumato import randomness
+    from sfumato.utils import randomness
 
     if options.wildcards:
         lots = randomness.generator(seed, "wildcards", step, place)
-        chosen = wildcards.drawn(caption, lambda count: int(torch.randint(count, (), generator=lots)))
-        caption, kept = _unmarked(chosen, options)
+        chosen = captions.choose_alternatives(caption, lambda count: int(torch.randint(count, (), generator=lots)))
+        caption, kept = _remove_separators(chosen, options)
     if not options.varies_caption:
-        return _finished(caption, options)
+        return _clean_tags(caption, options)
     before, rest, after = _split_kept(caption, options, kept)
     if options.tag_dropout:
         draws = torch.rand(len(rest), generator=randomness.generator(seed, "tag dropout", step, place)).tolist()
@@ -93,27 +95,27 @@ def vary(caption: str, options: Options, seed: int, step: int, place: int, *, ke
     if options.shuffle_tags:
         order = torch.randperm(len(rest), generator=randomness.generator(seed, "tag order", step, place)).tolist()
         rest = [rest[i] for i in order]
-    return _finished(join_tags([*before, *rest, *after], options), options)
+    return _clean_tags(join_tags([*before, *rest, *after], options), options)
 
 
 def count_forms(caption: str, options: Options, kept: KeptTags | None = None) -> int:
     """How many captions `vary` can make of this one; how many its wildcards make, where these alone are more than
     `MANY_FORMS`."""
-    if options.wildcards and (chosen := wildcards.count(caption)) > MANY_FORMS:
+    if options.wildcards and (chosen := captions.count_choices(caption)) > MANY_FORMS:
         return chosen
     return sum(_count(text, options, own) for text, own in _chosen(caption, options, kept))
 
 
-def forms(caption: str, options: Options, kept: KeptTags | None = None) -> Iterator[str]:
+def caption_forms(caption: str, options: Options, kept: KeptTags | None = None) -> Iterator[str]:
     """Every caption that `vary` can make of this one; ask `count_forms` first."""
     for text, own in _chosen(caption, options, kept):
-        yield from (_finished(form, options) for form in _forms(text, options, own))
+        yield from (_clean_tags(form, options) for form in _forms(text, options, own))
 
 
 def _chosen(caption: str, options: Options, kept: KeptTags | None) -> Iterator[tuple[str, KeptTags | None]]:
     """The caption for each choice of its wildcards, and which of its tags are kept."""
-    texts = wildcards.forms(caption) if options.wildcards else [caption]
-    return (_unmarked(text, options, kept) for text in texts)
+    texts = captions.expand_wildcards(caption) if options.wildcards else [caption]
+    return (_remove_separators(text, options, kept) for text in texts)
 
 
 def _count(caption: str, options: Options, kept: KeptTags | None) -> int:

@@ -8,39 +8,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfumato.files.adapter_file import AdapterFile, read_adapter
-    from sfumato.files.changes import Change, LoraModule
-    from sfumato.files.embedding_file import EmbeddingFile, read_embedding
+    from sfumato.files.adapter_file import AdapterFile, EmbeddingFile, LoraFile, read_adapter, read_embedding, read_lora
     from sfumato.files.header import Header, read_header
     from sfumato.files.inspect import Inspection, inspect_file
-    from sfumato.files.lora_file import LoraFile, read_lora
+    from sfumato.files.kinds import Change, LoraModule
     from sfumato.files.metadata import Description, Sampling, describe, short_hash
     from sfumato.files.read import read_tensors
     from sfumato.files.save import write_tensors
-    from sfumato.files.write_kohya import write_lora
-    from sfumato.files.write_peft_keys import write_diffusers, write_peft
+    from sfumato.files.writing.kohya import write_lora
+    from sfumato.files.writing.peft import write_diffusers, write_peft
 
 _HOME = {
     "AdapterFile": "adapter_file",
-    "Change": "changes",
+    "Change": "kinds",
     "Description": "metadata",
-    "EmbeddingFile": "embedding_file",
+    "EmbeddingFile": "adapter_file",
     "Header": "header",
     "Inspection": "inspect",
-    "LoraFile": "lora_file",
-    "LoraModule": "changes",
+    "LoraFile": "adapter_file",
+    "LoraModule": "kinds",
     "Sampling": "metadata",
     "describe": "metadata",
     "inspect_file": "inspect",
     "read_adapter": "adapter_file",
-    "read_embedding": "embedding_file",
+    "read_embedding": "adapter_file",
     "read_header": "header",
-    "read_lora": "lora_file",
+    "read_lora": "adapter_file",
     "read_tensors": "read",
     "short_hash": "metadata",
-    "write_diffusers": "write_peft_keys",
-    "write_lora": "write_kohya",
-    "write_peft": "write_peft_keys",
+    "write_diffusers": "writing.peft",
+    "write_lora": "writing.kohya",
+    "write_peft": "writing.peft",
     "write_tensors": "save",
 }
 

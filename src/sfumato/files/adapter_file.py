@@ -1,4 +1,9 @@
-"""Adapter files of any kind and format, read strictly into one form: {(part, path): Change}."""
+"""Adapter files of any kind and format, read strictly into one form: {(part, path): Change}.
+
+LoRA files of other tools and our own, read strictly into one form: {(part, path): LoraModule}.
+
+Textual inversions: the vectors of new tokens, in every form that safetensors files have.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +16,134 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+from torch import Tensor
+
 from sfumato.errors import AdapterError
-from sfumato.files.changes import Change, ModuleTensors, read_change
-from sfumato.files.embedding_file import Vectors, vectors
-from sfumato.files.header import FLOATS, Header, path_of
-from sfumato.files.keys import TRANSFORMER, Layout, describe_foreign, guess_family, read_layout, text_widths
-from sfumato.files.kohya import Target
-from sfumato.files.peft_folder import WeightFile, adapter_sources
+from sfumato.files.header import FLOATS, Header, checked_path, read_header
+from sfumato.files.keys import (
+    SECOND_WIDTH,
+    TRANSFORMER,
+    EmbeddingKey,
+    Layout,
+    describe_foreign,
+    embedding_key,
+    guess_family,
+    read_layout,
+    text_widths,
+)
+from sfumato.files.kinds import Change, ModuleTensors, read_change
+from sfumato.files.kinds.base import LoraModule
+from sfumato.files.metadata import LABELS, family_from_metadata
+from sfumato.files.module_names import Target
+from sfumato.files.peft import WeightFile, adapter_sources
 from sfumato.files.read import Stamp, read_tensors, stamp
-from sfumato.numerals import pluralize
+from sfumato.utils.formatting import pluralize
+
+Vectors = Mapping[str, Mapping[str, Tensor]]
+"""{token: {"text_encoder" | "text_encoder_2": (vectors, width)}}"""
+
+VECTOR_LIMIT = 75
+"""Largest number of vectors of a token: as many as fit into a prompt."""
+WIDTH_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class EmbeddingFile:
+    """A textual inversion as read from a file. embeddings: {token: {"text_encoder" | "text_encoder_2": (vectors,
+    width)}}.
+
+    family: "sd1", "sd2", "sdxl", "pocket", or None if neither shapes nor metadata say it.
+    """
+
+    path: Path
+    embeddings: Vectors
+    metadata: Mapping[str, str]
+    family: str | None
+
+
+def read_embedding(path: str | os.PathLike[str]) -> EmbeddingFile:
+    """Read the textual inversion at `path`: a tensor under its token's name (diffusers), `emb_params` (sd-scripts,
+    A1111), or `clip_l` and `clip_g` (SDXL). The last two forms do not name their token: it comes from our own metadata,
+    else from the file's name, as in A1111.
+
+    Raises FileError for a broken file, and AdapterError for one that is not a textual inversion.
+    """
+    header = read_header(path)
+    token = header.metadata.get("sfumato.token")
+    keys = {name: embedding_key(name, bundled=False, token=token) for name in header.tensors}
+    known = {name: key for name, key in keys.items() if key is not None}
+    unknown = [name for name in keys if name not in known]
+    if unknown or not known:
+        what = describe_foreign(header.tensors)
+        if what is None or what == "a textual inversion":
+            what = (
+                f"not a textual inversion: {len(unknown)} of {len(keys):,} keys are not understood, first {unknown[0]}"
+            )
+        raise AdapterError(f"{header.path.name}: this is {what}. Name the .safetensors file of a textual inversion.")
+    embeddings = vectors_by_token(known, read_tensors(header.path, header=header), header)
+    return EmbeddingFile(header.path, embeddings, header.metadata, _family(embeddings, header))
+
+
+def merge_embeddings(words: Mapping[str, Vectors]) -> Vectors:
+    """The words of several adapters, by label. Raises AdapterError if two adapters have different vectors for one
+    word."""
+    found: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
+    for label, own in words.items():
+        for token, parts in own.items():
+            first, known = found.setdefault(token, (label, parts))
+            if known.keys() != parts.keys() or not all(torch.equal(known[part], parts[part]) for part in parts):
+                raise AdapterError(
+                    f"{first} and {label} bring different vectors for {token!r}, and there is room for one. Leave one "
+                    "of them out, or give it the weight 0."
+                )
+    return {token: parts for token, (_, parts) in found.items()}
+
+
+def vectors_by_token(keys: Mapping[str, EmbeddingKey], tensors: Mapping[str, Tensor], header: Header) -> Vectors:
+    """The tensors by token and part, each (vectors, width).
+
+    Raises AdapterError for shapes that no token has, and if two tensors are for the same token and part.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, key in keys.items():
+        if key.part is None:
+            continue
+        value = tensors[name]
+        if value.ndim == 1:
+            value = value[None]
+        count, width = value.shape if value.ndim == 2 else (0, 0)
+        if not value.is_floating_point() or not 1 <= count <= VECTOR_LIMIT or not 1 <= width <= WIDTH_LIMIT:
+            raise AdapterError(
+                f"{header.path.name}: {name} is {list(tensors[name].shape)} in {value.dtype}; wanted the vectors of a "
+                f"token, at most {VECTOR_LIMIT} of at most {WIDTH_LIMIT:,} values. Take the file from its source again."
+            )
+        token = key.token or header.metadata.get("sfumato.token") or header.path.stem
+        part = key.part or ("text_encoder_2" if width == SECOND_WIDTH else "text_encoder")
+        if part in found.setdefault(token, {}):
+            raise AdapterError(
+                f"{header.path.name}: two tensors are vectors of {token} for {part}, the second {name}. "
+                "Take the file from its source again."
+            )
+        found[token][part] = value
+    found = {token: dict(sorted(parts.items())) for token, parts in found.items()}
+    for parts in found.values():
+        if len({value.shape[0] for value in parts.values()}) > 1:
+            counts = " and ".join(str(value.shape[0]) for value in parts.values())
+            raise AdapterError(f"{header.path.name}: a token has {counts} vectors; wanted as many for either encoder.")
+    return MappingProxyType({token: MappingProxyType(parts) for token, parts in found.items()})
+
+
+def _family(embeddings: Vectors, header: Header) -> str | None:
+    if any("text_encoder_2" in parts for parts in embeddings.values()):
+        return "sdxl"
+    said = family_from_metadata(header.metadata)
+    widths = {value.shape[1] for parts in embeddings.values() for value in parts.values()}
+    by_width = [name for name, labels in LABELS.items() if widths == {labels.text_width}]
+    if said == "sdxl" and by_width == ["sd1"]:  # the first encoder of SDXL is SD 1's
+        return said
+    return by_width[0] if by_width else said
+
 
 _FLAGS = ("on_input", "oft_scaled")
 _PARTIAL = "partial=True (--partial)"
@@ -79,7 +203,7 @@ def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> Adap
     partial: leave out keys that are not understood and incomplete modules, and list them in `skipped`; otherwise they
     are errors. Raises FileError for a broken file, and AdapterError for one that is not an adapter or is incomplete.
     """
-    path = path_of(path)
+    path = checked_path(path)
     files = [_read(source, partial) for source in adapter_sources(path)]
     changes = {target: change for file in files for target, change in file.changes.items()}
     if len(changes) < sum(len(file.changes) for file in files):
@@ -119,7 +243,7 @@ def _read(source: WeightFile, partial: bool) -> AdapterFile:
     return AdapterFile(
         header.path,
         changes,
-        vectors(layout.embeddings, tensors, header),
+        vectors_by_token(layout.embeddings, tensors, header),
         header.metadata,
         guess_family(layout, header),
         next(iter(text_widths(layout, header)), None),
@@ -167,7 +291,7 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
         )
     if len(layout.incomplete) == len(layout.modules):
         raise AdapterError(
-            f"{file}: {_broken(layout)}, so nothing can be applied. Take the file from its source again."
+            f"{file}: {_incomplete_modules(layout)}, so nothing can be applied. Take the file from its source again."
         )
     if partial:
         return
@@ -178,11 +302,11 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
         )
     if layout.incomplete:
         raise AdapterError(
-            f"{file}: {_broken(layout)}. Take the file from its source again, or accept the rest with {_PARTIAL}."
+            f"{file}: {_incomplete_modules(layout)}. Take the file from its source again, or accept the rest with {_PARTIAL}."
         )
 
 
-def _broken(layout: Layout) -> str:
+def _incomplete_modules(layout: Layout) -> str:
     """How many modules lack what, and the first of them by its key."""
     unusable = layout.incomplete.values()
     for half, other in (("up", "down"), ("down", "up")):
@@ -201,3 +325,59 @@ def _broken(layout: Layout) -> str:
 
 def _first(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3])
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as read from a file. modules: by (part, path), paths as in `named_modules()` of transformers >= 5.6.
+
+    family: "sd1", "sd2", "sdxl", "pocket", or None if neither shapes nor metadata say it. text_width: the input width
+    of the cross-attention's keys; None without such modules. skipped: keys left out because `partial` allowed it.
+    embeddings: new words bundled with it, as in `AdapterFile`, if they were allowed.
+    """
+
+    path: Path
+    modules: Mapping[Target, LoraModule]
+    metadata: Mapping[str, str]
+    family: str | None
+    text_width: int | None
+    spellings: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    embeddings: Vectors = field(default_factory=lambda: MappingProxyType({}))
+
+
+def read_lora(path: str | os.PathLike[str], *, partial: bool = False, words: bool = False) -> LoraFile:
+    """Read the adapter at `path` if all of it is LoRA, for work on its factors: training, resizing.
+
+    partial: leave out keys that are not understood and modules that lack a half, and list them in `skipped`; otherwise
+    they are errors. words: also accept a file with new words in it. Raises FileError for a broken file, and
+    AdapterError for one that is not a LoRA or is incomplete. `read_adapter` reads every kind.
+    """
+    file = read_adapter(path, partial=partial)
+    modules = {target: change for target, change in file.changes.items() if isinstance(change, LoraModule)}
+    total = len(file.changes)
+    if len(modules) < total:
+        counts = ", ".join(
+            f"{kind} in {pluralize(count, 'module')}" for kind, count in file.kinds.items() if kind != "LoRA"
+        )
+        raise AdapterError(
+            f"{file.path.name}: the file holds {counts} of {total}; wanted a LoRA. Convert it to a LoRA."
+        )
+    biased = sum(module.bias_delta is not None for module in modules.values())
+    if biased or (file.embeddings and not words):
+        extra = (
+            f"{pluralize(biased, 'change')} of a bias"
+            if biased
+            else f"the vectors of {pluralize(len(file.embeddings), 'token')}"
+        )
+        raise AdapterError(f"{file.path.name}: the file holds {extra} as well; wanted a LoRA alone. Take another file.")
+    return LoraFile(
+        file.path,
+        MappingProxyType(modules),
+        file.metadata,
+        file.family,
+        file.text_width,
+        file.spellings,
+        file.skipped,
+        file.embeddings,
+    )

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato import randomness
 from sfumato.errors import FileError
-from sfumato.files.changes import Change, LoraModule
-from sfumato.files.changes.change import delta_on_any_weight
-from sfumato.files.changes.difference import changes_weight
-from sfumato.files.kohya import Target
-from sfumato.numerals import pluralize
+from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.kinds.base import weight_independent_delta
+from sfumato.files.kinds.ia3 import changes_weight
+from sfumato.files.module_names import Target
+from sfumato.utils import randomness
+from sfumato.utils.formatting import pluralize
 
 FINGERPRINT_KEY = "sfumato.fingerprint"
 """Where it stands in a file's metadata."""
@@ -109,10 +109,10 @@ def fingerprint(modules: Mapping[Target, LoraModule | Tensor]) -> str:
 
     Raises FileError for a change that is larger than fp32, in which it would be applied, can hold.
     """
-    return fingerprint_of(probe_rows(modules))
+    return fingerprint_of_rows(probe_rows(modules))
 
 
-def fingerprint_of(found: Mapping[str, Row]) -> str:
+def fingerprint_of_rows(found: Mapping[str, Row]) -> str:
     """The same of what `probe_rows` gave."""
     names = sorted(found)
     limit = torch.finfo(torch.float32).max
@@ -126,7 +126,7 @@ def fingerprint_of(found: Mapping[str, Row]) -> str:
     return f"{_VERSION}:{_digest(names)}:{base64.b64encode(values.tobytes()).decode()}"
 
 
-def probed(change: Change, weight: Tensor | None = None) -> LoraModule | Tensor | None:
+def probed_delta(change: Change, weight: Tensor | None = None) -> LoraModule | Tensor | None:
     """What a fingerprint looks at in a change: `known_delta`, but None for a vector, such as a norm's, which none
     holds."""
     delta = known_delta(change, weight)
@@ -144,17 +144,17 @@ def known_delta(change: Change, weight: Tensor | None = None) -> LoraModule | Te
     if not changes_weight(change):
         return None
     # Without the weight a kernel may lie within the columns, where the probes have it in any case.
-    return delta_on_any_weight(change) if weight is None else change.delta(weight)
+    return weight_independent_delta(change) if weight is None else change.delta(weight)
 
 
-def fingerprint_on(changes: Mapping[Target, Change], weights: Mapping[Target, Tensor]) -> str:
+def fingerprint_with_weights(changes: Mapping[Target, Change], weights: Mapping[Target, Tensor]) -> str:
     """The same of changes of any kind, of which those that have no low rank are formed one at a time. weights: the
     pristine ones."""
     found: dict[str, Row] = {}
     for target, change in changes.items():
-        module = probed(change, weights[target])
+        module = probed_delta(change, weights[target])
         found |= {} if module is None else probe_rows({target: module})
-    return fingerprint_of(found)
+    return fingerprint_of_rows(found)
 
 
 def _digest(names: list[str]) -> str:
@@ -170,7 +170,7 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
         raise FileError(f"{file}: it states no fingerprint, so it cannot be verified. Leave verify out for it.")
     rows: dict[str, Row] = {}  # one delta at a time: all of them may be as large as the model
     for target, change in changes.items():
-        module = probed(change)
+        module = probed_delta(change)
         if module is None and change.needs_weight:
             raise FileError(
                 f"{file}: {change.kind} in {'.'.join(target)} cannot be verified without its base. "
@@ -178,12 +178,12 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
             )
         if module is not None:
             rows |= probe_rows({target: module})
-    found = check(metadata[FINGERPRINT_KEY], rows, file)
+    found = check_rows(metadata[FINGERPRINT_KEY], rows, file)
     if not found.same():
         raise FileError(f"{file}: it is not the adapter that was written: {found.reason()}. Take it from its source.")
 
 
-def check(stated: str, found: Mapping[str, Row], file: str) -> Comparison:
+def check_rows(stated: str, found: Mapping[str, Row], file: str) -> Comparison:
     """What `probe_rows` gave of a file's modules, beside the fingerprint that it states.
 
     Raises FileError for a fingerprint that is not readable, or is one of other modules.

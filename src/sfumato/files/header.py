@@ -3,6 +3,8 @@
 A safetensors file is 8 bytes N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__":
 {str: str}}, then the tensors' bytes. The library accepts duplicate names (the last wins, so that a scanner and a loader
 can see different tensors), zero-size tensors of huge dimensions and headers that take seconds and gigabytes; we do not.
+
+What a file really is, told from its first bytes: the suffix is only somebody's word for it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,96 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from sfumato.errors import FileError, about_address
-from sfumato.files.sniff import HEAD_BYTES, foreign
+from sfumato.errors import FileError, web_address_error
+
+HEAD_BYTES = 512
+
+_PICTURES = {
+    b"\x89PNG\r\n\x1a\n": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+}
+_ARCHIVES = {
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"BZh": "a bzip2 archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+}
+_OTHER_WEIGHTS = {
+    b"GGUF": "a GGUF file",
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+_PICKLE_ADVICE = (
+    "a pickle can run programs, so it was not opened. Take the .safetensors version of it, or convert it on a machine "
+    "you can throw away."
+)
+_PICTURE_ADVICE = ", not a weight file. Name the .safetensors file it belongs to."
+_BY_MAGIC = (
+    (_PICTURES, _PICTURE_ADVICE),
+    (_ARCHIVES, ", not a weight file. Unpack it and name the .safetensors file in it."),
+    (_OTHER_WEIGHTS, "; only safetensors files are read. Take the .safetensors version of it."),
+)
+_DOWNLOAD_ADVICE = "Download the file itself again."
+
+# Protocol 0 and 1 have no magic: GLOBAL "cmodule\nname\n", or MARK followed by a container and a memo.
+_OLD_PICKLE = re.compile(rb"c[\w.]+\n[\w.]+\n|\((?:dp|lp|i)\d*|\}q|\]q|\(c[\w.]+\n")
+
+
+def describe_unknown_file(head: bytes) -> str:
+    """One sentence on a file that is not safetensors: what it is and what to do, to follow "NAME: ".
+
+    head: its first HEAD_BYTES bytes, or all of a shorter file.
+    """
+    if not head:
+        return f"the file is empty (0 bytes). {_DOWNLOAD_ADVICE}"
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            "this is a Git-LFS pointer, the real file was not downloaded. Run `git lfs pull`, or download the file "
+            "from its page."
+        )
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        if re.search(rb"\.pkl|\.data/|/version", head):
+            return f"this is a PyTorch .ckpt/.pt file, a zip with a pickle in it; {_PICKLE_ADVICE}"
+        return "this is a zip archive, not a weight file. Unpack it and name the .safetensors file in it."
+    if re.match(rb"\x80[\x02-\x05]", head) or _OLD_PICKLE.match(head):
+        return f"this is a pickle file (.ckpt/.pt/.bin); {_PICKLE_ADVICE}"
+    if head[257:262] == b"ustar":
+        return f"this is a tar archive, as early PyTorch wrote with a pickle in it; {_PICKLE_ADVICE}"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return f"this is a WebP image{_PICTURE_ADVICE}"
+    for kinds, advice in _BY_MAGIC:
+        for magic, kind in kinds.items():
+            if head.startswith(magic):
+                return f"this is {kind}{advice}"
+    if not head.strip(b"\0"):
+        return f"the file begins with {len(head)} zero bytes, as a broken-off download leaves it. {_DOWNLOAD_ADVICE}"
+    return _text(head)
+
+
+def _text(head: bytes) -> str:
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if re.match(rb"<(!doctype|html|head|body|\?xml|!--)", start, re.IGNORECASE):
+        return (
+            "this is a web page saved under a weight file's name (a log-in, a licence or an error page). Open its "
+            "address in a browser and download the file itself."
+        )
+    if start[:1] in (b"{", b"[") and _is_text(head):
+        return f"this is JSON text, perhaps a server's error message, not a weight file. {_DOWNLOAD_ADVICE}"
+    if _is_text(head):
+        return f"this is a text file, not a weight file. {_DOWNLOAD_ADVICE}"
+    return "this is no safetensors file (the first 8 bytes do not tell the length of a JSON header). Name another file."
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head[: max(len(head) - 3, 1)].decode("utf-8")  # a character may be cut at the end
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter in "\t\r\n" for letter in text)
+
 
 HEADER_LIMIT = 8_000_000
 """Bytes of JSON. A full SDXL checkpoint has 0.4 MB, the largest LyCORIS files with a thumbnail about 1 MB."""
@@ -72,7 +162,7 @@ class Header:
     checksum: int = 0
 
 
-def path_of(path: str | os.PathLike[str]) -> Path:
+def checked_path(path: str | os.PathLike[str]) -> Path:
     """The path of a file to read or write. Raises FileError for what is not a path, such as None."""
     if not isinstance(path, str | os.PathLike):
         raise FileError(f"a file is named by its path, a text, got a {type(path).__name__}.")
@@ -84,13 +174,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises FileError, one line, for anything that is not a complete and unambiguous safetensors file.
     """
-    path = path_of(path)
+    path = checked_path(path)
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(HEAD_BYTES)
         length = int.from_bytes(head[:8], "little")
         if len(head) < 9 or head[8:9] != b"{" or length >> 40:
-            raise FileError(f"{path.name}: {foreign(head)}")
+            raise FileError(f"{path.name}: {describe_unknown_file(head)}")
         if length > HEADER_LIMIT:
             raise FileError(
                 f"{path.name}: the header is {length:,} bytes long, at most {HEADER_LIMIT:,} are read. "
@@ -128,7 +218,7 @@ def _open(path: Path) -> BinaryIO:
         there, whole = _neighbours(path), f"{path.name}.safetensors"
         near = [whole] if whole in there else difflib.get_close_matches(path.name, there, n=1)
         hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the name and the folder."
-        raise FileError(about_address(str(path)) or f"{path}: there is no such file. {hint}") from None
+        raise FileError(web_address_error(str(path)) or f"{path}: there is no such file. {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise FileError(f"{path.name!r}: the file cannot be read ({reason}). Check its name and permissions.") from None

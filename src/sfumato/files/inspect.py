@@ -15,37 +15,37 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.files.embedding_keys import embedding_key
-from sfumato.files.family import LABELS, family_from_metadata
-from sfumato.files.header import Header, path_of
+from sfumato.files.header import Header, checked_path
 from sfumato.files.keys import (
     TRANSFORMER,
     Layout,
     ModuleKeys,
+    base_kind,
     describe_foreign,
+    embedding_key,
     guess_family,
+    rank_of,
     read_layout,
     shapes_of,
 )
-from sfumato.files.kinds import base_kind, rank_of
-from sfumato.files.kohya import Target
-from sfumato.files.layers import block_of, block_order, target_name
 from sfumato.files.metadata import (
+    LABELS,
     Sampling,
     adapter_guidance_of,
     data_sha256,
+    embedding_files_of,
+    family_from_metadata,
     joint_hash,
     negatives_of,
     over_steps_of,
     sampling_of,
     short_hash,
     trigger_words,
-    words_beside,
 )
-from sfumato.files.numpy_tensors import Array, array_of, nonfinite_in
-from sfumato.files.peft_folder import WeightFile, adapter_sources
-from sfumato.files.update_norms import is_update, square_norm
-from sfumato.numerals import plain, pluralize
+from sfumato.files.module_names import Target, block_of, block_order, target_name
+from sfumato.files.norms import Array, array_of, is_update, nonfinite_in, square_norm
+from sfumato.files.peft import WeightFile, adapter_sources
+from sfumato.utils.formatting import pluralize, to_single_line
 
 _Settings = Callable[[int], float]
 BAR_WIDTH = 24
@@ -113,14 +113,14 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
 
     Raises FileError for what is not a safetensors file.
     """
-    path = path_of(path)
+    path = checked_path(path)
     sources = adapter_sources(path)
     parts = {source.part or "": _in_one_file(source) for source in sources}
-    found = next(iter(parts.values())) if len(parts) == 1 else _together(path.name, parts)
+    found = next(iter(parts.values())) if len(parts) == 1 else _merge_parts(path.name, parts)
     return replace(found, hash=joint_hash(data_sha256(s.header) for s in sources)) if path.is_dir() else found
 
 
-def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
+def _merge_parts(name: str, parts: Mapping[str, Inspection]) -> Inspection:
     """What the files of one adapter hold, one a part of the pipeline, as if they were one file; without its hash."""
     some = list(parts.values())
 
@@ -131,7 +131,7 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         return list(dict.fromkeys(value for found in some for value in getattr(found, field)))
 
     def summed(field: str) -> dict[str, int]:
-        return _ordered(sum((Counter(getattr(found, field)) for found in some), Counter()))
+        return _sort_counts(sum((Counter(getattr(found, field)) for found in some), Counter()))
 
     metadata = {key: text for found in some for key, text in found.metadata.items()}
     family = next((found.family for found in some if found.family), None)
@@ -159,11 +159,11 @@ def _together(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         embeddings={token: count for found in some for token, count in found.embeddings.items()},
         unknown=named("unknown"),
         incomplete=union("incomplete"),
-        **_said(metadata, family),
+        **_from_metadata(metadata, family),
     )
 
 
-def _said(metadata: Mapping[str, str], family: str | None) -> dict[str, Any]:
+def _from_metadata(metadata: Mapping[str, str], family: str | None) -> dict[str, Any]:
     """The fields that the metadata alone decides. family: by the shapes."""
     by_words = family_from_metadata(metadata)
     return {
@@ -185,7 +185,7 @@ def _in_one_file(source: WeightFile) -> Inspection:
         foreign = "a textual inversion"
     elif layout.modules and foreign != TRANSFORMER:  # whose files may change CLIP as well, which SD has, too
         foreign = None
-    alphas, squares = _measured(layout, source)
+    alphas, squares = _alphas_and_norms(layout, source)
     stated = header.metadata.get("sshs_model_hash")
     family = guess_family(layout, header)
     return Inspection(
@@ -210,11 +210,11 @@ def _in_one_file(source: WeightFile) -> Inspection:
         embeddings=_tokens(layout, header),
         unknown=list(layout.unknown) if layout.modules else [],
         incomplete=[".".join(target) for target in layout.incomplete],
-        **_said(header.metadata, family),
+        **_from_metadata(header.metadata, family),
     )
 
 
-def _measured(layout: Layout, source: WeightFile) -> tuple[dict[Target, float | None], dict[Target, float]]:
+def _alphas_and_norms(layout: Layout, source: WeightFile) -> tuple[dict[Target, float | None], dict[Target, float]]:
     """(alphas, squared norms) of the modules; of a module that cannot be measured there is no norm."""
     header = source.header
     alphas: dict[Target, float | None] = {}
@@ -235,10 +235,10 @@ def _measured(layout: Layout, source: WeightFile) -> tuple[dict[Target, float | 
 
 def _counts(values: Any) -> dict[str, int]:
     """How often each value occurs, the most frequent first; None is not counted."""
-    return _ordered(Counter(str(value) for value in values if value is not None))
+    return _sort_counts(Counter(str(value) for value in values if value is not None))
 
 
-def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
+def _sort_counts(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -293,31 +293,31 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     """(what, its value) of each line."""
 
     def counts(values: Mapping[str, int]) -> str:
-        return ", ".join(f"{plain(value)} ({count})" for value, count in values.items()) or "-"
+        return ", ".join(f"{to_single_line(value)} ({count})" for value, count in values.items()) or "-"
 
     family = LABELS[found.family].title if found.family else "unknown"
     if found.says:
         family += f", but its metadata says {LABELS[found.says].title}"
     holds = {True: ", holds", False: ", the bytes differ from the stated one", None: ""}[found.hash_holds]
     rows = [
-        ("file", f"{plain(found.file)}, {found.bytes / 1e6:.2f} MB"),
+        ("file", f"{to_single_line(found.file)}, {found.bytes / 1e6:.2f} MB"),
         ("tensors", f"{found.tensors:,}: {counts(found.dtypes)}"),
         ("kind", found.kind),
         ("family", family),
-        ("base", plain(found.base or "-")),
-        ("trigger", ", ".join(map(plain, found.trigger)) or "-"),
+        ("base", to_single_line(found.base or "-")),
+        ("trigger", ", ".join(map(to_single_line, found.trigger)) or "-"),
     ]
     if found.adapter_guidance:
         rows.append(("guidance", f"{found.adapter_guidance:g}, of the adapter"))
     if found.over_steps:
         rows.append(("steps", "{:g} to {:g} of the way from noise to image".format(*found.over_steps)))
     if found.negatives:
-        rows.append(("negative", ", ".join(map(plain, found.negatives))))
+        rows.append(("negative", ", ".join(map(to_single_line, found.negatives))))
     if found.sampling:
         rows.append(("sampling", str(found.sampling)))
-    for word, file in words_beside(found.metadata).items():
+    for word, file in embedding_files_of(found.metadata).items():
         if word not in found.embeddings:
-            rows.append(("word", plain(f"{word}, in {file or 'a file of its own'}")))
+            rows.append(("word", to_single_line(f"{word}, in {file or 'a file of its own'}")))
     rows += [
         ("spelling", ", ".join(found.spelling) or "-"),
         ("modules", str(found.modules)),
@@ -337,11 +337,14 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         rows.append(("norm", "cannot be told: tensors of other shapes or dtypes than this kind has"))
     if found.embeddings:
         rows.append(
-            ("tokens", ", ".join(f"{plain(name)} ({pluralize(n, 'vector')})" for name, n in found.embeddings.items()))
+            (
+                "tokens",
+                ", ".join(f"{to_single_line(name)} ({pluralize(n, 'vector')})" for name, n in found.embeddings.items()),
+            )
         )
     for name, keys in (("NaN or Inf", found.nonfinite), ("unknown", found.unknown), ("incomplete", found.incomplete)):
         if keys:
-            rows.append((name, f"{len(keys)}, first {', '.join(map(plain, keys[:3]))}"))
+            rows.append((name, f"{len(keys)}, first {', '.join(map(to_single_line, keys[:3]))}"))
     return rows
 
 

@@ -1,4 +1,7 @@
-"""What a file says about itself, in the usual conventions: kohya's ss_*, ModelSpec 1.0.1, and ours. No torch."""
+"""What a file says about itself, in the usual conventions: kohya's ss_*, ModelSpec 1.0.1, and ours. No torch.
+
+How files spell the model families, and how a family is told from a file. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,92 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__
 from sfumato.errors import ConfigError
-from sfumato.files.family import LABELS
 from sfumato.files.header import Header, read_header
-from sfumato.json_text import object_of, value_of
-from sfumato.limits import MOST_ADAPTER_GUIDANCE
-from sfumato.numerals import exact, pluralize
-from sfumato.schedulers import SAMPLERS
+from sfumato.utils.formatting import format_number, pluralize
+from sfumato.utils.limits import MAX_ADAPTER_GUIDANCE
+from sfumato.utils.schedulers import SAMPLERS
+from sfumato.utils.text_files import parse_json, parse_json_object
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class FamilyLabels:
+    """The names that files of this field use for one family.
+
+    title: for people. architecture: ModelSpec's, without "/lora"; predicting v has another where v_architecture is
+    set. base_model_version: kohya's; readers test it for the prefix "sdxl_". text_width: the width of the text
+    embedding that cross-attention reads, None where it is no mark of the family.
+    """
+
+    title: str
+    architecture: str
+    base_model_version: str
+    text_width: int | None
+    v_architecture: str | None = None
+    v_base_model_version: str | None = None
+
+
+LABELS: Mapping[str, FamilyLabels] = MappingProxyType(
+    {
+        "pocket": FamilyLabels("pocket", "sfumato-pocket-v1", "sfumato_pocket", None),
+        "sd1": FamilyLabels("SD 1.x", "stable-diffusion-v1", "sd_v1", 768),
+        "sd2": FamilyLabels("SD 2.x", "stable-diffusion-v2-512", "sd_v2", 1024, "stable-diffusion-v2-768-v", "sd_v2_v"),
+        "sdxl": FamilyLabels("SDXL", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", 2048),
+    }
+)
+
+
+def family_mismatch(theirs: tuple[str | None, int | None], ours: tuple[str, int | None], what: str) -> str:
+    """What is said of an adapter of another family than the base's, "trained for SDXL (text width 2048), this base is
+    SD 1.x (768)"; empty where they agree as far as is known.
+
+    theirs, ours: family and text width. what: what the base is called.
+    """
+    (family, width), (own, own_width) = theirs, ours
+    other_width = width is not None and own_width is not None and width != own_width
+    if not other_width and family in (None, own):
+        return ""
+    wanted = LABELS[family].title if family else "another base"
+    widths = (f" (text width {width})", f" ({own_width})") if other_width else ("", "")
+    return f"trained for {wanted}{widths[0]}, this {what} is {LABELS[own].title}{widths[1]}"
+
+
+def family_from_metadata(metadata: Mapping[str, str]) -> str | None:
+    """The family that the file says it was trained on; None where it says nothing or something unknown."""
+    version = metadata.get("ss_base_model_version", "")
+    architecture = metadata.get("modelspec.architecture", "").split("/")[0]
+    for name, labels in LABELS.items():
+        if version and version in (labels.base_model_version, labels.v_base_model_version):
+            return name
+        if architecture and architecture in (labels.architecture, labels.v_architecture):
+            return name
+    for prefix, name in (("sdxl", "sdxl"), ("sd_v2", "sd2"), ("sd_v1", "sd1"), ("sd_2", "sd2"), ("sd_1", "sd1")):
+        if version.startswith(prefix):  # ai-toolkit has sd_1.5 and sd_2.1
+            return name
+    if metadata.get("ss_v2", "").lower() == "true":
+        return "sd2"
+    return None
+
+
+def family_from_widths(widths: Iterable[int], *, second_encoder: bool = False) -> str | None:
+    """The family that the shapes tell, None where they tell none.
+
+    widths: the input widths of the cross-attention's keys and values in the file. second_encoder: whether the file
+    changes a second text encoder, which only SDXL has.
+    """
+    found = set(widths)
+    for name, labels in LABELS.items():
+        if found == {labels.text_width}:
+            return name
+    return "sdxl" if second_encoder and not found else None
+
 
 METADATA_LIMIT = 100_000
 """Largest metadata in a file, in bytes. Web pages that show models download about this much."""
@@ -41,7 +117,7 @@ SETTING_BYTES = 5_000
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled with an adapter that is distilled for few steps: by this sampler of `sfumato.schedulers`,
+    """How images are sampled with an adapter that is distilled for few steps: by this sampler of `sfumato.utils.schedulers`,
     in so many steps, at this guidance scale."""
 
     sampler: str
@@ -62,9 +138,9 @@ class Description:
     images; their words are counted. config: the program's resolved config, without private paths
     (`sfumato.config.to_dict(config, public=True)`); settings of at most SETTING_BYTES are kept. parents: for a mix, one
     {"name", "hash", "weight"} for each file. adapter_guidance: how often the adapter's change counts unless the user
-    sets it, see `sfumato.compose.guided`. over_steps: (start, end) of progress, 0 at pure noise and 1 at the finished
+    sets it, see `sfumato.compose.guidance`. over_steps: (start, end) of progress, 0 at pure noise and 1 at the finished
     image, in which it is active unless the user sets it; None: always. negatives: each is the negative prompt of
-    prompts that contain it and more, see `sfumato.prompts.negative`. sampling: what it is distilled for; the user's own
+    prompts that contain it and more, see `sfumato.models.prompts.syntax`. sampling: what it is distilled for; the user's own
     settings come before it. word_files: for each new word that was learned
     with it, the name of the word's own file. clip_skip: as for `load_base`; None if it was not set. timesteps: (first,
     the one to stop before) that were trained; None: all. inpaints: whether the base is an inpainting model, which the
@@ -109,7 +185,7 @@ def describe(description: Description) -> dict[str, str]:
         raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(LABELS)}.")
     if description.prediction_type not in ("", "epsilon", "v_prediction"):
         raise ConfigError(f"unknown prediction type {description.prediction_type!r}; known are epsilon, v_prediction.")
-    now = moment()
+    now = creation_time()
     found = _training(description, now) | _model_spec(description, now) | _own(description)
     return {key: value for key, value in {**found, **description.extra}.items() if value != ""}
 
@@ -177,8 +253,8 @@ def _own(description: Description) -> dict[str, str]:
         "sfumato.config": "" if description.config is None else _json(config),
         "sfumato.base_fingerprint": description.base_fingerprint,
         "sfumato.dataset_sha256": description.dataset_sha256,
-        "sfumato.adapter_guidance": exact(description.adapter_guidance) if description.adapter_guidance else "",
-        "sfumato.over_steps": "-".join(map(exact, description.over_steps or ())),
+        "sfumato.adapter_guidance": format_number(description.adapter_guidance) if description.adapter_guidance else "",
+        "sfumato.over_steps": "-".join(map(format_number, description.over_steps or ())),
         "sfumato.negatives": _json(list(description.negatives)) if description.negatives else "",
         "sfumato.sampling": "" if description.sampling is None else _json(asdict(description.sampling)),
         "sfumato.word_files": _json(dict(description.word_files)) if description.word_files else "",
@@ -188,7 +264,7 @@ def _own(description: Description) -> dict[str, str]:
     }
 
 
-def prediction_of(metadata: Mapping[str, str]) -> str:
+def prediction_type_of(metadata: Mapping[str, str]) -> str:
     """What the base model predicts that the file was trained on, "epsilon" or "v_prediction"; empty if the metadata
     does not say."""
     found = metadata.get("modelspec.prediction_type", "")
@@ -209,7 +285,7 @@ def adapter_guidance_of(metadata: Mapping[str, str]) -> float:
         strength = float(metadata.get("sfumato.adapter_guidance", "0"))
     except ValueError:
         return 0.0
-    return strength if 0 <= strength <= MOST_ADAPTER_GUIDANCE else 0.0
+    return strength if 0 <= strength <= MAX_ADAPTER_GUIDANCE else 0.0
 
 
 _LONGEST_SPAN = 50
@@ -228,13 +304,13 @@ def over_steps_of(metadata: Mapping[str, str]) -> tuple[float, float] | None:
 
 def negatives_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The negative prompts that the file asks for; none if what it says is impossible."""
-    found = value_of(metadata.get("sfumato.negatives", "[]"))
+    found = parse_json(metadata.get("sfumato.negatives", "[]"))
     return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
 
 
 def sampling_of(metadata: Mapping[str, str]) -> Sampling | None:
     """How the file asks to be sampled with; None if it does not ask, or for what is impossible."""
-    match object_of(metadata.get("sfumato.sampling", "{}")):
+    match parse_json_object(metadata.get("sfumato.sampling", "{}")):
         case {"sampler": str(sampler), "steps": int(steps), "guidance": int(guidance) | float(guidance)}:
             known = steps >= 1 and 0 <= guidance < math.inf and sampler in SAMPLERS
             return Sampling(sampler, steps, float(guidance)) if known else None
@@ -247,7 +323,7 @@ def clip_skip_of(metadata: Mapping[str, str]) -> int | None:
 
     sd-scripts counts as A1111 does; for SDXL it skips none, whatever the file says.
     """
-    config = object_of(metadata.get("sfumato.config", "{}"))
+    config = parse_json_object(metadata.get("sfumato.config", "{}"))
     told = metadata.get("sfumato.clip_skip", config.get("clip_skip"))
     if told is None and "steps" in config:  # a trainer's, which leaves unset settings out
         return 0
@@ -257,14 +333,14 @@ def clip_skip_of(metadata: Mapping[str, str]) -> int | None:
     return int(str(told)) if re.fullmatch("[0-9]{1,2}", str(told)) else None
 
 
-def words_beside(metadata: Mapping[str, str]) -> dict[str, str]:
+def embedding_files_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """For each new word that was learned with the adapter of a file, or with those that it is merged from, the name of
     the word's own file. Empty if the metadata does not say, as before 0.5.0, or in a bundle. A word's own file has no
     such words."""
     if "sfumato.token" in metadata:
         return {}
-    words = object_of(metadata.get("sfumato.config", "{}")).get("train_words")
-    files = object_of(metadata.get("sfumato.word_files", "{}"))
+    words = parse_json_object(metadata.get("sfumato.config", "{}")).get("train_words")
+    files = parse_json_object(metadata.get("sfumato.word_files", "{}"))
     learned = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     return {word: str(files.get(word, "")) for word in dict.fromkeys([*learned, *files])}
 
@@ -273,7 +349,7 @@ _LAST_SECOND = 253_402_300_799
 """The end of the year 9999, later than which a date is not written."""
 
 
-def moment() -> float:
+def creation_time() -> float:
     """Unix time in seconds that is written into files as their date: SOURCE_DATE_EPOCH, else now."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch:
@@ -344,7 +420,7 @@ def _size(value: object) -> int:
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """The trigger words of the adapter: our own list, else ModelSpec's trigger phrase, split at its commas."""
-    words = value_of(metadata.get("sfumato.trigger", ""))
+    words = parse_json(metadata.get("sfumato.trigger", ""))
     if isinstance(words, list) and all(isinstance(word, str) for word in words):
         return words
     return [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",") if word.strip()]

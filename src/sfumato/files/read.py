@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import FileError
-from sfumato.files.header import Header, path_of, read_header
+from sfumato.files.header import Header, checked_path, read_header
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -54,11 +54,11 @@ def read_tensors(
     for a file that fails the header checks, for a name that is not in it, and for a tensor with NaN or Inf unless
     `allow_nonfinite`.
     """
-    path = path_of(path)
+    path = checked_path(path)
     header = header or read_header(path)
     tensors = _mapped(path, header, header.tensors if names is None else names)
     if not allow_nonfinite and not _all_finite(tensors.values()):
-        _refuse_broken(path, [name for name, tensor in tensors.items() if not is_finite(tensor)], len(tensors))
+        _refuse_nonfinite(path, [name for name, tensor in tensors.items() if not is_finite(tensor)], len(tensors))
     return tensors
 
 
@@ -110,11 +110,11 @@ def read_copies(
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileError(f"{path.name}: the file could not be read ({reason}). Download it again.") from None
-    _refuse_broken(path, broken, len(tensors))
+    _refuse_nonfinite(path, broken, len(tensors))
     return tensors
 
 
-def _refuse_broken(path: Path, broken: list[str], count: int) -> None:
+def _refuse_nonfinite(path: Path, broken: list[str], count: int) -> None:
     if broken:
         raise FileError(
             f"{path.name}: {len(broken)} of {count} tensors hold NaN or Inf, first {broken[0]}. "

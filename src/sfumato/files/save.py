@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sfumato.errors import FileError
-from sfumato.files.atomic import atomic_folder, atomic_path
-from sfumato.files.header import MARKERS, NAME_LIMIT, path_of
+from sfumato.files.header import MARKERS, NAME_LIMIT, checked_path
 from sfumato.files.metadata import METADATA_LIMIT
 from sfumato.files.read import is_finite
+from sfumato.utils.atomic import atomic_folder, atomic_path
 
 # Widest first, as the library sorts.
 _DTYPES = {
@@ -58,7 +58,7 @@ def write_tensors(
     Raises FileError for a tensor with NaN or Inf or one that readers would refuse, before anything is written; and for
     a disk that does not take the file.
     """
-    path = path_of(path)
+    path = checked_path(path)
     _check_writable(path, tensors)
     for name, tensor in tensors.items():
         _check_finite(path, name, tensor)
@@ -82,7 +82,7 @@ def write_streamed(
     shapes: tensors of the same shapes and dtypes, perhaps on the device `meta`. hashed: put `hashes` into the metadata.
     If `make` raises, nothing is left behind.
     """
-    path = path_of(path)
+    path = checked_path(path)
     _check_writable(path, shapes)
     head = header_bytes(shapes, {**metadata, **(_hashes([], b"") if hashed else {})})  # as long as with its own hashes
     with _opened(path) as file:
@@ -190,7 +190,7 @@ def _opened(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def model_folder(path: Path) -> Iterator[Path]:
+def atomic_model_folder(path: Path) -> Iterator[Path]:
     """A temporary folder for a library's `save_pretrained`; it replaces `path` once it is complete.
 
     transformers shows no progress bar meanwhile. Raises FileError for a disk that does not take it; `path` is then

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato import randomness
-from sfumato.bases.config_file import read_config
-from sfumato.bases.folder import weight_files
-from sfumato.bases.hub import PARTS
+from sfumato.adapters.weights import weight_at
 from sfumato.errors import AdapterError, FileError
-from sfumato.files.atomic import atomic_folder, write_text
-from sfumato.files.changes import Change
-from sfumato.files.changes.bias import BiasChange, bias_change
 from sfumato.files.header import read_header
+from sfumato.files.kinds import Change
+from sfumato.files.kinds.ia3 import BiasChange, bias_change
 from sfumato.files.read import read_tensors
 from sfumato.files.save import write_streamed
 from sfumato.merging.merge import MergeSource
-from sfumato.merging.methods import DENSE, Settings
-from sfumato.merging.stored import Parameter, StoredBase
-from sfumato.weighting.adapter import weight_at
+from sfumato.merging.methods import DENSE, MethodSettings
+from sfumato.merging.model_weights import Parameter, StoredBase
+from sfumato.models.family import read_config
+from sfumato.models.folder import PARTS, weight_files
+from sfumato.utils import randomness
+from sfumato.utils.atomic import atomic_folder, write_text
 
 _FIRST_LAYER: Parameter = ("unet", "conv_in.weight")
 """An inpainting or editing model's takes further channels after the latents' own, of which others know nothing."""
@@ -36,7 +35,7 @@ KEPT_SUFFIXES = (".json", ".txt", ".model")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BakePlan:
     """How a base's parameters become those of the result.
 
     terms: by parameter, what changes it: (weight, change, name of the source). method: "linear", or a name of `DENSE`,
@@ -46,7 +45,7 @@ class Recipe:
     base: StoredBase
     terms: Mapping[Parameter, Sequence[tuple[float, Change | BiasChange, str]]]
     method: str
-    settings: Settings
+    settings: MethodSettings
     seed: int
 
     def changed(self, parameter: Parameter) -> Tensor:
@@ -137,7 +136,7 @@ def bake(
     metadata: Mapping[str, str],
     *,
     method: str,
-    settings: Settings,
+    settings: MethodSettings,
     seed: int,
 ) -> Path:
     """Write the base with the sources in it: each delta taken on the pristine W, each weight rounded once to its dtype.
@@ -147,7 +146,7 @@ def bake(
     folder. Whole or not at all. metadata: added to a checkpoint's own.
     Raises AdapterError for modules that the base lacks or that do not fit.
     """
-    recipe = Recipe(base, _by_parameter(base, sources), method, settings, seed)
+    recipe = BakePlan(base, _by_parameter(base, sources), method, settings, seed)
     if base.root.is_file():
         return _write_file(recipe, output, metadata)
     return _write_folder(recipe, output)
@@ -185,7 +184,7 @@ def _by_parameter(base: StoredBase, sources: Sequence[MergeSource]) -> TermsByPa
     return found
 
 
-def _write_file(recipe: Recipe, output: Path, metadata: Mapping[str, str]) -> Path:
+def _write_file(recipe: BakePlan, output: Path, metadata: Mapping[str, str]) -> Path:
     base = recipe.base
     if output.suffix != ".safetensors":
         raise FileError(f"{output.name}: {base.name} is a single file; name a .safetensors file to write.")
@@ -195,7 +194,7 @@ def _write_file(recipe: Recipe, output: Path, metadata: Mapping[str, str]) -> Pa
     return recipe.write(base.root, recipe.files()[base.root], output, described, hashed=True)
 
 
-def _write_folder(recipe: Recipe, output: Path) -> Path:
+def _write_folder(recipe: BakePlan, output: Path) -> Path:
     base = recipe.base
     if output.exists():
         raise FileError(f"{output.name}: exists already, and folders are not written over. Name another one.")

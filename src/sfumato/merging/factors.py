@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import AdapterError
-from sfumato.files.changes import LoraModule
+from sfumato.files.kinds import LoraModule
 
 EXACT_SIDE = 96
 """Up to this smaller side a dense delta gets its whole SVD, which takes a few milliseconds there."""

@@ -9,19 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sfumato import randomness
+from sfumato.adapters.weights import Weight, weight_at
 from sfumato.errors import AdapterError
-from sfumato.files.changes import Change, LoraModule
-from sfumato.files.changes.bias import bias_change, may_have_bias
-from sfumato.files.changes.change import delta_on_any_weight
-from sfumato.files.changes.difference import Difference
-from sfumato.files.changes.replacement import Replacement, lora_command
-from sfumato.files.embedding_file import Vectors
-from sfumato.files.kohya import Target
-from sfumato.merging.arithmetic import linear
+from sfumato.files.adapter_file import Vectors
+from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.kinds.base import weight_independent_delta
+from sfumato.files.kinds.ia3 import Difference, Replacement, bias_change, extract_command, may_have_bias
+from sfumato.files.module_names import Target
 from sfumato.merging.factors import KEEP_ALL, Budget, Factors, factorise, from_module, to_module, truncate
-from sfumato.merging.methods import DENSE, LOW_RANK, Dense, LowRank, Settings, check_method
-from sfumato.weighting.adapter import Weight, weight_at
+from sfumato.merging.methods import DENSE, LOW_RANK, Dense, LowRank, MethodSettings, check_method, linear
+from sfumato.utils import randomness
 
 WeightOf = Callable[[Target], Tensor]
 """The pristine weight of a module, for the kinds of adapter whose delta depends on it."""
@@ -92,7 +89,7 @@ def merge(
     sources: Sequence[MergeSource],
     *,
     method: str = "linear",
-    settings: Settings = Settings(),  # noqa: B008 - frozen
+    settings: MethodSettings = MethodSettings(),  # noqa: B008 - frozen
     budget: Budget = KEEP_ALL,
     seed: int = 0,
     base: WeightOf | None = None,
@@ -134,7 +131,7 @@ def refuse_model(name: str, changes: Mapping[Target, Change]) -> None:
         if isinstance(change, Replacement):
             raise AdapterError(
                 f"{name} is a whole model, which no LoRA holds. Bake it into a base with `sfumato merge --into`, or "
-                f"take a LoRA out of it first: {lora_command(change)}."
+                f"take a LoRA out of it first: {extract_command(change)}."
             )
 
 
@@ -161,7 +158,7 @@ def dense_delta(change: Change, target: Target, source: str, base: WeightOf | No
     """The change's delta, fp32 in the weight's shape. Raises AdapterError where it needs a base and none is given."""
     if base is not None:
         delta = change.delta(base(target))
-    elif (known := delta_on_any_weight(change)) is None:
+    elif (known := weight_independent_delta(change)) is None:
         raise AdapterError(
             f"{source}: the delta of {change.kind} in {'.'.join(target)} depends on the weight that it changes. "
             "Name the base it was made for with --base."
@@ -184,7 +181,7 @@ def dense_delta(change: Change, target: Target, source: str, base: WeightOf | No
 def _merge_module(
     terms: Sequence[_Term],
     method: str,
-    settings: Settings,
+    settings: MethodSettings,
     budget: Budget,
     draws: torch.Generator,
     base: WeightOf | None,

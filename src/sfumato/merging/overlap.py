@@ -1,6 +1,8 @@
 """What clashes: how much of their inputs and outputs two adapters share, and where they pull apart, from factors alone.
 
 Measured per block, before anything is drawn. All figures are of deltas with their weights.
+
+The figures of `overlap` as a picture.
 """
 
 from __future__ import annotations
@@ -8,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from sfumato.adapters.weights import format_weight, weight_at
 from sfumato.errors import AdapterError
-from sfumato.files.changes.replacement import lora_command
-from sfumato.files.kohya import Target
-from sfumato.files.layers import block_of, block_order
+from sfumato.files.kinds.ia3 import extract_command
+from sfumato.files.module_names import Target, block_of, block_order
 from sfumato.merging.factors import Factors, factored_svd, from_module, inner_product
 from sfumato.merging.merge import MergeSource
-from sfumato.weighting.adapter import weight_at, weight_text
+from sfumato.utils.atomic import atomic_path
 
 _NOISE = 1e-6
 """Singular values below this share of the first are rounding; a half's own is larger, but weighs by its energy."""
@@ -56,7 +59,7 @@ def clashes(sources: Sequence[MergeSource]) -> list[Pair]:
     for source in sources:
         if source.changes and not factors[source.name]:
             raise AdapterError(
-                f"{source.name} changes nothing at its weight {weight_text(source.weight)}, so nothing can clash with "
+                f"{source.name} changes nothing at its weight {format_weight(source.weight)}, so nothing can clash with "
                 "it. Give it another weight, or leave it out."
             )
     pairs = []
@@ -108,7 +111,7 @@ def _factors(source: MergeSource) -> dict[Target, _Decomposed]:
         if module is None:
             raise AdapterError(
                 f"{source.name}: {change.kind} in {'.'.join(target)} has no low-rank form, from which clashes are "
-                f"read. Write it as a LoRA first: {lora_command(change)}."
+                f"read. Write it as a LoRA first: {extract_command(change)}."
             )
         u, s, vh = factored_svd(from_module(module, weight_at(source.weight, *target)))
         count = int((s > _NOISE * s[0]).sum()) if len(s) else 0
@@ -171,3 +174,43 @@ def _overlap(one: _Decomposed, other: _Decomposed, cosines: torch.Tensor) -> flo
 def _angle(cosines: torch.Tensor) -> float:
     """The smallest principal angle in degrees (Bjorck and Golub 1973): the largest singular value is its cosine."""
     return math.degrees(math.acos(min(1.0, float(torch.linalg.matrix_norm(cosines, 2)))))
+
+
+PANELS = {
+    "conflict": "energy lost where they cancel",
+    "rows": "overlap of the inputs they read",
+    "columns": "overlap of the outputs they write",
+}
+
+
+def heat_map(pairs: Sequence[Pair], path: Path) -> Path:
+    """One panel for each figure, a row for each pair of adapters, a column for each block; written as a PNG.
+
+    White is 0; the darkest is each panel's largest figure, which stands in its heading. Equal figures give equal bytes.
+    """
+    # The object API: no global state, no display, and nothing imported until something is plotted.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    blocks = list(dict.fromkeys(pair.block for pair in pairs))
+    rows = list(dict.fromkeys(f"{pair.first} + {pair.second}" for pair in pairs))
+    figure = Figure(
+        figsize=(3.5 + 0.32 * len(blocks), 2.6 + 3 * (0.5 + 0.3 * len(rows))), dpi=100, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    for number, (name, title) in enumerate(PANELS.items()):
+        values = [[float("nan")] * len(blocks) for _ in rows]
+        for pair in pairs:
+            values[rows.index(f"{pair.first} + {pair.second}")][blocks.index(pair.block)] = getattr(pair, name)
+        largest = max(getattr(pair, name) for pair in pairs)
+        axes = figure.add_subplot(len(PANELS), 1, number + 1)
+        axes.imshow(values, cmap="Reds" if name == "conflict" else "Blues", vmin=0, vmax=largest or 1, aspect="auto")
+        axes.set_title(f"{title} (darkest: {largest:.1%})", fontsize=10, loc="left")
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        last = number == len(PANELS) - 1
+        axes.set_xticks(range(len(blocks)), blocks if last else [""] * len(blocks), rotation=90, fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_facecolor("#dddddd")  # blocks that the pair does not share
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return path

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from sfumato.errors import PrecisionError
-from sfumato.precision import choices, layer_norms, products
-from sfumato.precision.dtypes import DTYPES, NAMES, Requested
-from sfumato.precision.formats import FORMATS, Quantization
-from sfumato.precision.memory import keep_freed_memory
+from sfumato.precision import choices, cpu_matmul
+from sfumato.precision import layers as layer_norms
+from sfumato.precision.choices import DTYPES, NAMES, Requested
+from sfumato.precision.offload import keep_freed_memory
+from sfumato.precision.quantization import FORMATS, Quantization
 
 if TYPE_CHECKING:
     from sfumato.precision.offload import Offload
@@ -127,8 +128,8 @@ class Precision:
         if part != "text" and self.attention == "xformers":
             module.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
         if self.device.type == "cpu":
-            products.quicken(module)
-            layer_norms.sum_in_fp32(module)
+            cpu_matmul.use_fast_matmul(module)
+            layer_norms.use_fp32_norm_gradients(module)
         return module
 
     def prepare_for_training(self, module: nn.Module) -> None:
@@ -137,11 +138,11 @@ class Precision:
         In fp32 torch's own attention is as fast (`bench/cpu_training.py`), and stays.
         """
         if self.device.type == "cpu":
-            layer_norms.sum_in_fp32(module)
+            layer_norms.use_fp32_norm_gradients(module)
         if self.device.type == "cpu" and self.compute == torch.bfloat16 and self.attention == "sdpa":
-            from sfumato.precision.attention import learn_on_cpu
+            from sfumato.precision.layers import use_cpu_training_attention
 
-            learn_on_cpu(module)
+            use_cpu_training_attention(module)
 
     def compiled(self, module: nn.Module) -> Callable[..., Any]:
         """The module compiled by `torch.compile`; it shares the module's weights.
@@ -187,14 +188,14 @@ def decide(
     if quantized not in (None, *FORMATS):
         raise PrecisionError(f"--quantize {quantized!s:.40}: unknown; wanted {' or '.join(FORMATS)}.")
     reasons: dict[str, str] = {"trained weights": "bf16 would lose most of the optimizer's small updates"}
-    place, reasons["device"] = choices.device_of(device)
-    compute, reasons["compute"] = choices.compute_of(requested, place, adapting)
-    storage, reasons["frozen weights"] = choices.storage_of(compute, place, adapting)
-    vae, reasons["VAE"] = choices.vae_of(compute, place)
+    place, reasons["device"] = choices.choose_device(device)
+    compute, reasons["compute"] = choices.choose_compute_dtype(requested, place, adapting)
+    storage, reasons["frozen weights"] = choices.choose_storage_dtype(compute, place, adapting)
+    vae, reasons["VAE"] = choices.choose_vae_dtype(compute, place)
     reasons["attention"] = choices.attention_reason(attention, place, compute)
-    state, reasons["optimizer state"] = choices.optimizer_state_of(optimizer, place)
-    tf32, reasons["TF32"] = choices.tf32_of(requested, place)
-    by, reasons["fp32 products"] = choices.products_of(place)
+    state, reasons["optimizer state"] = choices.optimizer_state_format(optimizer, place)
+    tf32, reasons["TF32"] = choices.choose_tf32(requested, place)
+    by, reasons["fp32 products"] = choices.choose_matmul(place)
     channels_last = place.type == "cuda" and compute != torch.float32
     reasons["channels last"] = choices.channels_last_reason(channels_last, place)
     reasons["checkpointing"] = "asked for: less memory, more time" if gradient_checkpointing else "not asked for"
@@ -228,8 +229,11 @@ def forecast_precision(requested: Requested, kind: Literal["gpu", "cpu"], *, ada
     if kind == "gpu":
         compute = DTYPES["bf16" if requested == "auto" else requested]
     else:
-        compute, _ = choices.compute_of(requested, there, adapting)
-    storage, vae = choices.storage_of(compute, there, adapting)[0], choices.vae_of(compute, there)[0]
+        compute, _ = choices.choose_compute_dtype(requested, there, adapting)
+    storage, vae = (
+        choices.choose_storage_dtype(compute, there, adapting)[0],
+        choices.choose_vae_dtype(compute, there)[0],
+    )
     return replace(here, compute=compute, storage=storage, vae=vae)
 
 

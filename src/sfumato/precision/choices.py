@@ -1,6 +1,10 @@
 """The single choices of a decision on precision, each with its reason, as its table gives it.
 
 Each raises PrecisionError, one line, for what this machine cannot do.
+
+Which devices multiply bf16 in hardware. What emulates it takes longer than for fp32.
+
+The number formats by their names in options.
 """
 
 from __future__ import annotations
@@ -9,13 +13,40 @@ import importlib.metadata
 import importlib.util
 import re
 import shutil
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from sfumato.errors import PrecisionError
-from sfumato.precision import products
-from sfumato.precision.bf16 import cpu_has_bf16, has_bf16
-from sfumato.precision.dtypes import DTYPES, Requested
+from sfumato.precision import cpu_matmul
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 in hardware, a CPU set aside; old GPUs emulate it, more slowly than fp32."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this is an x86 processor that multiplies bf16 in hardware. Others emulate it, more slowly than fp32."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_matmul.processor().split())
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 on the device: in hardware, not emulated, which is many times slower."""
+    if device.type == "mps":  # where it was never measured
+        return False
+    return cpu_has_bf16() if device.type == "cpu" else has_bf16(device)
+
+
+Requested = Literal["auto", "fp32", "fp16", "bf16"]
+"""What --precision takes."""
+NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
+"""The dtypes to compute and write weights in."""
+
 
 OPTIMIZERS_8BIT = frozenset({"adamw8bit"})
 """Optimizers that keep their state in 8 bits, by their names in a config."""
@@ -23,21 +54,21 @@ BITSANDBYTES_ON_CPU = (0, 50)
 """The first version of bitsandbytes whose optimizers run on a CPU."""
 
 
-def device_of(wanted: str | torch.device) -> tuple[torch.device, str]:
+def choose_device(wanted: str | torch.device) -> tuple[torch.device, str]:
     """The device, of auto the first there is of CUDA, MPS and the CPU."""
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
         if torch.backends.mps.is_available():
             return torch.device("mps"), "found an Apple GPU, no CUDA"
-        return torch.device("cpu"), f"found neither CUDA nor MPS{_unused_gpu()}"
+        return torch.device("cpu"), f"found neither CUDA nor MPS{_unused_gpu_hint()}"
     try:
         device = torch.device(wanted)
     except RuntimeError:
         raise PrecisionError(f"--device {wanted}: unknown; wanted auto, cuda, cuda:0, mps or cpu.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PrecisionError(
-            f"--device cuda: torch finds no CUDA device{_unused_gpu()}. Install a CUDA build of torch, or use cpu."
+            f"--device cuda: torch finds no CUDA device{_unused_gpu_hint()}. Install a CUDA build of torch, or use cpu."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PrecisionError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
@@ -48,7 +79,7 @@ def device_of(wanted: str | torch.device) -> tuple[torch.device, str]:
     return device, "asked for"
 
 
-def _unused_gpu() -> str:
+def _unused_gpu_hint() -> str:
     """What to add where torch finds no GPU and there is an NVIDIA driver; empty where there is none."""
     if shutil.which("nvidia-smi") is None:
         return ""
@@ -57,7 +88,7 @@ def _unused_gpu() -> str:
     return f", though an NVIDIA driver is installed: torch for CUDA {torch.version.cuda} may want a newer one"
 
 
-def compute_of(requested: Requested, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
+def choose_compute_dtype(requested: Requested, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
     """The dtype of products. adapting: whether the base is frozen, and an adapter is trained beside it."""
     if requested == "auto":
         if device.type == "cpu" and adapting and cpu_has_bf16():
@@ -79,7 +110,7 @@ def compute_of(requested: Requested, device: torch.device, adapting: bool) -> tu
     return DTYPES[requested], "asked for"
 
 
-def storage_of(compute: torch.dtype, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
+def choose_storage_dtype(compute: torch.dtype, device: torch.device, adapting: bool) -> tuple[torch.dtype, str]:
     """The dtype that frozen weights are kept in."""
     if device.type == "cpu" and compute != torch.float32 and not adapting:
         return torch.float32, "cast for each product; exact weights to merge into"
@@ -88,7 +119,7 @@ def storage_of(compute: torch.dtype, device: torch.device, adapting: bool) -> tu
     return compute, "as computed: half the memory of fp32, and frozen weights are never updated"
 
 
-def vae_of(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
+def choose_vae_dtype(compute: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype that the VAE is kept in and computes in."""
     if compute == torch.float32 or device.type == "cpu":
         return torch.float32, "runs once an image, so exactness is cheap"
@@ -115,7 +146,7 @@ def attention_reason(attention: str, device: torch.device, compute: torch.dtype)
     return "asked for"
 
 
-def optimizer_state_of(optimizer: str, device: torch.device) -> tuple[str, str]:
+def optimizer_state_format(optimizer: str, device: torch.device) -> tuple[str, str]:
     """What the optimizer of this name keeps its state in, "fp32" or "8 bit"."""
     if optimizer not in OPTIMIZERS_8BIT:
         return "fp32", "as the trained weights"
@@ -139,7 +170,7 @@ def optimizer_state_of(optimizer: str, device: torch.device) -> tuple[str, str]:
     return "8 bit", f"{optimizer} was named"
 
 
-def tf32_of(requested: Requested, device: torch.device) -> tuple[bool, str]:
+def choose_tf32(requested: Requested, device: torch.device) -> tuple[bool, str]:
     """Whether fp32 products may be rounded to TF32."""
     if device.type != "cuda":
         return False, "only CUDA has it"
@@ -150,9 +181,9 @@ def tf32_of(requested: Requested, device: torch.device) -> tuple[bool, str]:
     return True, "for what stays in fp32 beside autocast"
 
 
-def products_of(device: torch.device) -> tuple[str, str]:
+def choose_matmul(device: torch.device) -> tuple[str, str]:
     """What multiplies fp32 matrices, "oneDNN" or "torch"."""
-    if device.type == "cpu" and products.mkl_is_slow() and products.onednn() is not None:
+    if device.type == "cpu" and cpu_matmul.mkl_is_slow() and cpu_matmul.onednn() is not None:
         return "oneDNN", "MKL leaves this AMD processor's AVX-512 unused, and takes twice the time"
     return "torch", "torch's own choice"
 

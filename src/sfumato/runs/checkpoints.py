@@ -6,29 +6,151 @@
 
 A checkpoint is written beside its place, brought to the disk, read back, and renamed onto its place before an older one
 is removed. So whatever is killed at whatever moment, the newest that verifies is a whole state.
+
+What a training's checkpoints hold of it: modules, optimizers, and all else that has a state.
+
+Nested state (an optimizer's, a module's) <-> named tensors and a JSON skeleton, exactly.
+
+Checkpoints are safetensors and JSON and nothing else, so that reading one can run no code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import FileError, RunError
 from sfumato.files import read_tensors, write_tensors
-from sfumato.files.atomic import atomic_folder, sync
 from sfumato.files.read import Stamp, is_finite, stamp
 from sfumato.files.save import header_bytes, ordered, raw_bytes
-from sfumato.files.space import require_space
-from sfumato.runs.state import pack, unpack
+from sfumato.precision.quantization import dtype_name
+from sfumato.utils.atomic import atomic_folder, fsync_path, require_disk_space
+
+
+class CheckpointedParts:
+    """parts: by name, each with `state_dict` and `load_state_dict`."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """The state of each part, by its name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def future_bytes(self) -> int:
+        """What the states will hold after the first step and do not hold yet: the moments of optimizers."""
+        optimizers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
+        return sum(
+            getattr(each, "state_bytes", _two_moments)(p.shape)
+            for each in optimizers
+            if not each.state
+            for group in each.param_groups
+            for p in group["params"]
+        )
+
+    def load(self, states: Mapping[str, Any], step: int) -> None:
+        """Give the parts what `state` gave of them after `step`. Raises RunError for states of other parts."""
+        if lacking := self.parts.keys() ^ states.keys():
+            raise RunError(
+                f"the checkpoint of step {step} has other parts than this training ({', '.join(sorted(lacking))}); "
+                "resume it with the program that wrote it."
+            )
+        for name, part in self.parts.items():
+            try:
+                _load(part, states[name])
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise RunError(
+                    f"the checkpoint of step {step} does not fit: {name}: {' '.join(str(error).split())[:200]}. "
+                    "Resume with the settings, the program and the version that wrote it."
+                ) from None
+
+
+def _load(part: Any, state: Any) -> None:
+    """Give a part its state; an optimizer keeps the settings it was built with, which --force may have changed.
+
+    A gradient scaler takes none from where nothing was scaled, in bf16 or fp32, and finds its scale anew.
+    """
+    if isinstance(part, torch.amp.GradScaler) and not state:
+        return
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(state)
+        return
+    names = getattr(part, "given", ("weight_decay",))
+    own = [{name: group[name] for name in names if name in group} for group in part.param_groups]
+    part.state.clear()  # a run that goes back has moments already, and two of each would be in memory at once
+    part.load_state_dict(state)
+    for group, settings in zip(part.param_groups, own, strict=True):
+        group.update(settings)
+    # A checkpoint holds numbers in the order of their places, and fused optimizers take those of a moment and of its
+    # weight, which may be channels_last, as they lie in memory.
+    for parameter, moments in part.state.items():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
+
+
+def _two_moments(shape: Sequence[int]) -> int:
+    """Bytes of AdamW's moments of a weight."""
+    return 8 * math.prod(shape)
+
+
+def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a tree of dicts, lists, tuples, numbers, texts and tensors, and the rest of it as JSON.
+
+    A tensor's name is its path in the tree. Raises RunError for what neither format can hold.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def visit(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            if node.numel() == 0:  # which a safetensors file of ours does not hold
+                return {"empty": [list(node.shape), dtype_name(node.dtype)]}
+            name = path
+            while name in tensors:  # 1 and "1" are two keys of a dict and one path
+                name += "'"
+            tensors[name] = node.detach()
+            return {"tensor": name}
+        if isinstance(node, Mapping):
+            return {"dict": [[visit(key, path), visit(value, f"{path}/{key}")] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            kind = "list" if isinstance(node, list) else "tuple"
+            return {kind: [visit(value, f"{path}/{place}") for place, value in enumerate(node)]}
+        if node is None or isinstance(node, bool | int | float | str):
+            return node
+        raise RunError(f"{path or 'the state'} is a {type(node).__name__}, which a checkpoint cannot hold.")
+
+    return tensors, visit(tree, "")
+
+
+def unflatten_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
+    """The tree that `pack` took apart. Tensors are copies: a checkpoint's file may be pruned while they live."""
+    if not isinstance(skeleton, dict):
+        return skeleton
+    ((kind, content),) = skeleton.items()
+    if kind == "tensor":
+        return tensors[content].clone()
+    if kind == "empty":
+        shape, dtype = content
+        kind = getattr(torch, dtype)
+        if 0 not in shape or not isinstance(kind, torch.dtype):
+            raise ValueError("an empty tensor that is none")
+        return torch.empty(shape, dtype=kind)
+    if kind == "dict":
+        return {unflatten_state(tensors, key): unflatten_state(tensors, value) for key, value in content}
+    values = [unflatten_state(tensors, value) for value in content]
+    return values if kind == "list" else tuple(values)
+
 
 _FILES = ("state.safetensors", "state.json")
 _MANIFEST = "manifest.json"
@@ -63,14 +185,14 @@ class Checkpoints:
         Raises NotFiniteError for a state with NaN or Inf, RunError with the reason for a disk that does not take it;
         earlier checkpoints stay as they were.
         """
-        tensors, rest = pack(state)
+        tensors, rest = flatten_state(state)
         broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
         if broken:
             raise NotFiniteError(f"the state of step {step} is not finite ({broken[0]})")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
-            require_space(self.folder, bytes_of(state))
+            require_disk_space(self.folder, bytes_of(state))
             # There is one of this step where a run was rolled back, or resumed from further back.
             with atomic_folder(self.path(step)) as temporary:
                 # What is sealed is what was meant to be written: a disk that drops bytes in silence is found out below.
@@ -82,7 +204,7 @@ class Checkpoints:
                 problem = _problem(temporary, step)
                 if problem:
                     raise FileError(f"it does not read back as written: {problem}")
-            sync(self.folder)
+            fsync_path(self.folder)
         except (OSError, FileError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(f"the checkpoint of step {step} could not be written: {reason.rstrip('.')}") from None
@@ -109,7 +231,7 @@ class Checkpoints:
         try:
             content = json.loads((place / "state.json").read_bytes())
             file = place / "state.safetensors"
-            return unpack(read_tensors(file) if content["tensors"] else {}, content["state"])
+            return unflatten_state(read_tensors(file) if content["tensors"] else {}, content["state"])
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FileError) as error:
             raise RunError(f"{place} cannot be read ({error}). Remove it to resume from an earlier one.") from None
 
@@ -168,7 +290,7 @@ class Checkpoints:
 
 def bytes_of(state: Any) -> int:
     """What a checkpoint of this state takes on the disk, nearly."""
-    tensors, rest = pack(state)
+    tensors, rest = flatten_state(state)
     return sum(tensor.nbytes for tensor in tensors.values()) + len(json.dumps(rest)) + 200 * len(tensors)
 
 

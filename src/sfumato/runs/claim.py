@@ -18,16 +18,16 @@ import torch
 import sfumato
 from sfumato import config as configs
 from sfumato.errors import RunError
-from sfumato.files.atomic import write_text
-from sfumato.runs import identity
-from sfumato.runs.folder import also_written, check_folder, forget_new, has_begun, is_run
+from sfumato.runs import folder as identity
+from sfumato.runs.folder import check_folder, extra_names, has_progress, is_run, remove_new_files
 from sfumato.runs.lock import Lock
+from sfumato.utils.atomic import write_text
 
 if TYPE_CHECKING:
     from sfumato.runs.options import FolderOptions
 
 
-class Claim:
+class RunClaim:
     """Only the main process locks the folder and writes.
 
     say: tells the person lines, in the main process. facts: what the training depends on, by name. replaces: whether
@@ -68,12 +68,12 @@ class Claim:
             self.facts = identity.read_facts(self.folder)
             self._refuse_changes("another config", identity.differences(self.folder, self._config, program))
         else:
-            self.replaces = has_begun(self.folder)
+            self.replaces = has_progress(self.folder)
         return resumes
 
     def name_program(self, program: str, writes: Sequence[str]) -> None:
         """Note what trains, and the names that it writes."""
-        names = dict.fromkeys([*also_written(self.facts), *writes])
+        names = dict.fromkeys([*extra_names(self.facts), *writes])
         self.facts |= {"program": program, **({"writes": "/".join(names)} if names else {})}
         self.copy = identity.copied_program(program)
         if self.copy is not None:
@@ -93,7 +93,7 @@ class Claim:
         if resumes:
             before = identity.read_pictures(self.folder)
             both = {name: (before[name], each) for name, each in self._pictures.items() if name in before}
-            self._refuse_changes("other things than these", identity.other_facts(self.facts, facts, both))
+            self._refuse_changes("other things than these", identity.changed_facts(self.facts, facts, both))
         self.facts |= facts
 
     def note(self, name: str, value: str) -> None:
@@ -111,7 +111,7 @@ class Claim:
 
     def write_config(self) -> None:
         """Write config.toml."""
-        write_text(self.folder / "config.toml", configs.to_toml(identity.anchored(self._config)))
+        write_text(self.folder / "config.toml", configs.to_toml(identity.with_absolute_paths(self._config)))
 
     def release(self) -> None:
         """Let the folder go."""
@@ -120,7 +120,7 @@ class Claim:
 
     def withdraw(self) -> None:
         """Let the folder go, and remove what opening it wrote, if it held no run before."""
-        is_gone = self._lock.is_held and self._before is not None and forget_new(self.folder, self._before)
+        is_gone = self._lock.is_held and self._before is not None and remove_new_files(self.folder, self._before)
         self._lock.release(trace=not is_gone)
         if is_gone:
             with suppress(OSError):  # something of somebody else's is in it
@@ -131,7 +131,7 @@ class Claim:
             raise RunError(
                 f"{self.folder} was trained with {what}: {'; '.join(changed)}. Resume with the same, or with --force."
             )
-        if of_checkpoint := [line for line in changed if line.partition(" ")[0] in identity.OF_CHECKPOINT]:
+        if of_checkpoint := [line for line in changed if line.partition(" ")[0] in identity.CHECKPOINT_OPTIONS]:
             raise RunError(
                 f"{self.folder} was trained with {what}: {'; '.join(of_checkpoint)}. No checkpoint fits that: resume "
                 "with the same, or begin anew with --overwrite."

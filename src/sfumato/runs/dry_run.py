@@ -21,17 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.drawing.decoding import image_of
-from sfumato.drawing.labelled import Cell, Label, labelled_sheet
 from sfumato.errors import BaseModelError, is_out_of_memory
-from sfumato.files.atomic import atomic_path
-from sfumato.numerals import lasting, pluralize
-from sfumato.precision.memory import peak_of_process
+from sfumato.generation.decoding import to_pil
+from sfumato.precision.offload import peak_process_memory
+from sfumato.utils.atomic import atomic_path
+from sfumato.utils.formatting import format_duration, pluralize
+from sfumato.utils.image_grid import Cell, Label, labelled_sheet
 
 if TYPE_CHECKING:
     from sfumato.data import Batch, Dataset
     from sfumato.runs.options import FolderOptions
-    from sfumato.runs.step import Step
 
 STEPS = 4
 """That are made. The first, which chooses kernels and takes memory for the others, does not count."""
@@ -50,7 +49,7 @@ class DryRunOver(Exception):
 
 
 @dataclasses.dataclass
-class _Look:
+class _TimedCallback:
     """What is looked at every so many steps, and at the last. seconds: what that took the last time."""
 
     every: int
@@ -62,7 +61,7 @@ class _Look:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class _SeenSample:
     """A sample that a step learned from. latents: (1, channels, height/f, width/f). mask, hidden: (1, height/f,
     width/f), what is learned of it and what an inpainting model is not shown, or None. All are on the CPU."""
 
@@ -84,8 +83,8 @@ class DryRun:
         unlogged: dict[str, Any] = {"tensorboard": False, "wandb": None, "wandb_name": None}
         self.config = dataclasses.replace(asked, output=Path(folder), **unlogged)
         self._began_s = time.perf_counter()
-        self._looks: list[_Look] = []
-        self._seen: list[_Seen] = []
+        self._looks: list[_TimedCallback] = []
+        self._seen: list[_SeenSample] = []
         self._samples: tuple[int, int] | None = None  # of a step, and of a pass over the images
 
     def remove(self) -> None:
@@ -94,7 +93,7 @@ class DryRun:
 
     def timed(self, every: int, look: Callable[[int], None]) -> Callable[[int], None]:
         """The look, of which it is noted what it takes."""
-        noted = _Look(every)
+        noted = _TimedCallback(every)
         self._looks.append(noted)
 
         def timing(step: int) -> None:
@@ -117,15 +116,17 @@ class DryRun:
             label = data.names[index] if name == "data" else f"{name}: {data.names[index]}"
             mask = None if batch.mask is None else batch.mask[row].cpu()
             hidden = None if batch.known is None else batch.known[row, :1].cpu()
-            self._seen.append(_Seen(data, label, batch.captions[row], batch.latents[row : row + 1].cpu(), mask, hidden))
+            self._seen.append(
+                _SeenSample(data, label, batch.captions[row], batch.latents[row : row + 1].cpu(), mask, hidden)
+            )
 
     def first_of(
         self,
-        steps: Generator[Step],
+        steps: Generator[Any],
         count: int,
         say: Callable[..., None],
         checkpoints: Callable[[], tuple[int, int]],
-    ) -> Generator[Step]:
+    ) -> Generator[Any]:
         """The first of the steps, after which DryRunOver is raised.
 
         count: how many the run that is tried has. say: tells the person lines. checkpoints: gives how many there are at
@@ -157,8 +158,8 @@ class DryRun:
             "of checkpoints": saves * saved_s,
             "before the first step": prepared_s,
         }
-        told = ", ".join(f"{lasting(seconds)} {what}" for what, seconds in parts.items() if seconds)
-        return [f"a step   {lasting(step_s)}", f"all      about {lasting(sum(parts.values()))}: {told}"]
+        told = ", ".join(f"{format_duration(seconds)} {what}" for what, seconds in parts.items() if seconds)
+        return [f"a step   {format_duration(step_s)}", f"all      about {format_duration(sum(parts.values()))}: {told}"]
 
     def _passes(self, count: int) -> list[str]:
         if self._samples is None:
@@ -186,7 +187,7 @@ class DryRun:
         return path
 
 
-def _decoded(seen: _Seen) -> Image.Image:
+def _decoded(seen: _SeenSample) -> Image.Image:
     """The picture, white over what its mask leaves out and grey over what is hidden, in part each."""
     pixels = seen.data.decode(seen.latents)[0].cpu()
     over = [(1.0, None if seen.mask is None else 1 - seen.mask), (0.0, seen.hidden)]
@@ -194,10 +195,10 @@ def _decoded(seen: _Seen) -> Image.Image:
         if part is not None:
             large = torch.nn.functional.interpolate(part[None], pixels.shape[1:])[0]
             pixels = pixels + large * _SHADE * (shade - pixels)
-    return image_of(pixels)
+    return to_pil(pixels)
 
 
-def _labels(seen: _Seen) -> list[Label]:
+def _labels(seen: _SeenSample) -> list[Label]:
     return [Label(seen.label), Label(seen.caption or "(no caption)", lines=_CAPTION_LINES)]
 
 
@@ -207,7 +208,7 @@ def _memory() -> list[str]:
     found = []
     if cuda.is_initialized():
         found.append(f"{_size(cuda.max_memory_reserved())} of the GPU's {_size(cuda.mem_get_info()[1])}")
-    if peak := peak_of_process():
+    if peak := peak_process_memory():
         found.append(f"{_size(peak)} of main memory")
     return [f"memory   {' and '.join(found)} at the peak"] if found else []
 

@@ -12,8 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sfumato.errors import RunError
-from sfumato.files.atomic import write_text
-from sfumato.json_text import object_in
+from sfumato.utils.atomic import write_text
+from sfumato.utils.text_files import read_json_object
 
 _PATIENCE_S = 1.0
 """How long a holder may take between locking the folder and signing for it."""
@@ -41,7 +41,7 @@ class Lock:
             raise RunError(
                 f"{self._folder} is in use by {_who(self._wait_for_holder())}. Wait for it, or give another --output."
             ) from None
-        earlier = object_in(self._holder)
+        earlier = read_json_object(self._holder)
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_text(self._holder, json.dumps(me))
         return f"{_who(earlier)} used this folder and ended without finishing; its lock is void." if earlier else None
@@ -64,14 +64,14 @@ class Lock:
     def _wait_for_holder(self) -> dict[str, Any]:
         """Who holds the folder; it may be about to sign, or the file may still name one that was killed."""
         until = time.monotonic() + _PATIENCE_S
-        while not (found := object_in(self._holder)) and time.monotonic() < until:
+        while not (found := read_json_object(self._holder)) and time.monotonic() < until:
             time.sleep(0.02)
         return found
 
 
 def is_in_use(folder: Path) -> bool:
     """Whether a process holds the run folder."""
-    if not object_in(folder / ".holder.json"):
+    if not read_json_object(folder / ".holder.json"):
         return False
     lock = FileLock(folder / ".lock")
     try:

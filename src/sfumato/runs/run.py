@@ -1,10 +1,14 @@
-"""The loop of a run: `for step in run.steps(n)`, between opening its folder and closing it."""
+"""The loop of a run: `for step in run.steps(n)`, between opening its folder and closing it.
+
+One optimizer step, as a trainer sees it.
+"""
 
 from __future__ import annotations
 
 import errno
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import get_ident
@@ -12,32 +16,60 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from sfumato import shell
 from sfumato.config import to_dict
-from sfumato.errors import RunError, unusable_package
-from sfumato.files.atomic import write_text
-from sfumato.runs import identity, progress, unfinished
-from sfumato.runs.alone import Alone
-from sfumato.runs.claim import Claim
+from sfumato.errors import RunError, package_error
+from sfumato.runs import folder as identity
+from sfumato.runs import progress
+from sfumato.runs import progress as unfinished
+from sfumato.runs.claim import RunClaim
 from sfumato.runs.dry_run import DryRun
-from sfumato.runs.folder import clear, forget_leftovers, forget_samples, is_run
-from sfumato.runs.health import not_finite
-from sfumato.runs.log import Log
-from sfumato.runs.looks import Looks
-from sfumato.runs.options import settled
-from sfumato.runs.progress import Progress
-from sfumato.runs.recovery import Recovery
-from sfumato.runs.request import Request, Requests
-from sfumato.runs.signals import Stop
-from sfumato.runs.step import Step
-from sfumato.runs.wandb_run import WandbRun
+from sfumato.runs.folder import clear_folder, is_run, remove_leftovers, remove_samples
+from sfumato.runs.options import Request, Requests, persistent_config
+from sfumato.runs.processes import SingleProcess
+from sfumato.runs.progress import Progress, StopSignal
+from sfumato.runs.recovery import Recovery, not_finite
+from sfumato.runs.reporting.log import Log, RunCallbacks
+from sfumato.runs.reporting.trackers import WandbRun
+from sfumato.utils import formatting
+from sfumato.utils.atomic import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch.amp import GradScaler
 
     from sfumato.data import Dataset
     from sfumato.runs.options import FolderOptions
     from sfumato.runs.processes import Processes
+
+
+@dataclass
+class Step:
+    """number counts from 0. rate_factor: what the learning rate is multiplied with, for `Schedule.set`."""
+
+    number: int
+    rate_factor: float
+    run: Run
+    skipped: bool = False
+
+    def healthy(self, scaler: GradScaler | None = None, **numbers: float | Tensor) -> bool:
+        """Whether the step may change the weights: whether these numbers, such as loss and gradient_norm, are finite.
+
+        Where fp16 is scaled, gradients that overflow are the scaler's ordinary business: it skips the step and lowers
+        its scale, until that is below 1 and nothing is left to lower.
+        """
+        if scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1:
+            numbers.pop("gradient_norm", None)
+        self.skipped = not self.run.check_numbers(self.number, numbers)
+        return not self.skipped
+
+    def done(self, **values: float | Tensor) -> None:
+        """Log the step; `loss` and `rate` are also shown. A skipped step is logged as that."""
+        if self.skipped:
+            self.run.note({"step": self.number + 1, "skipped": 1})
+            return
+        self.run.check_weights(self.number)
+        self.run.note({"step": self.number + 1, **values})
+
 
 _ABOVE_SIGNALS = 256
 _WANDB = "wandb"
@@ -47,7 +79,7 @@ _WANDB = "wandb"
 class Run:
     """One training's folder, log, checkpoints and progress. Only the main process writes.
 
-    `runs/unfinished.py` has a table of the states it passes, and of what becomes of it where an error or an
+    `runs/progress.py` has a table of the states it passes, and of what becomes of it where an error or an
     interruption ends it in each.
 
     count: how many processes train. step: the step it begins with, 0 or that of the checkpoint it resumes from. dry:
@@ -61,20 +93,20 @@ class Run:
         self.dry = dry
         self.thread = get_ident()
         self.step = 0
-        self.config, self._processes = config, processes or Alone()
+        self.config, self._processes = config, processes or SingleProcess()
         self.is_main, self.count = self._processes.is_main, self._processes.count
         # Not self.say: a run that its parts refer to would hold its lock until it is collected.
-        say = self._say = progress.speaking(self.is_main)
+        say = self._say = progress.say_on_main_process(self.is_main)
         self.log_file = Log(
             folder / "log.jsonl",
             tensorboard=config.tensorboard and self.is_main,
             wandb=self._wandb_run() if config.wandb is not None and self.is_main else None,
             warn=progress.say,
         )
-        self._claim = Claim(folder, config, say, is_main=self.is_main)
+        self._claim = RunClaim(folder, config, say, is_main=self.is_main)
         self._requests = Requests(folder)
         self._recovery = Recovery(folder, config, self._processes, self.log_file, say)
-        self._looks = Looks(self._claim, self.log_file, say, is_main=self.is_main)
+        self._looks = RunCallbacks(self._claim, self.log_file, say, is_main=self.is_main)
         self._progress = Progress(shown=self.is_main)
         self._resumed_from: int | None = None
         self._is_whole = False  # whether all steps are made
@@ -104,7 +136,7 @@ class Run:
             if config.dry_run:
                 run = run._elsewhere(program, writes)
         except OSError as error:
-            if unusable_package(error):
+            if package_error(error):
                 raise
             mend = "make room" if error.errno == errno.ENOSPC else "see to its permissions"
             elsewhere = "" if config.resume else ", or give another --output"
@@ -160,13 +192,13 @@ class Run:
         unfinished.note_begun(self)
 
     def _take_over(self) -> None:
-        forget_leftovers(self.folder)
+        remove_leftovers(self.folder)
         if self._resumed_from is None:  # a new run, or one that was stopped before its first checkpoint
             self._recovery.checkpoints.drop_after(-1)  # first, so that no other config ever stands beside them
             if self.config.resume:
-                forget_samples(self.folder, -1)
+                remove_samples(self.folder, -1)
             elif is_run(self.folder):
-                clear(self.config)
+                clear_folder(self.config)
             write_text(self.folder / "log.jsonl", "")
         self._claim.write_facts()
         self._claim.write_config()
@@ -214,7 +246,7 @@ class Run:
         """What there is to say of data sets, each line once; None stands for one that there is not."""
         self.say(*dict.fromkeys(note for each in data if each is not None for note in each.notes))
 
-    def say_filled(self, title: str, filled: Sequence[str]) -> None:
+    def report_defaults(self, title: str, filled: Sequence[str]) -> None:
         """Which fields of the config were filled in, and with what; nothing where none was, as when a run goes on."""
         if filled:
             self.say(f"{title} defaults: " + ", ".join(f"{name} {getattr(self.config, name)}" for name in filled))
@@ -249,7 +281,7 @@ class Run:
         """
         steps = self._steps(count)
         if self.dry is not None:
-            steps = self.dry.first_of(steps, count, self.say, self._recovery.most_there)
+            steps = self.dry.first_of(steps, count, self.say, self._recovery.max_checkpoints)
         try:
             yield from steps
         except BaseException as error:  # GeneratorExit, too: whatever ends the loop early lets the folder go
@@ -259,7 +291,7 @@ class Run:
             raise
 
     def _steps(self, count: int) -> Generator[Step]:
-        behind = self._resumed_from is not None and self._looks.are_behind(self._resumed_from)
+        behind = self._resumed_from is not None and self._looks.is_pending(self._resumed_from)
         if self._resumed_from is not None:
             self._restore(self._resumed_from, seen=self._resumed_from - behind, again=not self.config.force)
         if self.is_main and self.step < count:  # not where only the results are still to be written
@@ -267,7 +299,7 @@ class Run:
         self.begin()
         self._start_wandb()
         health = self._recovery.health
-        with self._progress.begin(self.step, count), Stop(quiet=not self.is_main, alone=self.count == 1) as stop:
+        with self._progress.begin(self.step, count), StopSignal(quiet=not self.is_main, alone=self.count == 1) as stop:
             if self.step == 0 or behind:
                 self._looks.at(self.step, count)
                 self._checkpoint(self.step, count)
@@ -300,10 +332,10 @@ class Run:
     def _start_wandb(self) -> None:
         wandb, claim = self.log_file.wandb, self._claim
         if wandb is not None:
-            config = {"program": claim.facts.get("program"), **to_dict(settled(self.config), public=True)}
+            config = {"program": claim.facts.get("program"), **to_dict(persistent_config(self.config), public=True)}
             wandb.start(claim.facts.get(_WANDB), partial(claim.note, _WANDB), config, self.log_file.rows())
 
-    def steps_to_come(self, count: int) -> range:
+    def remaining_steps(self, count: int) -> range:
         """Those that `steps` will make."""
         return range(self.step, self.step if self._ends else count)
 
@@ -339,13 +371,13 @@ class Run:
         if self.is_main:
             self._recovery.checkpoints.drop_after(step)
             self._or_stop(lambda: self.log_file.cut(step, seen=seen, again=again))
-            self._or_stop(lambda: forget_samples(self.folder, seen))
+            self._or_stop(lambda: remove_samples(self.folder, seen))
         self._looks.note(max(seen, 0))
 
     def _go_back(self, number: int) -> None:
         """To the step of the last checkpoint, once."""
         reason = self._recovery.health.reset()
-        newest = self._recovery.to_go_back_to(reason)
+        newest = self._recovery.rollback_step(reason)
         self._processes.wait()
         self._restore(newest, seen=newest, again=False)
         self._recovery.health.reset()
@@ -370,11 +402,11 @@ class Run:
     def resume_command(self) -> str:
         """What goes on with the run."""
         launcher = f"accelerate launch --num_processes {self.count} -m " if self.count > 1 else ""
-        folder = shell.quote(str(self.folder))
+        folder = formatting.quote_argument(str(self.folder))
         if self._claim.copy:
             started = f"{launcher.removesuffix('-m ')}" or "python "
-            config = shell.quote(str(self.folder / "config.toml"))
-            return f"{started}{shell.quote(str(self._claim.copy))} {config} --output {folder} --resume"
+            config = formatting.quote_argument(str(self.folder / "config.toml"))
+            return f"{started}{formatting.quote_argument(str(self._claim.copy))} {config} --output {folder} --resume"
         return f"{launcher}sfumato resume {folder}"
 
     def _or_stop(self, write: Callable[[], None]) -> None:
@@ -413,7 +445,7 @@ class Run:
             loss = row["loss"]
             self._progress.loss(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
-    # How it ends: see `runs/unfinished.py`
+    # How it ends: see `runs/progress.py`
 
     def mark_finished(self) -> None:
         """What was learned, and all that tells of it, is in the folder: there is nothing left to go on with."""

@@ -8,22 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato import shell
-from sfumato.command_line.pictures import checked_flags
+from sfumato.adapters.embeddings.tokens import contains_placeholder
+from sfumato.adapters.prompt_tags import refuse_tags, split_flags
+from sfumato.adapters.weights import parse_span
 from sfumato.data.options import Options
-from sfumato.errors import ConfigError, about_address
-from sfumato.files.metadata import moment
-from sfumato.limits import checked_seed
-from sfumato.prompts.tags import refuse_tags, split_flags
+from sfumato.errors import ConfigError, web_address_error
+from sfumato.files.metadata import creation_time
+from sfumato.generation.arguments.images import checked_flags
 from sfumato.runs.folder import WRITTEN
-from sfumato.runs.wandb_run import check_project
-from sfumato.training import optimizer_settings
-from sfumato.weighting.span import parse_span
-from sfumato.words.placeholders import holds
+from sfumato.runs.reporting.trackers import check_project
+from sfumato.training.optim import settings
+from sfumato.utils import formatting
+from sfumato.utils.limits import checked_seed
 
 if TYPE_CHECKING:
     from sfumato.data import ExampleSet
@@ -77,7 +77,7 @@ def check_trainer(config: TrainingOptions) -> None:
             "--loraplus-ratio with --optimizer prodigy: it finds one step for all that learns. Leave it out, or use "
             "--optimizer adamw."
         )
-    optimizer_settings.settings(config.optimizer, config.optimizer_args)
+    settings.settings(config.optimizer, config.optimizer_args)
     if config.warmup > 1 and config.warmup % 1:
         raise ConfigError(f"--warmup {config.warmup:g}: wanted whole steps, or below 1 a share of the run's steps.")
     if config.schedule == "constant":
@@ -89,7 +89,7 @@ def check_trainer(config: TrainingOptions) -> None:
         for part in () if folder is None else (folder, *folder.parents):
             if part.is_file():
                 raise ConfigError(
-                    f"{shell.option(option)} {folder}: {part} is a file; name a folder, or another place."
+                    f"{formatting.option_flag(option)} {folder}: {part} is a file; name a folder, or another place."
                 )
     check_run(config)
 
@@ -105,7 +105,11 @@ def refuse_dropped_words(config: TrainerOptions, examples: ExampleSet, words: Se
     """Refuse a new word of which every caption is dropped, by the trainer's options or by those of its sources."""
     given = Options(caption_dropout=config.caption_dropout, tag_dropout=config.tag_dropout, keep_tags=config.keep_tags)
     for word in words:
-        told = [each.options.over(given) for each in examples if any(holds(word, said) for said in each.captions)]
+        told = [
+            each.options.over(given)
+            for each in examples
+            if any(contains_placeholder(word, said) for said in each.captions)
+        ]
         if told and all(to.caption_dropout == 1 or (to.tag_dropout == 1 and not to.keep_tags) for to in told):
             raise ConfigError(
                 f"{config.images}: caption_dropout or tag_dropout of 1 drops {word} from every caption, so it would "
@@ -120,7 +124,7 @@ def check_kind(config: TrainingOptions) -> None:
     LoRA+ is for a factor that starts at zero beside one of unit scale, which LoHa's and LoKr's are not. OFT's rotations
     have no scale, and keep the lengths that DoRA learns.
     """
-    from sfumato.adapters.by_layer import ByLayer
+    from sfumato.adapters.targets import ByLayer
 
     by_layer = ByLayer.of(config)
     rules = by_layer.rates
@@ -180,7 +184,7 @@ def check_run(config: FolderOptions) -> None:
     else:
         check_project(config.wandb)
     check_name(config)
-    moment()  # whose date what is learned will have
+    creation_time()  # whose date what is learned will have
     if (repository := getattr(config, "push_to_hub", None)) is not None:
         _check_repository(repository)
     for prompt in () if config.resume else getattr(config, "sample_prompts", ()):
@@ -199,7 +203,7 @@ def check_run(config: FolderOptions) -> None:
         for name in names:
             value = getattr(config, name, None)
             if value is not None and not is_good(value):
-                raise ConfigError(f"{shell.option(name)} is {value}; it must {wanted}.")
+                raise ConfigError(f"{formatting.option_flag(name)} is {value}; it must {wanted}.")
 
 
 def check_name(config: FolderOptions, *, folder: bool = False) -> None:
@@ -245,18 +249,9 @@ def _check_repository(name: str) -> None:
 def refuse_missing(init_from: Path) -> None:
     """Raise ConfigError if the adapter to start from does not exist."""
     if not init_from.exists():
-        if said := about_address(str(init_from)):
+        if said := web_address_error(str(init_from)):
             raise ConfigError(f"--init-from {said}")
         raise ConfigError(f"--init-from {init_from}: there is no such file; name the adapter to begin with.")
-
-
-def refuse_output_among(output: Path, folders: Iterable[Path]) -> None:
-    """Refuse to write a run into one of the folders of its images."""
-    if output.resolve() in {folder.resolve() for folder in folders}:
-        raise ConfigError(
-            f"--output {output} is a folder of the images; its samples and plot would be learned from, too. Give "
-            f"a folder of its own, such as runs/{output.resolve().name}."
-        )
 
 
 def only_with(config: FolderOptions, needed: str, *names: str) -> None:
@@ -272,4 +267,4 @@ def refuse_given(config: FolderOptions, why: str, *names: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     given = [name for name in names if name in defaults and getattr(config, name) != defaults[name]]
     if given and not config.resume:
-        raise ConfigError(f"{shell.option(given[0])} {why}.")
+        raise ConfigError(f"{formatting.option_flag(given[0])} {why}.")

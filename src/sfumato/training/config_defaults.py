@@ -6,15 +6,15 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sfumato import shell
-from sfumato.config import fill
+from sfumato.config import fill_unset
 from sfumato.errors import ConfigError
-from sfumato.numerals import pluralize
 from sfumato.training.options import FullOptions, TrainingOptions
+from sfumato.utils import formatting
+from sfumato.utils.formatting import pluralize
 
 if TYPE_CHECKING:
-    from sfumato.bases import Base
     from sfumato.data import ExampleSet
+    from sfumato.models import Base
 
 LION_RATE_DIVISOR = 4
 """How many times smaller a rate is for Lion than for AdamW: 3 to 10, say Chen et al. 2023, section 5, since each of its
@@ -44,7 +44,7 @@ def resolve(
         batch = (config.batch or known["batch"]) * config.accumulate * processes
         samples = examples.in_group("instance").samples
         config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * samples / batch)), epochs=None)
-    config, filled = fill(config, known)
+    config, filled = fill_unset(config, known)
     config.noising(base)  # which refuses timesteps that the base does not have
     steps = config.steps
     assert steps is not None
@@ -124,7 +124,7 @@ def span_of(config: TrainingOptions, base: Base) -> tuple[float, float] | None:
 
     --max-timestep 800, of a base whose timesteps are 0 to 999, gives (0.199, 1.0): timestep 999 is progress 0.
     """
-    from sfumato.weighting.span import parse_span
+    from sfumato.adapters.weights import parse_span
 
     given: str | None = getattr(config, "over_steps", None)
     if given is not None:
@@ -148,7 +148,7 @@ def resolve_learning_rate(config: TrainingOptions, name: str, otherwise: float) 
     assert config.learning_rate is not None
     if given not in (None, config.learning_rate):
         raise ConfigError(
-            f"{shell.option(name)} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
+            f"{formatting.option_flag(name)} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
             "for all that learns. Leave it out, or use --optimizer adamw."
         )
     return config.learning_rate

@@ -27,10 +27,10 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
         import torch
 
         from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory
-        from sfumato.precision.memory import give_back_dropped_models
-        from sfumato.runs import unfinished
+        from sfumato.precision.offload import release_dropped_models
+        from sfumato.runs import progress
         from sfumato.runs.dry_run import DryRunOver
-        from sfumato.training.less_memory import in_less_memory
+        from sfumato.training.optim.fused_backward import reduce_memory
 
         if not dataclasses.is_dataclass(config) or isinstance(config, type):
             raise ConfigError(f"train wants a Config of its own module, as Config(images=...); got {config!r:.60}.")
@@ -51,23 +51,23 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
             except DryRunOver as over:
                 return over.path
             except Exception as error:
-                smaller = in_less_memory(error)
-                unfinished.abandon_unbegun()
+                smaller = reduce_memory(error)
+                progress.abandon_unbegun()
                 if isinstance(error, SfumatoError) or is_out_of_memory(error):
                     _clear_frames(error)
                 if smaller is None:
                     raise
                 config = smaller
-                give_back_dropped_models()
+                release_dropped_models()
             except BaseException as error:
-                unfinished.close_unbegun()
+                progress.close_unbegun()
                 _clear_frames(error)
                 raise
             finally:
                 backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = tf32
-                unfinished.unlock()
+                progress.unlock()
                 if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else the base stays beside the next
-                    give_back_dropped_models()
+                    release_dropped_models()
 
     return called
 
@@ -75,7 +75,7 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
 def _clear_frames(error: BaseException) -> None:
     """Let go of what stands in the error's frames, unless there is a run that wrote its results: the program's last
     line tells of that."""
-    from sfumato.runs import unfinished
+    from sfumato.runs import progress
 
-    if not unfinished.is_writing():
+    if not progress.is_writing():
         traceback.clear_frames(error.__traceback__)

@@ -1,4 +1,7 @@
-"""The end of a run: what its file says of itself, plot, card, upload. What every trainer does after its loop."""
+"""The end of a run: what its file says of itself, plot, card, upload. What every trainer does after its loop.
+
+What was learned onto the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.config import to_dict
-from sfumato.runs.options import settled
+from sfumato.errors import ConfigError
+from sfumato.runs.folder import card_pictures
+from sfumato.runs.options import persistent_config
+from sfumato.utils import formatting
 
 if TYPE_CHECKING:
-    from sfumato.bases import Base
     from sfumato.data import Dataset
     from sfumato.files import Description
+    from sfumato.models import Base
+    from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.runs.samples import Samples
+    from sfumato.training.adapter import TrainedAdapter
     from sfumato.training.options import TrainingOptions
-    from sfumato.training.trained_adapter import TrainedAdapter
+
 
 Kind = Literal["lora", "difference", "folder"]
 
@@ -25,9 +32,9 @@ Kind = Literal["lora", "difference", "folder"]
 def describe_run(config: TrainingOptions, base: Base, dataset: Dataset, samples: Samples, **more: Any) -> Description:
     """What the run's file tells of how it came to be. config: resolved. more: further fields of the Description, or
     others, such as the `steps` of a file that is not from the run's end."""
-    from sfumato.cards.adapter import most_telling_prompt
-    from sfumato.data.planning import square_side
+    from sfumato.data.preparation.planning import square_side
     from sfumato.files import Description
+    from sfumato.training.cards.adapter import most_telling_prompt
 
     assert config.name is not None
     assert config.resolution is not None
@@ -54,7 +61,7 @@ def describe_run(config: TrainingOptions, base: Base, dataset: Dataset, samples:
         author=config.author or "",
         license=config.license or "",
         thumbnail=rows[-1][most_telling_prompt(triggers, samples.prompts)] if rows else None,
-        config=to_dict(dataclasses.replace(settled(config), wandb=None, wandb_name=None), public=True),
+        config=to_dict(dataclasses.replace(persistent_config(config), wandb=None, wandb_name=None), public=True),
         clip_skip=config.clip_skip,
         timesteps=None if learned == range(len(base.alpha_bar)) else (learned.start, learned.stop),
         dataset_sha256=dataset.fingerprint,
@@ -73,18 +80,18 @@ def finish_adapter(run: Run, config: TrainingOptions, path: Path, learned: Train
 
 def finish(run: Run, config: TrainingOptions, path: Path, about: Description, samples: Samples, *, kind: Kind) -> None:
     """The plot and the card beside what was learned, a line for each, and the command that draws with it."""
-    from sfumato.cards.adapter import example_of, most_telling_prompt, word_files, write_card
+    from sfumato.training.cards.adapter import example_of, most_telling_prompt, word_files, write_card
 
     rows = samples.ends
     prompts: Sequence[str] = samples.prompts if rows else []
     if about.sampling is not None:
-        from sfumato.cards.fast import write_fast_card
+        from sfumato.training.cards.methods import write_fast_card
 
         card = write_fast_card(run.folder, path, about, prompts, rows)
     elif kind == "lora":
         card = write_card(run.folder, path, about, prompts, rows)
     else:
-        from sfumato.cards.model import write_model_card
+        from sfumato.training.cards.methods import write_model_card
 
         card = write_model_card(run.folder, path, about, prompts, rows)
     shown = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
@@ -114,7 +121,7 @@ def drawing_command(
 
     base: the whole model that was learned, if one was. lora: an adapter, or a difference. words: files of new words.
     """
-    from sfumato.cards.adapter import generate_line
+    from sfumato.training.cards.adapter import generate_line
 
     here = dataclasses.replace(about, config=to_dict(config))
     options = ("clip_skip", "max_tokens") if base else ()
@@ -126,7 +133,7 @@ def plot_and_tell(run: Run, made: str, card: Path, command: str, *, has_samples:
     """Draw the log, and say what there is now. made: lines on what was learned. command: what draws with it."""
     import torch
 
-    from sfumato.runs.plot import plot_log
+    from sfumato.runs.reporting.plot import plot_log
 
     run.log_file.flush()
     plot_log(run.folder / "log.jsonl", run.folder / "plot.png")
@@ -141,7 +148,7 @@ def plot_and_tell(run: Run, made: str, card: Path, command: str, *, has_samples:
 
 def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
     """Upload each file with its card, and say where it is; nothing where no repository is named. The last of all."""
-    from sfumato.training.publish import push
+    pass
 
     run.mark_finished()
     if not repository:
@@ -152,3 +159,29 @@ def upload(run: Run, paths: Sequence[Path], repository: str | None) -> None:
     except BaseException:
         run.close()  # a notebook that keeps the error would keep the folder locked
         raise
+
+
+def push(folder: Path, learned: Path, repository: str) -> str:
+    """Upload what was learned, a file or a model's folder, its card and the card's pictures to the hub; returns the
+    address. Nothing else of the run's folder leaves the machine. Raises ConfigError."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    name = learned.name.replace("[", "[[]")  # "[v2]" is one of two letters to the hub
+    patterns = [f"{name}/*" if learned.is_dir() else name, "README.md", *card_pictures(folder)]
+    try:
+        api.create_repo(repository, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=patterns,
+            commit_message=f"Upload {learned.name if learned.is_dir() else learned.stem}",
+        )
+    except Exception as error:  # the hub's library has changed its network library twice; there is no common error
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        words = ["hf", "upload", repository, str(folder), ".", *(w for each in patterns for w in ("--include", each))]
+        raise ConfigError(
+            f"--push-to-hub {repository}: {reason}. What was learned is safe in {learned}; log in with `hf auth login` "
+            f"and upload it with `{formatting.join_command(words)}`."
+        ) from None
+    return str(commit.commit_url)

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato.data.options import CropMode, MaskSource
 from sfumato.errors import ConfigError, PrecisionError
 from sfumato.runs.options import FolderOptions
+from sfumato.training.optim.settings import OptimizerName
 
 if TYPE_CHECKING:  # help loads no torch
-    from sfumato.bases import Base
     from sfumato.data import Dataset, ExampleSet
+    from sfumato.models import Base
     from sfumato.precision import Precision
     from sfumato.runs.processes import Processes
-    from sfumato.training.noising import LossSettings, NoiseSettings
+    from sfumato.training.loss.objective import LossSettings, NoiseSettings
 
-OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor", "prodigy", "lion"]
 AlgoName = Literal["lora", "loha", "lokr", "oft"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 
@@ -43,14 +43,14 @@ class SizeOptions:
         """Decode, crop and encode the images, once, with progress. settings: as `data.prepare` takes them, before the
         options. processes: with a cache the main process prepares, and the others read what it wrote."""
         from sfumato import data
-        from sfumato.runs.progress import Preparation, speaking
+        from sfumato.runs.progress import PreparationBars, say_on_main_process
 
         assert self.resolution is not None, "resolve() fills it"
         chosen = {"resolution": self.resolution, "cache": self.cache, **settings}
         is_main = processes is None or processes.is_main
-        shown = Preparation(shown=is_main)
+        shown = PreparationBars(shown=is_main)
         with processes.main_first() if processes and chosen["cache"] else nullcontext(), shown:
-            return data.prepare(examples, base, **chosen, progress=shown, say=speaking(is_main))
+            return data.prepare(examples, base, **chosen, progress=shown, say=say_on_main_process(is_main))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +121,16 @@ class DataOptions(SizeOptions):
         Raises DataError if there is nothing to learn from. Raises ConfigError for --keep-tags without captions that
         vary, and for an --output folder that holds training images.
         """
-        from sfumato.data.folder import no_subject
-        from sfumato.data.validation import hold_out
+        from sfumato.data.dataset_config import hold_out
+        from sfumato.data.folder import no_subject_message
 
         if not examples.in_group("instance"):
-            raise no_subject(self.images)
+            raise no_subject_message(self.images)
         self._check_folder(examples)
         return hold_out(examples, self.validation_split)
 
     def _check_folder(self, examples: "ExampleSet") -> None:
-        from sfumato.training.checks import refuse_output_among
+        from sfumato.runs.folder import refuse_output_among
 
         if getattr(self, "resume", False):
             return
@@ -244,8 +244,8 @@ class BaseOptions:
     def load_base(self, precision: "Precision") -> "Base":
         """Load the base model, frozen. Its U-Net's weights are read when needed, or when `lazy_weights.load_only` asks
         for them."""
-        from sfumato.bases import load_base
-        from sfumato.precision.lean import save_activation_memory
+        from sfumato.models import load_base
+        from sfumato.precision.layers import save_activation_memory
 
         base = load_base(
             self.base,
@@ -340,13 +340,13 @@ class StepOptions:
 
     def loss(self) -> "LossSettings":
         """How errors are weighted and counted."""
-        from sfumato.training.noising import LossSettings
+        from sfumato.training.loss.objective import LossSettings
 
         return LossSettings(self.min_snr, self.huber, self.debiased)
 
     def noising(self, base: "Base") -> "NoiseSettings":
         """How noise is added to the images. Raises ConfigError for timesteps that the base model does not have."""
-        from sfumato.training.noising import NoiseSettings
+        from sfumato.training.loss.objective import NoiseSettings
 
         count = len(base.alpha_bar)
         stop = count if self.max_timestep is None else self.max_timestep
@@ -385,14 +385,14 @@ class RunOptions(FolderOptions):
 
     def __post_init__(self) -> None:
         """Read the prompts out of their files, so that a run keeps them, and not where they were."""
-        from sfumato.prompts.prompt_files import with_files_read
+        from sfumato.models.prompts.files import expand_prompt_files
 
         super().__post_init__()
-        object.__setattr__(self, "sample_prompts", with_files_read(self.sample_prompts, "--sample-prompts"))
+        object.__setattr__(self, "sample_prompts", expand_prompt_files(self.sample_prompts, "--sample-prompts"))
 
     def asked_samples(self) -> tuple[list[str], list[dict[str, Any]]]:
         """The prompts of --sample-prompts without their settings, and the settings of each."""
-        from sfumato.prompts.tags import split_flags
+        from sfumato.adapters.prompt_tags import split_flags
 
         found = [split_flags(prompt) for prompt in self.sample_prompts]
         return [text for text, _ in found], [own for _, own in found]

@@ -11,15 +11,15 @@ from PIL import Image
 from torch import nn
 
 from sfumato.errors import ConfigError
-from sfumato.runs.samples import Draw
-from sfumato.unet_calls import timestep_of
+from sfumato.models.calls import timestep_of
+from sfumato.runs.reporting.samples import Draw
 
 if TYPE_CHECKING:
     from sfumato.adapters import Attached
-    from sfumato.bases import Base
+    from sfumato.models import Base
 
 
-def drawing_of(
+def make_sampler(
     base: Base,
     adapter: Attached | None = None,
     strength: float = 0.0,
@@ -36,17 +36,17 @@ def drawing_of(
     what each of the prompts that will be drawn says of its picture, of seed, negative, width, height, steps, guidance.
     usual: settings of `draw_each` for prompts that say nothing else. Raises ConfigError for more steps than the base
     or the sampler takes."""
-    from sfumato import schedulers
-    from sfumato.compose.guided import unconditional_half
-    from sfumato.data.planning import square_side
-    from sfumato.drawing import pictures
+    from sfumato.compose.guidance import unconditional_half
+    from sfumato.data.preparation.planning import square_side
+    from sfumato.generation import draw
+    from sfumato.utils import schedulers
 
     side = None if resolution is None else square_side(base, resolution)
     if asked := [said["steps"] for said in own if "steps" in said]:
-        scheduler = schedulers.scheduler(usual.get("sampler", base.defaults.sampler), base.scheduler.config)
+        scheduler = schedulers.make_scheduler(usual.get("sampler", base.defaults.sampler), base.scheduler.config)
         for steps in asked:
             try:
-                pictures.check_steps(steps, scheduler)
+                draw.check_steps(steps, scheduler)
             except ConfigError as error:
                 raise ConfigError(f"--s {steps} in a prompt: {error}") from None
 
@@ -54,14 +54,14 @@ def drawing_of(
         settings = {"width": side, "height": side, **usual, **said}
         with ExitStack() as stack:
             if adapter is not None and span is not None:
-                stack.enter_context(_only_within(span, base, adapter.disabled))
+                stack.enter_context(_within_span(span, base, adapter.disabled))
             if adapter is not None and strength and (guidance := settings.get("guidance", base.defaults.guidance)) > 1:
                 stack.enter_context(adapter.scaled(strength / guidance))
                 stack.enter_context(unconditional_half(base.unet, adapter.disabled))
             # As they are, with their tags: perhaps captions, which were learned as text.
             if "negative" in said:
-                return list(pictures.draw_each(base, prompts, seeds, **settings))
-            return pictures.draw_against(base, prompts, seeds, negatives, **settings)
+                return list(draw.draw_each(base, prompts, seeds, **settings))
+            return draw.draw_against(base, prompts, seeds, negatives, **settings)
 
     def drawing(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         together: dict[frozenset[tuple[str, Any]], list[int]] = {}
@@ -79,11 +79,11 @@ def drawing_of(
 
 
 @contextmanager
-def _only_within(
+def _within_span(
     span: tuple[float, float], base: Base, otherwise: Callable[[], AbstractContextManager[object]]
 ) -> Iterator[None]:
     """Within the block each call of the U-Net at a progress outside of the span is made in `otherwise`."""
-    from sfumato.compose.steps import Ramp, progress_of
+    from sfumato.compose.schedules import Ramp, progress_of
 
     counts, others = Ramp.within(*span, 1.0), ExitStack()
 

@@ -18,17 +18,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sfumato.compose.caller import serialized_calls
-from sfumato.compose.match import exclusive_row_split, refuse_compiled, say_unknown_words, unwrapped_parts, without_peft
+from sfumato.adapters.prompt_tags import refuse_tags
+from sfumato.compose.hooks import serialized_calls
+from sfumato.compose.match import (
+    exclusive_row_split,
+    refuse_compiled,
+    unwrapped_parts,
+    warn_unknown_words,
+    without_peft,
+)
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
-from sfumato.compose.regions.changes import RegionChanges, Spans, by_layer, read
-from sfumato.compose.regions.masks import Masks
-from sfumato.compose.regions.region import Box, Region
-from sfumato.compose.regions.texts import RegionPrompts
+from sfumato.compose.regions.layers import RegionChanges, Spans, changes_by_layer, read_region_adapters
+from sfumato.compose.regions.prompts import RegionPrompts
+from sfumato.compose.regions.region import Box, Masks, Region
 from sfumato.errors import AdapterError
 from sfumato.files.metadata import over_steps_of
-from sfumato.prompts.syntax import Syntax, check_syntax
-from sfumato.prompts.tags import refuse_tags
+from sfumato.models.prompts.syntax import Syntax, check_syntax
 
 __all__ = ["Box", "Region", "regions"]
 
@@ -47,7 +52,7 @@ def regions(
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
     without the prompt, as classifier-free guidance has them, where no pipeline that is called says it.
-    syntax: how weighted words of the regions' prompts are written, see `sfumato.prompts.syntax`; it wants a Base.
+    syntax: how weighted words of the regions' prompts are written, see `sfumato.models.prompts.syntax`; it wants a Base.
     over_steps: by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at
     the finished picture; of others those that their files ask for. partial, verify: as of `compose`. Where regions
     overlap, changes on pixels add up and attentions share. What diffusers' `load_lora_weights` loaded counts
@@ -60,15 +65,15 @@ def regions(
     check_no_picture_prompt(unet)
     refuse_compiled(pipe, ["unet"])
     masks = Masks([region.mask() for region in parts])
-    files = read(parts, partial=partial, verify=verify)
+    files = read_region_adapters(parts, partial=partial, verify=verify)
     texts = RegionPrompts(pipe, parts, files, syntax, guided=guided, partial=partial)
     labels = {each.label for region in parts for each in region.adapters}
     asked = {each.label: span for each, file in files.items() if (span := over_steps_of(file.metadata))}
     spans = Spans(pipe, over_steps, asked)
     if unknown := sorted(over_steps.keys() - labels):
         raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
-    layers = by_layer(pipe, parts, files, spans, partial=partial)
-    say_unknown_words(pipe, files)
+    layers = changes_by_layer(pipe, parts, files, spans, partial=partial)
+    warn_unknown_words(pipe, files)
 
     with exclusive_row_split(unet), serialized_calls(pipe), ExitStack() as stack:
         for see in (
@@ -81,7 +86,7 @@ def regions(
         for path, module in [named for named in unet.named_modules() if named[0].endswith("attn2")]:
             keys, values = (layers.pop(f"{path}.{name}", None) for name in ("to_k", "to_v"))
             if keys or values or any(text is not None for text in texts.now):
-                stack.callback(_set_back, module, module.processor)
+                stack.callback(_restore_processor, module, module.processor)
                 module.set_processor(Attention(masks, texts, keys, values))
         for path, paths in layers.items():
             for handle in _hooks(unet, path, paths, masks):
@@ -102,7 +107,7 @@ def _check(pipe: Any, parts: Sequence[Region], syntax: Syntax) -> None:
         refuse_tags(part.prompt or "", f"the region's prompt {part.prompt!r:.60}", "give Region the adapter")
 
 
-def _set_back(module: Any, processor: Any) -> None:
+def _restore_processor(module: Any, processor: Any) -> None:
     if isinstance(module.processor, Attention):  # another may have been set meanwhile
         module.set_processor(processor)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sfumato.compose.regions.changes import RegionChange, RegionChanges
-from sfumato.compose.regions.masks import Masks
-from sfumato.compose.regions.texts import RegionPrompts
+from sfumato.compose.regions.layers import RegionChange, RegionChanges
+from sfumato.compose.regions.prompts import RegionPrompts
+from sfumato.compose.regions.region import Masks
 from sfumato.errors import AdapterError
 
 

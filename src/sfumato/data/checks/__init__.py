@@ -1,0 +1,1 @@
+"""What `sfumato check` finds in a folder of images, and mends."""

@@ -1,0 +1,1 @@
+"""Adapters and embeddings in the formats of other tools."""

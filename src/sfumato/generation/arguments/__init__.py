@@ -1,0 +1,1 @@
+"""What `generate` and `grid` read from the command line."""

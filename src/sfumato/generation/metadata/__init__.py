@@ -1,0 +1,1 @@
+"""The settings in an image's file, as other programs and ours write them."""

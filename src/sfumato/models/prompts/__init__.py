@@ -1,0 +1,1 @@
+"""Prompts as people write them: weighted words, words that change between the steps, any length."""

@@ -1,0 +1,170 @@
+"""What a U-Net is told about prompts, and the token ids that text encoders get for them, 75 tokens at a time.
+
+CLIP's tokenizer, from the one copy of its vocabulary that travels with the package (see configs/clip/LICENSE).
+
+What a folder needs beside what transformers writes today, so that earlier versions read it, too.
+
+Since 5.6 transformers saves a CLIPTextModel without the level `text_model`. Earlier versions then draw with a random
+text encoder, and only warn. Since 5.0 it saves a tokenizer as `tokenizer.json` alone, which versions before 5.0 cannot
+load. InvokeAI, OneTrainer, ai-toolkit and sd-scripts take earlier versions; ComfyUI and diffusers' scripts that make
+single files look for the level, too. Current versions read both (and `bases.folder` does by itself).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """The embeddings of some prompts, as the U-Net takes them. hidden: (batch, tokens, width). pooled: (batch, width),
+    only for SDXL."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> TextEmbedding:
+        """The embeddings of some of the prompts; an index keeps the batch dimension."""
+        return TextEmbedding(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> TextEmbedding:
+        """As `torch.Tensor.to`."""
+        pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
+        return TextEmbedding(self.hidden.to(*args, **kwargs), pooled)
+
+    def zeros(self) -> TextEmbedding:
+        """The same shapes, filled with zeros."""
+        return TextEmbedding(
+            torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
+        )
+
+    def joined(self) -> TextEmbedding:
+        """All rows, which are the chunks of one prompt, as one row: their tokens one after another, and the first
+        chunk's pooled embedding."""
+        return TextEmbedding(self.hidden.flatten(0, 1)[None], None if self.pooled is None else self.pooled[:1])
+
+    def repeated(self, tokens: int) -> TextEmbedding:
+        """The same with this many tokens, a multiple of its own; the tokens are repeated.
+
+        Attention gives the same result, because each key and its value occurs as often as every other. So prompts of
+        several lengths form one batch without a mask, and each gets what it would get by itself.
+        """
+        times = tokens // self.hidden.shape[1]
+        return self if times == 1 else TextEmbedding(self.hidden.repeat(1, times, 1), self.pooled)
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbedding]) -> TextEmbedding:
+        """One embedding of all prompts of the parts, in their order, `repeated` to the same number of tokens."""
+        tokens = math.lcm(*(part.hidden.shape[1] for part in parts))
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        hidden = torch.cat([part.repeated(tokens).hidden for part in parts])
+        return TextEmbedding(hidden, torch.cat(pooled) if pooled else None)
+
+
+def chunk_token_ids(tokenizer: Any, ids: Sequence[int], size: int, count: int) -> list[list[int]]:
+    """The ids of a prompt in `count` rows of `size` + 2: start, at most `size` of the ids, end, padding."""
+    start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    chunks = [[start, *ids[size * place : size * (place + 1)], end] for place in range(count)]
+    return [chunk + [padding] * (size + 2 - len(chunk)) for chunk in chunks]
+
+
+def convert_multi_vector_prompt(tokenizer: Any, prompt: str) -> str:
+    """The prompt with all tokens of words of several vectors that diffusers loaded (<x> and <x>_1), as it has them.
+
+    Our own words' tokenizers do so themselves.
+    """
+    added = tokenizer.get_added_vocab()
+    for first in (token for token in added if f"{token}_1" in added and token in prompt and f"{token}_1" not in prompt):
+        count = next(number for number in range(1, len(added) + 1) if f"{first}_{number}" not in added)
+        prompt = prompt.replace(first, " ".join([first, *(f"{first}_{number}" for number in range(1, count))]))
+    return prompt
+
+
+CLIP_MERGES_FILE = Path(__file__).parent / "configs" / "clip" / "merges.txt.gz"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def clip_tokenizer(*, pad_token: str = END, positions: int) -> CLIPTokenizer:
+    """The tokenizer of CLIP's 49,408 tokens, as transformers builds it from vocab.json and merges.txt.
+
+    pad_token: CLIP ViT-L pads with its end token; OpenCLIP (SD 2, SDXL's second encoder) with token 0, "!".
+    positions: tokens a text encoder takes, both ends included.
+    """
+    return byte_pair_tokenizer(clip_merges(), pad_token=pad_token, positions=positions)
+
+
+def byte_pair_tokenizer(merges: list[tuple[str, str]], *, pad_token: str = END, positions: int) -> CLIPTokenizer:
+    """A tokenizer of CLIP's kind: 256 bytes, each also as the end of a word, then one token a merge, then both ends."""
+    symbols = bytes_to_unicode()
+    tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    settings: dict[str, Any] = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    return with_readable_pad_token(
+        CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=positions, **settings)
+    )
+
+
+def with_readable_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer, which reads its padding token in a text as any other word, if it is one of the vocabulary.
+
+    OpenCLIP pads with token 0, which is the letter "!". transformers takes each "!" of a text for padding then, where
+    OpenCLIP itself and sd-scripts read "k-on!," as CLIP does.
+    """
+    if tokenizer.pad_token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token):
+        return tokenizer
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    if tokenizer.pad_token not in told["model"]["vocab"]:  # a token of its own, which would be lost
+        return tokenizer
+    told["added_tokens"] = [token for token in told["added_tokens"] if token["content"] != tokenizer.pad_token]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(told))
+    if wrap := getattr(tokenizer, "_wrap_decode_method_backend_tokenizer", None):  # which reads </w> as a space
+        wrap()
+    return tokenizer
+
+
+@cache
+def clip_merges() -> list[tuple[str, str]]:
+    """The pairs CLIP's vocabulary was grown by, in their order."""
+    text = gzip.decompress(CLIP_MERGES_FILE.read_bytes()).decode("utf-8")
+    return [(left, right) for left, right in (line.split(" ") for line in text.splitlines())]
+
+
+def bytes_to_unicode() -> list[str]:
+    """256 printable characters that stand for the bytes, in the order of CLIP's token ids (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = range(256 - len(printable))  # the rest, in byte order, are moved above the first 256 characters
+    return [chr(code) for code in printable] + [chr(256 + index) for index in others]
+
+
+_LEVEL = "text_model."
+
+
+def make_portable(folder: Path, pipe: Any) -> None:
+    """Give a diffusers folder, as `pipe.save_pretrained` has just left it, the names and files of earlier versions."""
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, part, None)
+        weights = {} if encoder is None else encoder.state_dict()
+        # SDXL's second encoder has the level in every version.
+        if weights and not any(name.startswith(_LEVEL) for name in weights):
+            named = {_LEVEL + name: weight for name, weight in weights.items()}
+            save_file(named, folder / part / "model.safetensors", {"format": "pt"})
+    for part in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipe, part, None)
+        if tokenizer is not None:
+            tokenizer.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt

@@ -1,1 +1,0 @@
-"""Prompts as people write them: tags, weighted words, words that change between the steps, any length."""

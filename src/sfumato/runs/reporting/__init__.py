@@ -1,0 +1,1 @@
+"""What a run tells: log, plot, samples, trackers, and the table of all runs."""

@@ -1,0 +1,1 @@
+"""The model card: the README.md beside what was trained."""

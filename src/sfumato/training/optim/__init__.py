@@ -1,0 +1,1 @@
+"""Optimizers, their settings, averages of the weights."""

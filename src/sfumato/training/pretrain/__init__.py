@@ -1,0 +1,1 @@
+"""How the embedded base `pocket` is trained from scratch."""

@@ -1,1 +1,0 @@
-"""New words: their vectors, how tokenizers know them, how they are spelt, and what a word means already."""
