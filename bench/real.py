@@ -10,8 +10,8 @@ from typing import Any
 
 from sfumato.config import Config, parse
 from sfumato.errors import ConfigError, DataError
-from sfumato.utils import formatting
 from sfumato.utils.atomic import write_text
+from sfumato.utils.formatting import option_flag
 
 BASE_CONCEPTS = Path(__file__).parents[1] / "src/sfumato/models/pocket/concepts.json"
 
@@ -24,7 +24,7 @@ def check_least(config: object, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
-            raise ConfigError(f"{formatting.option_flag(name)} is {value}; it must be at least {least}.")
+            raise ConfigError(f"{option_flag(name)} is {value}; it must be at least {least}.")
 
 
 def at_least(least: int) -> Callable[[str], int]:

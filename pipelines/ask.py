@@ -39,7 +39,7 @@ def ask(config: Config) -> list[str]:
     from sfumato.runs import options as request
     from sfumato.runs.folder import is_run
     from sfumato.runs.lock import is_in_use
-    from sfumato.utils import formatting
+    from sfumato.utils.formatting import quote_argument
 
     wanted = request.Request.NOTHING
     for each in request.Request:
@@ -52,7 +52,7 @@ def ask(config: Config) -> list[str]:
     if not is_run(folder):
         raise ConfigError(f"{folder} holds no run; `sfumato runs` lists those that there are.")
     if not is_in_use(folder):
-        command = f"sfumato resume {formatting.quote_argument(str(folder))}{' --finish' if config.finish else ''}"
+        command = f"sfumato resume {quote_argument(str(folder))}{' --finish' if config.finish else ''}"
         raise ConfigError(f"no training is under way in {folder}; one that was stopped goes on with: {command}")
     try:
         request.ask(folder, wanted)

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError, DataError
-from sfumato.utils import formatting
 from sfumato.utils.atomic import fsync_path, temporary_sibling
-from sfumato.utils.formatting import escape_control, format_list, pluralize, say
+from sfumato.utils.formatting import escape_control, format_list, option_flag, pluralize, say
 
 if TYPE_CHECKING:
     from sfumato.data.captioners import Captioner
@@ -74,7 +73,8 @@ def main(argv: Sequence[str]) -> int:
     wanted, captioned, silent = pictures_without(config.images)
     if silent:
         say(
-            f"{format_list(silent)}: empty or unreadable, and nothing is written over. Remove such files to have captions "
+            f"{format_list(silent)}: empty or unreadable, and nothing is written over. Remove such files to "
+            f"have captions "
             "written there."
         )
     if not wanted and not config.json:
@@ -117,7 +117,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"--{name} is {getattr(config, name)}; it must be at least 1.")
     for name in ("threshold", "character_threshold"):
         if not 0 < getattr(config, name) <= 1:
-            option = formatting.option_flag(name)
+            option = option_flag(name)
             raise ConfigError(f"{option} is {getattr(config, name)}; it must be above 0 and at most 1.")
     if config.write and config.preview != Config.preview:
         raise ConfigError("--preview has no effect beside --write, which writes all captions; leave one out.")

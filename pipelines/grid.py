@@ -22,9 +22,8 @@ from sfumato.generation.arguments.base import DrawingBaseOptions
 from sfumato.generation.arguments.images import parse_size
 from sfumato.generation.xy_grid import GridCell, GridSetup, adapter_digest, check_drawable, fill_defaults, grid_setup
 from sfumato.models.prompts.syntax import Syntax, checked_syntax
-from sfumato.utils import formatting
 from sfumato.utils.atomic import checked_folder
-from sfumato.utils.formatting import pluralize, say
+from sfumato.utils.formatting import option_flag, pluralize, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,7 +129,7 @@ def plan(config: Config) -> tuple[Axis, Axis, list[Adapter], list[list[GridCell]
     ]
     for side, axis in sides:
         if axis.kind in PLAIN and getattr(config, axis.kind) is not None:
-            option = formatting.option_flag(axis.kind)
+            option = option_flag(axis.kind)
             raise ConfigError(f"--{side} varies {axis.kind}, so that {option} has no effect; leave it out.")
     return x, y, adapters, rows
 

@@ -14,7 +14,7 @@ from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.training.options import AlgoName
-from sfumato.utils import formatting
+from sfumato.utils.formatting import option_flag
 
 if TYPE_CHECKING:
     from sfumato.adapters import ByLayer, Kind
@@ -76,7 +76,7 @@ def check(config: Config) -> None:
     for name in ("resolution", "batch", "rank", "conv_rank", "factor", "within"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{formatting.option_flag(name)} {value:g}: must be a number above 0.")
+            raise ConfigError(f"{option_flag(name)} {value:g}: must be a number above 0.")
     if config.factor is not None and config.algo != "lokr":
         raise ConfigError("--factor has no effect without --algo lokr; leave it out, or give both.")
 

@@ -13,9 +13,8 @@ from sfumato.cli import run
 from sfumato.config import TypedConfig, parse, to_dict
 from sfumato.errors import ConfigError
 from sfumato.generation.arguments.adapters import parse_adapters
-from sfumato.utils import formatting
 from sfumato.utils.atomic import check_overwrite
-from sfumato.utils.formatting import pluralize, say
+from sfumato.utils.formatting import option_flag, pluralize, say
 from sfumato.utils.limits import checked_density, checked_seed
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def merge_files(config: Config) -> Path:
 def _check_method(config: Config) -> None:
     """Raises ConfigError for options that the method, or --into, does not take."""
     chosen = [each.name for each in fields(config) if getattr(config, each.name) != each.default]
-    idle = [formatting.option_flag(name) for name in chosen if name not in _OF_INTO]
+    idle = [option_flag(name) for name in chosen if name not in _OF_INTO]
     if config.into is not None and idle:
         raise ConfigError(
             "--into bakes all of it, in the base's own dtype: leave out "
@@ -128,12 +127,14 @@ def _check_method(config: Config) -> None:
     for name, methods in METHOD_SETTINGS.items():
         if name in chosen and config.method not in methods:
             raise ConfigError(
-                f"{formatting.option_flag(name)} has no effect on --method {config.method}; leave it out, or choose one of "
+                f"{option_flag(name)} has no effect on --method {config.method}; leave it out, or "
+                f"choose one of "
                 f"{', '.join(sorted(methods))}."
             )
         if name in chosen and joint and name != "inside" and config.inside not in methods:
             raise ConfigError(
-                f"{formatting.option_flag(name)} has no effect on --method {config.method} --inside {config.inside}; leave it "
+                f"{option_flag(name)} has no effect on --method {config.method} --inside "
+                f"{config.inside}; leave it "
                 f"out, or give --inside one of {', '.join(sorted(methods - METHOD_SETTINGS['inside']))}."
             )
     if config.into is not None and config.method not in ("linear", *DENSE):

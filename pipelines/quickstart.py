@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sfumato import cli
 from sfumato.config import parse
 from sfumato.errors import ConfigError, RunError
-from sfumato.utils import formatting
+from sfumato.utils.formatting import join_command, quote_argument
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,7 +139,7 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
     # Of a larger base two at once may be more than the memory holds.
     at_once = is_pocket(config) and precision.device.type == "cpu" and threads > 1
     for words in commands.values():
-        print(f"\n$ sfumato {formatting.join_command(words)}", flush=True)
+        print(f"\n$ sfumato {join_command(words)}", flush=True)
     if at_once:
         # The subject has the shorter steps: its rows are drawn by its core while the style goes on learning.
         if failed := processes.run_commands(
@@ -251,13 +251,13 @@ class Sheet:
 
 def next_commands(style: Path, subject: Path, config: Config) -> list[str]:
     """Three commands that work as they are, even without an active environment: they call sfumato as it was called."""
-    a, b = formatting.quote_argument(str(style)), formatting.quote_argument(str(subject))
-    on = "" if is_pocket(config) else f"{formatting.join_command(base_words(config))} "
+    a, b = quote_argument(str(style)), quote_argument(str(subject))
+    on = "" if is_pocket(config) else f"{join_command(base_words(config))} "
     called = Path(sys.argv[0])
     if called.is_relative_to(Path.cwd()):  # PowerShell runs nothing in quotes, which a space above may need
         called = called.relative_to(Path.cwd())
     by_path = called.name == "sfumato" and shutil.which("sfumato") is None
-    program = formatting.quote_argument(str(called)) if by_path else "sfumato"
+    program = quote_argument(str(called)) if by_path else "sfumato"
     return [
         f'{program} generate "{SUBJECT}" {on}--lora {a} --lora {b} --seed 3 -o flamingo.png',
         f"{program} generate guitar tulip owl {on}--lora {a} --sweep style=0,0.5,1 -o sweep.png",

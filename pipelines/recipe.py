@@ -15,8 +15,7 @@ from cyclopts import Parameter
 from sfumato.cli import run
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.utils import formatting
-from sfumato.utils.formatting import escape_control, pluralize, say
+from sfumato.utils.formatting import escape_control, option_flag, pluralize, quote_argument, say
 
 if TYPE_CHECKING:
     from sfumato.interop.settings import Recipe
@@ -66,14 +65,14 @@ def main(argv: Sequence[str]) -> int:
         say(f"{images}: {pluralize(training.images.sources, 'source')}")
     write_text(config.output, training.to_toml({field.name: field.default for field in fields(trainer.Config)}))
     say(f"{config.output}: a config of {recipe.program}")
-    asked = [f"{formatting.option_flag(name)} {'DIR' if name == 'images' else 'WORDS'}" for name in recipe.ask]
-    run_folder = formatting.quote_argument((Path("runs") / config.output.stem).as_posix())
+    asked = [f"{option_flag(name)} {'DIR' if name == 'images' else 'WORDS'}" for name in recipe.ask]
+    run_folder = quote_argument((Path("runs") / config.output.stem).as_posix())
     print(
         " ".join(
             [
                 "sfumato train",
                 recipe.program,
-                formatting.quote_argument(str(config.output)),
+                quote_argument(str(config.output)),
                 *asked,
                 "--output",
                 run_folder,

@@ -26,8 +26,7 @@ from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.methods.subject import PreservedPrompts, Subject, read_subject, with_caption
 from sfumato.training.options import FullOptions, KindOptions
-from sfumato.utils import formatting
-from sfumato.utils.formatting import format_list, pluralize
+from sfumato.utils.formatting import format_list, option_flag, pluralize
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from torch import nn
@@ -326,7 +325,7 @@ def check_words(config: Config) -> None:
         raise ConfigError("--identifier is empty; give a rare word, such as sks.")
     for option in ("class_name", "class_prompt", "instance_prompt"):
         if (words := getattr(config, option)) is not None and not words.strip():
-            raise ConfigError(f"{formatting.option_flag(option)} is empty; give words, or leave it out.")
+            raise ConfigError(f"{option_flag(option)} is empty; give words, or leave it out.")
     if config.instance_prompt and config.caption:
         raise ConfigError("--instance-prompt and --caption are both given; each decides all captions, so give one.")
     if config.instance_prompt and config.wildcards:

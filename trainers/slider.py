@@ -25,8 +25,7 @@ from sfumato.runs.folder import refuse_output_among
 from sfumato.training import checks, config_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import AdapterOptions, TrainingOptions
-from sfumato.utils import formatting
-from sfumato.utils.formatting import pluralize
+from sfumato.utils.formatting import pluralize, quote_argument
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     from PIL.Image import Image
@@ -419,7 +418,7 @@ def save(path: Path, config: Config, learned: TrainedAdapter, samples: Samples, 
     prompts, rows = samples_by_weight(samples)
     card = write_slider_card(run.folder, path, description, prompts, rows)
     command = drawing_command(config, description, prompts[0] if prompts else "a dog", lora=path)
-    several = formatting.quote_argument(f"{path.stem}=-1,0,1")
+    several = quote_argument(f"{path.stem}=-1,0,1")
     plot_and_tell(run, f"slider   {path}", card, f"{command} --sweep {several}", has_samples=bool(rows))
     upload(run, [path], config.push_to_hub)
 

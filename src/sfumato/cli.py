@@ -21,8 +21,8 @@ from typing import Literal, NoReturn
 
 import sfumato
 from sfumato.errors import ConfigError, SfumatoError, did_you_mean, is_out_of_memory, package_error
-from sfumato.utils import formatting, processes
-from sfumato.utils.formatting import escape_control
+from sfumato.utils import processes
+from sfumato.utils.formatting import escape_control, quote_argument
 from sfumato.utils.processes import ignore_broken_pipes
 from sfumato.utils.text_files import read_json_object
 
@@ -320,13 +320,14 @@ def _resume(words: list[str]) -> object:
     if isinstance(copy, str) and copy:
         raise ConfigError(
             f"{folder}: its program is {copy}, which may do otherwise than sfumato's own. Go on with: python "
-            f"{formatting.quote_argument(copy)} {formatting.quote_argument(str(config))} --output {formatting.quote_argument(str(folder))} --resume"
+            f"{quote_argument(copy)} {quote_argument(str(config))} --output "
+            f"{quote_argument(str(folder))} --resume"
         )
     trainer = find(str(facts["program"]), TRAINERS)
     if not config.is_file():
         raise ConfigError(
             f"{config} is gone, and with it the options of the run. Give the same again: sfumato train "
-            f"{facts['program']} [OPTIONS] --output {formatting.quote_argument(str(folder))} --resume --force"
+            f"{facts['program']} [OPTIONS] --output {quote_argument(str(folder))} --resume --force"
         )
     return _load(trainer)([str(config), "--output", str(folder), "--resume", *words[1:]])
 
@@ -336,7 +337,7 @@ def _runs_near(folder: Path) -> str:
     if not folder.exists():
         return "there is no such folder; name the one that --output named."
     if (folder.parent / "run.json").is_file():
-        return f"{folder.parent} does: sfumato resume {formatting.quote_argument(str(folder.parent))}"
+        return f"{folder.parent} does: sfumato resume {quote_argument(str(folder.parent))}"
     if found := sorted(each.parent.name for each in folder.glob("*/run.json")):
         return f"there are {', '.join(found[:4])}{' and more' if found[4:] else ''} in it; name one."
     return "name the folder that --output named."
@@ -400,5 +401,5 @@ def _copy(words: list[str]) -> int:
     from sfumato.utils.atomic import write_text
 
     write_text(target, original.read_text(encoding="utf-8"))
-    print(f"{target} is yours; run it with: python {formatting.quote_argument(str(target))} --help")
+    print(f"{target} is yours; run it with: python {quote_argument(str(target))} --help")
     return 0

@@ -24,8 +24,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from sfumato.errors import ConfigError, did_you_mean
-from sfumato.utils import formatting
-from sfumato.utils.formatting import truncate_text
+from sfumato.utils.formatting import option_flag, quote_argument, truncate_text
 from sfumato.utils.option_names import suggest_option, suggest_value
 from sfumato.utils.text_files import check_toml_path, read_toml
 
@@ -74,7 +73,8 @@ def _refuse_config_of_others(config_type: type[DataclassInstance], first: str) -
     is_trainer = "learning_rate" in {field.name for field in dataclasses.fields(config_type)}
     if is_trainer and not first.startswith("--") and first.lower().endswith((".yaml", ".yml", ".json")):
         raise ConfigError(
-            f"{first}: a config is a .toml here; sfumato recipe {formatting.quote_argument(first)} -o mine.toml converts a training "
+            f"{first}: a config is a .toml here; sfumato recipe {quote_argument(first)} -o mine.toml "
+            f"converts a training "
             "of another tool."
         )
 
@@ -170,7 +170,7 @@ def _parse_error_message(
         if here := suggest_value(option.lstrip("-"), value):
             return f"{option} {value}: {here}"
         if error.token.source == "cli" and (wanted := _WANTED.get(error.target_type)):
-            return f"{option} {formatting.quote_argument(' '.join(value.split()))}: wanted {wanted}."
+            return f"{option} {quote_argument(' '.join(value.split()))}: wanted {wanted}."
     for flag, after in itertools.pairwise(words):
         if flag == "--resume" and not after.startswith("-") and after in (error.unused_tokens or ()):
             return f"--resume {after}: it is the run in --output that goes on; sfumato resume {after} needs no option."
@@ -215,7 +215,7 @@ def _expand_paths(config: Config) -> Config:
 
 def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """Whole numbers with a fraction are an error: the parser would round `--steps 1.5` and say nothing."""
-    whole = {formatting.option_flag(name) for name in _fields_of(config_type, int)}
+    whole = {option_flag(name) for name in _fields_of(config_type, int)}
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option.replace("_", "-") in whole:
@@ -227,8 +227,8 @@ def _refuse_fractions(config_type: type[DataclassInstance], words: Sequence[str]
 def _refuse_empty_paths(config_type: type[DataclassInstance], words: Sequence[str], called: str) -> None:
     """A path of no letters is an error, such as `--images "$UNSET"`: it would be the present folder."""
     names = _fields_of(config_type, Path)
-    paths = {formatting.option_flag(name) for name in names} | ({"-o"} if "output" in names else set())
-    first = formatting.option_flag(dataclasses.fields(config_type)[0].name)  # also given without its name
+    paths = {option_flag(name) for name in names} | ({"-o"} if "output" in names else set())
+    first = option_flag(dataclasses.fields(config_type)[0].name)  # also given without its name
     words = [first, *words] if words[:1] == [""] else words
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -347,7 +347,7 @@ def _read(config_type: type[DataclassInstance], path: Path) -> dict[str, Any]:
     base = "pretrained_model_name_or_path"
     if "learning_rate" in known and (base in in_sections or {base, "output_dir"} <= in_sections | values.keys()):
         raise ConfigError(
-            f"{path}: a training of sd-scripts; sfumato recipe {formatting.quote_argument(str(path))} -o mine.toml converts it."
+            f"{path}: a training of sd-scripts; sfumato recipe {quote_argument(str(path))} -o mine.toml converts it."
         )
     hints, paths = _hints(config_type), _fields_of(config_type, Path)
     found: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from sfumato.training.cards.adapter import _USUAL, code, training_table, write_c
 from sfumato.training.cards.methods import add_words_section, write_embedding_card, write_fast_card, write_model_card
 from sfumato.training.finish import push
 from sfumato.training.options import RunOptions
-from sfumato.utils import formatting
+from sfumato.utils.formatting import quote_argument
 
 ABOUT = Description(
     title="line",
@@ -213,10 +213,7 @@ def test_lines_of_python_say_what_pipe_is_and_the_head_names_bases_of_the_hub_al
     about, words = replace(ABOUT, base=base), {"<x>": tmp_path / "x.safetensors"}
     path = write_embedding_card(tmp_path, words, about, [], [], [])
     assert f'{line}\npipe.load_textual_inversion("x.safetensors")' in path.read_text(encoding="utf-8")
-    assert (
-        f'sfumato generate "<x>" --base {formatting.quote_argument(base)} --embedding x.safetensors`'
-        in path.read_text("utf-8")
-    )
+    assert f'sfumato generate "<x>" --base {quote_argument(base)} --embedding x.safetensors`' in path.read_text("utf-8")
     path = write_card(tmp_path, tmp_path / "line.safetensors", about, [], [])
     add_words_section(path, words, about, inside=None)
     assert f'{line}\npipe.load_lora_weights("line.safetensors")' in path.read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
-"""What is trained, where it attaches, and its change of a weight; weights by block; new words. Importing this loads no torch."""
+"""What is trained, where it attaches, and its change of a weight; weights by block; new words. Importing this loads
+no torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

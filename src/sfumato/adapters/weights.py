@@ -176,7 +176,8 @@ def scale_unet_weight(label: str, weight: Weight, number: float) -> Weight:
         return checked_weight(label, number)
     if not weight[0]:
         raise AdapterError(
-            f"{label}: its weights {format_weight(weight)} are no start for other weights, as the first, the U-Net's, is "
+            f"{label}: its weights {format_weight(weight)} are no start for other weights, as the first, the "
+            f"U-Net's, is "
             "0. Give one weight, or two such as 1:0.5."
         )
     return checked_weight(label, (number, number * weight[1] / weight[0]))

@@ -80,7 +80,8 @@ def compose(
     all adapters beside each linear layer and convolution, so that changing weights costs almost nothing and each call
     costs a little; "auto" bakes, except for quantised weights. verify: refuse files that have no fingerprint in their
     metadata, or whose weights do not match it. words_known: do not mention new words that files bring, because the
-    caller adds them with `sfumato.adapters.embeddings.embedding.bundled`. Everything is read and matched before the pipeline is
+    caller adds them with `sfumato.adapters.embeddings.embedding.bundled`. Everything is read and matched before the
+    pipeline is
     changed; a failed call leaves it as it was. Raises AdapterError or FileError, one line, also for a pipeline that has
     a mix already (see `current(pipe)`).
     """

@@ -20,8 +20,7 @@ import numpy as np
 from PIL import Image
 
 from sfumato.errors import ConfigError, FileError
-from sfumato.utils import formatting
-from sfumato.utils.formatting import pluralize
+from sfumato.utils.formatting import option_flag, pluralize
 
 if TYPE_CHECKING:
     from sfumato.precision import Precision
@@ -120,7 +119,7 @@ def _refuse_unused(wishes: CaptionSettings, kind: str) -> None:
     for name, wish in asdict(wishes).items():
         if kind not in _KINDS[name] and wish != getattr(CaptionSettings(), name):
             raise ConfigError(
-                f"{formatting.option_flag(name)} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it out."
+                f"{option_flag(name)} has no effect on {kind}; it is for {' and '.join(_KINDS[name])}. Leave it out."
             )
 
 

@@ -46,7 +46,8 @@ def read_sums(folder: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise DataError(
-                f"{CHECKSUMS_FILE}, line {number}: wanted 64 hex digits, two spaces and a name, found {line[:60]!r}. Write it "
+                f"{CHECKSUMS_FILE}, line {number}: wanted 64 hex digits, two spaces and a name, found "
+                f"{line[:60]!r}. Write it "
                 f"anew with sha256sum * > {CHECKSUMS_FILE}."
             )
         name = re.sub(r"\\(.)", lambda sign: _SIGNS.get(sign[1], sign[0]), match[3]) if match[1] else match[3]
@@ -102,6 +103,7 @@ def refuse_changed(path: Path, wanted: str, found: str) -> None:
     """Raises DataError, naming the file, unless both checksums are one, or there is none that is wanted."""
     if wanted and wanted != found:
         raise DataError(
-            f"{path.name}: not the file that {CHECKSUMS_FILE} lists; its bytes are others. Copy it anew, or write {CHECKSUMS_FILE} anew if "
+            f"{path.name}: not the file that {CHECKSUMS_FILE} lists; its bytes are others. Copy it anew, or "
+            f"write {CHECKSUMS_FILE} anew if "
             "you changed it."
         )

@@ -29,8 +29,7 @@ from sfumato.data.folder import NO_LINES, NO_WILDCARDS, Example, ExampleSet, Gro
 from sfumato.data.listing import Ignored, Listing, list_folder, own_name_note
 from sfumato.data.options import MaskSource, Options
 from sfumato.errors import ConfigError, DataError, did_you_mean
-from sfumato.utils import formatting
-from sfumato.utils.formatting import format_list, pluralize
+from sfumato.utils.formatting import format_list, pluralize, quote_argument
 from sfumato.utils.text_files import check_toml_path, read_toml
 
 _OPTION_KEYS = tuple(option.name for option in fields(Options) if option.name != "resolution")
@@ -198,7 +197,8 @@ def read_sources(
     entries = values.pop("source", None)
     if entries is None and "datasets" in values:
         raise ConfigError(
-            f"{path.name}: a config of kohya's tools; sfumato dataset {formatting.quote_argument(str(path))} -o dataset.toml "
+            f"{path.name}: a config of kohya's tools; sfumato dataset {quote_argument(str(path))} -o "
+            f"dataset.toml "
             "converts it."
         )
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):

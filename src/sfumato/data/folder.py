@@ -239,7 +239,8 @@ def no_images_message(path: Path, ignored: Sequence[Ignored]) -> DataError:
         )
     if deeper := [entry.name for entry in ignored if entry.reason == FOLDER_OF_REPEATS]:
         return DataError(
-            f"{path}: no images in it, but in folders with repeats within {format_list(deeper)}. Name that folder, as in "
+            f"{path}: no images in it, but in folders with repeats within {format_list(deeper)}. Name that "
+            f"folder, as in "
             f"--images {path / deeper[0]}."
         )
     return DataError(f"{path}: no images in it{ignored_summary(ignored)}. Put PNG or JPEG files there.")

@@ -143,12 +143,14 @@ class _Reader:
         absent = [path.relative_to(self.root).as_posix() for path in self.sums if not path.is_file()]
         if absent:
             self.notes.append(
-                f"{CHECKSUMS_FILE} lists {pluralize(len(absent), 'file that is', 'files that are')} not there: {format_list(absent)}"
+                f"{CHECKSUMS_FILE} lists {pluralize(len(absent), 'file that is', 'files that are')} not there: "
+                f"{format_list(absent)}"
             )
         unlisted = [found.path.name for found in self.pictures if not found.checksums[0]]
         if self.sums and unlisted:
             self.notes.append(
-                f"{CHECKSUMS_FILE} does not list {pluralize(len(unlisted), 'image')}, left unchecked: {format_list(unlisted)}"
+                f"{CHECKSUMS_FILE} does not list {pluralize(len(unlisted), 'image')}, left unchecked: "
+                f"{format_list(unlisted)}"
             )
 
     def _note_conflicting_captions(self) -> None:

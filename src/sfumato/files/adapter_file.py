@@ -302,7 +302,8 @@ def _check_layout(layout: Layout, file: str, total: int, partial: bool) -> None:
         )
     if layout.incomplete:
         raise AdapterError(
-            f"{file}: {_incomplete_modules(layout)}. Take the file from its source again, or accept the rest with {_PARTIAL}."
+            f"{file}: {_incomplete_modules(layout)}. Take the file from its source again, or accept the rest "
+            f"with {_PARTIAL}."
         )
 
 

@@ -117,8 +117,8 @@ SETTING_BYTES = 5_000
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled with an adapter that is distilled for few steps: by this sampler of `sfumato.utils.schedulers`,
-    in so many steps, at this guidance scale."""
+    """How images are sampled with an adapter that is distilled for few steps: by this sampler of
+    `sfumato.utils.schedulers`, in so many steps, at this guidance scale."""
 
     sampler: str
     steps: int
@@ -140,8 +140,8 @@ class Description:
     {"name", "hash", "weight"} for each file. adapter_guidance: how often the adapter's change counts unless the user
     sets it, see `sfumato.compose.guidance`. over_steps: (start, end) of progress, 0 at pure noise and 1 at the finished
     image, in which it is active unless the user sets it; None: always. negatives: each is the negative prompt of
-    prompts that contain it and more, see `sfumato.models.prompts.syntax`. sampling: what it is distilled for; the user's own
-    settings come before it. word_files: for each new word that was learned
+    prompts that contain it and more, see `sfumato.models.prompts.syntax`. sampling: what it is distilled for; the
+    user's own settings come before it. word_files: for each new word that was learned
     with it, the name of the word's own file. clip_skip: as for `load_base`; None if it was not set. timesteps: (first,
     the one to stop before) that were trained; None: all. inpaints: whether the base is an inpainting model, which the
     model card states.

@@ -67,7 +67,8 @@ def draw(
     """Generate one image for each prompt and its seed, in order. One prompt serves many seeds, one seed many prompts.
 
     source: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. steps, guidance, width and height (pixels): unset, the
-    defaults of the base family or of the pipeline. sampler: a name from `sfumato.utils.schedulers`; unset, a pipeline keeps
+    defaults of the base family or of the pipeline. sampler: a name from `sfumato.utils.schedulers`; unset, a
+    pipeline keeps
     its own scheduler, and a Base uses its family's (`base.defaults.sampler`), whatever its folder names. batch: images
     generated at once; unset, chosen by their size; fewer where memory does not hold them. start: an image to start
     from, as `Start(image)` of this module; with a mask, only a part of it changes. hires: `Hires(2)` of this module

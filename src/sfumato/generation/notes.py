@@ -93,7 +93,8 @@ def unused_word_notes(files: Sequence[tuple[Path, Iterable[str]]], prompts: Sequ
 def misread_word_notes(known: Iterable[str], prompts: Sequence[str], syntax: Syntax) -> list[str]:
     """A line on each of the new words in use of which A1111's syntax takes the brackets in a prompt for its own."""
     return [
-        f"{to_single_line(token)}: --prompt-syntax a1111 takes its brackets for emphasis; write {to_single_line(escape_emphasis(token))} for the "
+        f"{to_single_line(token)}: --prompt-syntax a1111 takes its brackets for emphasis; write "
+        f"{to_single_line(escape_emphasis(token))} for the "
         "word."
         for token in known
         if syntax == "a1111"
@@ -171,7 +172,8 @@ def unknown_word_notes(prompts: Sequence[str], known: Iterable[str], base: Base)
     spelt = [word for word in found if re.search(r"\w", word)]
     own = base.tokenizers[0].get_vocab() if spelt else {}  # a large table, for which the tokenizer takes its time
     return [
-        f"{to_single_line(word)}: no file brings this word, so its letters are read one by one; name its file with --embedding."
+        f"{to_single_line(word)}: no file brings this word, so its letters are read one by one; name its file "
+        f"with --embedding."
         for word in spelt
         if word not in own and not any(contains_placeholder(token, word) for token in known)
     ]

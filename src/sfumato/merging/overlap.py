@@ -59,7 +59,8 @@ def clashes(sources: Sequence[MergeSource]) -> list[Pair]:
     for source in sources:
         if source.changes and not factors[source.name]:
             raise AdapterError(
-                f"{source.name} changes nothing at its weight {format_weight(source.weight)}, so nothing can clash with "
+                f"{source.name} changes nothing at its weight {format_weight(source.weight)}, so nothing can "
+                f"clash with "
                 "it. Give it another weight, or leave it out."
             )
     pairs = []

@@ -348,5 +348,6 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def plain_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer without the new words that it knows at present (`sfumato.adapters.embeddings.added_tokens` puts the plain one aside)."""
+    """The tokenizer without the new words that it knows at present (`sfumato.adapters.embeddings.added_tokens` puts
+    the plain one aside)."""
     return getattr(tokenizer, "_sfumato_plain", (tokenizer,))[0]

@@ -109,7 +109,7 @@ class Processes:
     device: torch.device
 
     @classmethod
-    def join(cls, device: str = "auto") -> "Processes":
+    def join(cls, device: str = "auto") -> Processes:
         """Meet the other processes, if `accelerate launch` started any."""
         on_cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
         try:

@@ -30,8 +30,8 @@ from sfumato.runs.progress import Progress, StopSignal
 from sfumato.runs.recovery import Recovery, not_finite
 from sfumato.runs.reporting.log import Log, RunCallbacks
 from sfumato.runs.reporting.trackers import WandbRun
-from sfumato.utils import formatting
 from sfumato.utils.atomic import write_text
+from sfumato.utils.formatting import quote_argument
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -402,11 +402,11 @@ class Run:
     def resume_command(self) -> str:
         """What goes on with the run."""
         launcher = f"accelerate launch --num_processes {self.count} -m " if self.count > 1 else ""
-        folder = formatting.quote_argument(str(self.folder))
+        folder = quote_argument(str(self.folder))
         if self._claim.copy:
             started = f"{launcher.removesuffix('-m ')}" or "python "
-            config = formatting.quote_argument(str(self.folder / "config.toml"))
-            return f"{started}{formatting.quote_argument(str(self._claim.copy))} {config} --output {folder} --resume"
+            config = quote_argument(str(self.folder / "config.toml"))
+            return f"{started}{quote_argument(str(self._claim.copy))} {config} --output {folder} --resume"
         return f"{launcher}sfumato resume {folder}"
 
     def _or_stop(self, write: Callable[[], None]) -> None:

@@ -36,7 +36,7 @@ from sfumato.files.metadata import (
 from sfumato.files.writing.embedding import write_embedding
 from sfumato.runs.folder import snapshot_name
 from sfumato.training.checks import check_module_dropout, refuse_missing
-from sfumato.utils import formatting
+from sfumato.utils.formatting import quote_argument
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +236,7 @@ def copy_from_file(
     return digest.hexdigest(), [
         *([otherwise] if kind not in ("", base.prediction_type) else []),
         *(
-            f"{name}: its word {token} is left behind; `train lora --train-words {formatting.quote_argument(token)}` learns it on"
+            f"{name}: its word {token} is left behind; `train lora --train-words {quote_argument(token)}` learns it on"
             for token in left
         ),
     ]

@@ -22,7 +22,7 @@ from sfumato.generation.arguments.images import checked_flags
 from sfumato.runs.folder import WRITTEN
 from sfumato.runs.reporting.trackers import check_project
 from sfumato.training.optim import settings
-from sfumato.utils import formatting
+from sfumato.utils.formatting import option_flag
 from sfumato.utils.limits import checked_seed
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ def check_trainer(config: TrainingOptions) -> None:
         folder = getattr(config, option, None)
         for part in () if folder is None else (folder, *folder.parents):
             if part.is_file():
-                raise ConfigError(
-                    f"{formatting.option_flag(option)} {folder}: {part} is a file; name a folder, or another place."
-                )
+                raise ConfigError(f"{option_flag(option)} {folder}: {part} is a file; name a folder, or another place.")
     check_run(config)
 
 
@@ -203,7 +201,7 @@ def check_run(config: FolderOptions) -> None:
         for name in names:
             value = getattr(config, name, None)
             if value is not None and not is_good(value):
-                raise ConfigError(f"{formatting.option_flag(name)} is {value}; it must {wanted}.")
+                raise ConfigError(f"{option_flag(name)} is {value}; it must {wanted}.")
 
 
 def check_name(config: FolderOptions, *, folder: bool = False) -> None:
@@ -267,4 +265,4 @@ def refuse_given(config: FolderOptions, why: str, *names: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     given = [name for name in names if name in defaults and getattr(config, name) != defaults[name]]
     if given and not config.resume:
-        raise ConfigError(f"{formatting.option_flag(given[0])} {why}.")
+        raise ConfigError(f"{option_flag(given[0])} {why}.")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sfumato.config import fill_unset
 from sfumato.errors import ConfigError
 from sfumato.training.options import FullOptions, TrainingOptions
-from sfumato.utils import formatting
-from sfumato.utils.formatting import pluralize
+from sfumato.utils.formatting import option_flag, pluralize
 
 if TYPE_CHECKING:
     from sfumato.data import ExampleSet
@@ -148,7 +147,8 @@ def resolve_learning_rate(config: TrainingOptions, name: str, otherwise: float) 
     assert config.learning_rate is not None
     if given not in (None, config.learning_rate):
         raise ConfigError(
-            f"{formatting.option_flag(name)} {given} beside --learning-rate {config.learning_rate}: prodigy finds one step "
+            f"{option_flag(name)} {given} beside --learning-rate {config.learning_rate}: prodigy "
+            f"finds one step "
             "for all that learns. Leave it out, or use --optimizer adamw."
         )
     return config.learning_rate

@@ -14,7 +14,7 @@ from sfumato.config import to_dict
 from sfumato.errors import ConfigError
 from sfumato.runs.folder import card_pictures
 from sfumato.runs.options import persistent_config
-from sfumato.utils import formatting
+from sfumato.utils.formatting import join_command
 
 if TYPE_CHECKING:
     from sfumato.data import Dataset
@@ -182,6 +182,6 @@ def push(folder: Path, learned: Path, repository: str) -> str:
         words = ["hf", "upload", repository, str(folder), ".", *(w for each in patterns for w in ("--include", each))]
         raise ConfigError(
             f"--push-to-hub {repository}: {reason}. What was learned is safe in {learned}; log in with `hf auth login` "
-            f"and upload it with `{formatting.join_command(words)}`."
+            f"and upload it with `{join_command(words)}`."
         ) from None
     return str(commit.commit_url)

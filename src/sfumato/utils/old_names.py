@@ -1,4 +1,5 @@
-"""Modules under the names that they had until 0.27: importable for one release, with a warning that names the new one."""
+"""Modules under the names that they had until 0.27: importable for one release, with a warning that names the new
+one."""
 
 import sys
 import warnings

@@ -89,13 +89,15 @@ def placeholder_warnings(placeholders: Sequence[str], tokenizer: Any) -> list[st
     brackets A1111's syntax takes for its own."""
     plain = plain_tokenizer(tokenizer)
     lines = [
-        f"{token} is spelt like a word, which the tokenizer cuts into {' '.join(subword_pieces(token, plain))}: prompts that "
+        f"{token} is spelt like a word, which the tokenizer cuts into {' '.join(subword_pieces(token, plain))}: "
+        f"prompts that "
         f"mean that word get the new vectors. <{token}> would be nobody's word."
         for token in placeholders
         if re.fullmatch(r"[^\W\d_]+", token)
     ]
     return lines + [
-        f"{token}: --prompt-syntax a1111 takes its brackets for emphasis, and wants {escape_emphasis(token)}; one such as "
+        f"{token}: --prompt-syntax a1111 takes its brackets for emphasis, and wants {escape_emphasis(token)}; "
+        f"one such as "
         "<word> is the same everywhere."
         for token in placeholders
         if escape_emphasis(token) != token

@@ -52,7 +52,8 @@ def regions(
 
     pipe: a diffusers pipeline (SD 1.x, 2.x, SDXL) or a Base. guided: whether a call's first half of rows are those
     without the prompt, as classifier-free guidance has them, where no pipeline that is called says it.
-    syntax: how weighted words of the regions' prompts are written, see `sfumato.models.prompts.syntax`; it wants a Base.
+    syntax: how weighted words of the regions' prompts are written, see `sfumato.models.prompts.syntax`; it wants a
+    Base.
     over_steps: by an adapter's label the progress, from and to, in which it changes the U-Net, 0 at pure noise and 1 at
     the finished picture; of others those that their files ask for. partial, verify: as of `compose`. Where regions
     overlap, changes on pixels add up and attentions share. What diffusers' `load_lora_weights` loaded counts

@@ -156,7 +156,8 @@ class Dataset:
         self._texts = other._texts
 
     def order(self, seed: int, step: int, batch_size: int) -> list[int]:
-        """The pictures of a step's global batch, those of a micro-batch of one size; see `sfumato.data.preparation.dataset.Order`."""
+        """The pictures of a step's global batch, those of a micro-batch of one size; see
+        `sfumato.data.preparation.dataset.Order`."""
         key = (seed, batch_size)
         if key not in self._orders:
             self._orders[key] = BatchOrder(self._samples, self.sizes, seed, batch_size, self._together or batch_size)

@@ -132,7 +132,8 @@ class CaptionEmbeddings:
 
 
 def _word_rows(tokenizer: Any, number: int, ids: Sequence[int]) -> list[list[float]]:
-    """The vectors of the ids that are new words' (`sfumato.adapters.embeddings.added_tokens.Words`), in order: no weight holds them."""
+    """The vectors of the ids that are new words' (`sfumato.adapters.embeddings.added_tokens.Words`), in order: no
+    weight holds them."""
     return [
         words.rows[number][token - words.first[number]].tolist()
         for token in ids

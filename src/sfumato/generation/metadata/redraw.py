@@ -23,8 +23,8 @@ from sfumato.generation.metadata import png_info
 from sfumato.generation.metadata.other_tools import read_graph, read_invoke
 from sfumato.generation.metadata.png_info import Parameters, read_picture_info
 from sfumato.models.prompts.syntax import Syntax
-from sfumato.utils import formatting, schedulers
-from sfumato.utils.formatting import format_number
+from sfumato.utils import schedulers
+from sfumato.utils.formatting import format_number, join_command, option_flag
 
 _WHOLE = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:e[+-]?[0-9]{1,3})?")
@@ -121,9 +121,7 @@ def render(found: Redraw) -> str:
     lines = [f"{name:<{width}} {value}" for name, value in rows]
     if found.left_out:
         lines += ["", f"not in the command: {', '.join(f'{_line(n)} {_line(v)}' for n, v in found.left_out)}"]
-    return "\n".join(
-        [*lines, "", "as a command, where its files have these names:", f"  {formatting.join_command(found.words)}"]
-    )
+    return "\n".join([*lines, "", "as a command, where its files have these names:", f"  {join_command(found.words)}"])
 
 
 def _line(text: str) -> str:
@@ -248,7 +246,7 @@ def _grid_words(asked: Mapping[str, Any], left: dict[str, str]) -> Iterator[str]
         if name not in _OF_GRID:
             left[name] = str(value)
             continue
-        option = formatting.option_flag(name)
+        option = option_flag(name)
         if value is True:
             yield option
         for each in () if value is True else value if isinstance(value, list) else [value]:
@@ -301,6 +299,6 @@ def _own_words(own: Mapping[str, Any]) -> Iterator[str]:
         yield from _option("--switch", str(int(switch["every"])))
     for name, value in (own.get("options") or {}).items():
         if value in _OPTIONS.get(name, ()):
-            yield from (formatting.option_flag(name), *([] if value is True else [str(value)]))
+            yield from (option_flag(name), *([] if value is True else [str(value)]))
     for file in own.get("embeddings") or ():
         yield from _option("--embedding", file)

@@ -14,7 +14,7 @@ from sfumato.errors import ConfigError, RunError
 from sfumato.runs.folder import IGNORED_OPTIONS, extra_names, is_run, read_facts, run_name
 from sfumato.runs.lock import is_in_use
 from sfumato.runs.reporting.plot import last_samples, read_log, running_mean
-from sfumato.utils import formatting
+from sfumato.utils.formatting import quote_argument
 from sfumato.utils.image_grid import contact_sheet, shrink_for_sheet
 from sfumato.utils.text_files import read_toml
 
@@ -119,7 +119,7 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     if value is None:
         return "unset"
-    return formatting.quote_argument(value) if isinstance(value, str) else str(value)
+    return quote_argument(value) if isinstance(value, str) else str(value)
 
 
 def sample_sheet(runs: Sequence[Overview]) -> Image.Image:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import ConfigError, RunError
-from sfumato.utils import formatting
+from sfumato.utils.formatting import quote_argument
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,7 +162,7 @@ class WandbRun:
         return str(self._run.url or "switched off by WANDB_MODE")
 
     def _upload(self) -> str:
-        return f"`wandb sync {formatting.quote_argument(str(self._folder / 'wandb'))}/offline-run-*`"
+        return f"`wandb sync {quote_argument(str(self._folder / 'wandb'))}/offline-run-*`"
 
     def _stop(self, error: Exception) -> None:
         self._run = None

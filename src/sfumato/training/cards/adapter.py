@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.models.family import FAMILIES
 from sfumato.models.prompts.syntax import has_phrase, negative_for
-from sfumato.utils import formatting
 from sfumato.utils.atomic import atomic_path, write_text
-from sfumato.utils.formatting import pluralize
+from sfumato.utils.formatting import pluralize, quote_argument
 from sfumato.utils.schedulers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -58,8 +57,9 @@ def readers_of(about: Description, file: str) -> str:
     elif algo == "oft":
         first = "ComfyUI (which counts any weight but 1 twice) and AUTOMATIC1111"
         invoke = ", Forge leaves it out, InvokeAI refuses it"
-    base = formatting.quote_argument(about.base)
-    baked = f"sfumato convert {formatting.quote_argument(file)} --bake lora --keep-energy 0.99 --base {base} --output NAME.safetensors"
+    base = quote_argument(about.base)
+    baked = f"sfumato convert {quote_argument(file)} --bake lora --keep-energy 0.99 --base {base} "
+    "--output NAME.safetensors"
     return (
         f"{first} read the file as it is. diffusers {diffusers}{invoke}, and sd-scripts does not know the kind: for "
         f"these `{baked}` writes a LoRA."
@@ -303,11 +303,9 @@ def generate_line(
 ) -> str:
     """`sfumato generate`, as a shell reads it. options: as for `base_options`. words: files of new words."""
     size = " --size {}x{}".format(*about.drawn_at) if about.drawn_at else ""
-    drawn = (
-        f"{formatting.quote_argument(prompt)} --base {formatting.quote_argument(base)}{base_options(about, *options)}"
-    )
-    adapter = f" --lora {formatting.quote_argument(f'{lora}:1.0')}" if lora else ""
-    adapter += "".join(f" --embedding {formatting.quote_argument(name)}" for name in words)
+    drawn = f"{quote_argument(prompt)} --base {quote_argument(base)}{base_options(about, *options)}"
+    adapter = f" --lora {quote_argument(f'{lora}:1.0')}" if lora else ""
+    adapter += "".join(f" --embedding {quote_argument(name)}" for name in words)
     return f"sfumato generate {drawn}{size}{adapter}"
 
 
@@ -316,11 +314,7 @@ def base_options(about: Description, *names: str) -> str:
     all that a base may be loaded with."""
     config = about.config or {}
     given = {name: config.get(name) for name in names or ("prediction_type", "clip_skip", "max_tokens", "vae")}
-    shown = {
-        name.replace("_", "-"): formatting.quote_argument(str(value))
-        for name, value in given.items()
-        if value is not None
-    }
+    shown = {name.replace("_", "-"): quote_argument(str(value)) for name, value in given.items() if value is not None}
     ends = " --zero-terminal-snr" if not names and config.get("zero_terminal_snr") else ""
     return "".join(f" --{name} {value}" for name, value in shown.items()) + ends
 

@@ -33,9 +33,8 @@ from sfumato.training.cards.adapter import (
     trigger_section,
     with_diffusers,
 )
-from sfumato.utils import formatting
 from sfumato.utils.atomic import atomic_path, write_text
-from sfumato.utils.formatting import pluralize
+from sfumato.utils.formatting import pluralize, quote_argument
 from sfumato.utils.image_grid import contact_sheet
 from sfumato.utils.schedulers import SAMPLERS
 
@@ -109,7 +108,8 @@ def write_model_card(
 ) -> Path:
     """Write README.md and its pictures into `folder`; returns the card's path.
 
-    made: the diffusers folder, or the safetensors of the difference. rows: as for `sfumato.training.cards.adapter.write_card`.
+    made: the diffusers folder, or the safetensors of the difference. rows: as for
+    `sfumato.training.cards.adapter.write_card`.
     """
     example = prompts[most_telling_prompt(about.trigger, prompts)] if prompts else example_of(about)
     whole = made.suffix != ".safetensors"
@@ -208,8 +208,10 @@ def write_slider_card(
             "read that from the file: they use it in all steps"
         ).format(*about.over_steps)
     grid = (
-        f"sfumato grid --base {formatting.quote_argument(about.base)}{base_options(about)} --lora {formatting.quote_argument(adapter.name)} "
-        f"--x {formatting.quote_argument(f'{adapter.stem}=-1,-0.5,0,0.5,1')} --y {formatting.quote_argument(f'prompt={example}')} --output weights"
+        f"sfumato grid --base {quote_argument(about.base)}{base_options(about)} --lora "
+        f"{quote_argument(adapter.name)} "
+        f"--x {quote_argument(f'{adapter.stem}=-1,-0.5,0,0.5,1')} --y "
+        f"{quote_argument(f'prompt={example}')} --output weights"
     )
     tags = ("lora", "template:sd-lora", "slider") if plain else ("lycoris", "slider")
     line = generate_line(example, about.base, about, lora=adapter.name)

@@ -36,7 +36,8 @@ def pair_folders(more: ExampleSet, less: ExampleSet) -> tuple[ExampleSet, Exampl
     if alone := sorted(named[0].keys() ^ named[1].keys()):
         here, there = (more, less) if alone[0] in named[0] else (less, more)
         raise DataError(
-            f"{format_list(alone)} of {here[0].path.parent} has no image of the same name in {there[0].path.parent}; wanted "
+            f"{format_list(alone)} of {here[0].path.parent} has no image of the same name in "
+            f"{there[0].path.parent}; wanted "
             "pairs. Add its partner, or leave it out."
         )
     return _as_sets([(example, named[1][name]) for name, example in named[0].items()], more, less)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.errors import ConfigError, is_out_of_memory
 from sfumato.runs import progress
 from sfumato.training.optim.optimizers import clip_coefficient, is_no_op_factor
-from sfumato.utils import formatting
+from sfumato.utils.formatting import option_flag
 
 NEED_ALL_GRADIENTS = ("prodigy",)
 """Optimizers that look at all gradients at once, and so cannot step weight by weight."""
@@ -154,9 +154,7 @@ def reduce_memory(error: Exception) -> Any | None:
     change = _next_change(config)
     if change is None:
         return None
-    told = " ".join(
-        formatting.option_flag(name) + ("" if value is True else f" {value}") for name, value in change.items()
-    )
+    told = " ".join(option_flag(name) + ("" if value is True else f" {value}") for name, value in change.items())
     reason = " ".join(str(error).split())[:120] or "that of this machine"
     run.say(f"step {run.step + 1} does not fit into memory ({reason}); going on with {told}, which takes less")
     if run.dry is not None:

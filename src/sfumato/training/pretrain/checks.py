@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import ConfigError
 from sfumato.training.checks import check_run, only_with
-from sfumato.utils import formatting
+from sfumato.utils.formatting import option_flag
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def check_shares(config: PretrainOptions, *names: str) -> None:
     for name in names:
         share = getattr(config, name)
         if share is not None and not 0 <= share <= 1:
-            raise ConfigError(f"{formatting.option_flag(name)} is {share}; it must be 0 to 1.")
+            raise ConfigError(f"{option_flag(name)} is {share}; it must be 0 to 1.")
 
 
 def check(config: Any) -> None:
@@ -60,7 +60,7 @@ def check(config: Any) -> None:
 def _check_not_negative(config: PretrainOptions, name: str) -> None:
     value = getattr(config, name)
     if value is not None and not 0 <= value < float("inf"):
-        raise ConfigError(f"{formatting.option_flag(name)} is {value}; it must not be negative.")
+        raise ConfigError(f"{option_flag(name)} is {value}; it must not be negative.")
 
 
 def _check_effects(config: Any) -> None:
