@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from sfumato import cli
 from sfumato.config import parse
 from sfumato.errors import ConfigError, RunError
+from sfumato.training.teach.plan import program_word
 from sfumato.utils.formatting import join_command, quote_argument
 
 if TYPE_CHECKING:
@@ -35,14 +34,8 @@ ROWS = {
     )
 }
 """Weights of the sheet's rows, by label."""
-SAMPLE_EVERY = 1000
-"""More than the steps of either training: both generate samples only at the start and the end, and the sheet shows what
-they learned."""
-SAMPLE_PROMPTS = {"style": ("cat", "umbrella"), "subject": (SUBJECT, "cat")}
-"""Prompts of the samples before and after each training."""
-STYLE_STEPS, SUBJECT_BATCH = 200, 3
-"""On pocket, so that everything is done within four minutes on two slow cores: the style trains for a sixth fewer steps
-than usual, and the subject sees each of its images once a step."""
+STYLE_STEPS = 200
+"""On pocket, so that everything is done within four minutes on two slow cores: a sixth fewer than usual."""
 SAMPLER_STEPS = 20
 """Sampling steps of the sheet's images."""
 
@@ -120,7 +113,7 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
 
     commands = {
         "style": command(config, "style", config.style, output),
-        "subject": command(config, "subject", config.subject, output, "--trigger", SUBJECT),
+        "subject": command(config, "subject", config.subject, output),
     }
     for words in commands.values():
         check(words)
@@ -156,17 +149,13 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
     return sheet
 
 
-def command(config: Config, name: str, images: Path, output: Path, *options: str) -> list[str]:
-    """The words of the training of "style" or "subject" after `sfumato`."""
-    recipe = cli.source("sfumato.trainers.lora").parent / "configs" / f"lora-{name}.toml"
-    words = ["train", "lora", shown(recipe), "--images", str(images), "--output", str(output / name), *options]
-    words += [*base_words(config), "--seed", str(config.seed), "--precision", config.precision]
-    words += ["--sample-every", str(SAMPLE_EVERY)]
-    for prompt in SAMPLE_PROMPTS[name]:
-        words += ["--sample-prompts", prompt]
-    if is_pocket(config) and name == "subject":
-        words += ["--batch", str(SUBJECT_BATCH)]
-    steps = STYLE_STEPS if is_pocket(config) and name == "style" and config.steps is None else config.steps
+def command(config: Config, kind: Literal["style", "subject"], photos: Path, output: Path) -> list[str]:
+    """The words after `sfumato` that teach the style or the subject."""
+    name = "line style" if kind == "style" else SUBJECT
+    words = ["teach", str(photos), name, f"--{kind}", "--output", str(output / kind), *base_words(config)]
+    words += ["--seed", str(config.seed), "--precision", config.precision, "--no-sheet", "--no-measure"]
+    shorter = kind == "style" and is_pocket(config) and config.steps is None
+    steps = STYLE_STEPS if shorter else config.steps
     return words if steps is None else [*words, "--steps", str(steps)]
 
 
@@ -184,17 +173,10 @@ def is_pocket(config: Config) -> bool:
 
 def check(words: Sequence[str]) -> None:
     """Refuse what the training would refuse, before another one runs beside it."""
-    from sfumato.trainers import lora
+    from sfumato.pipelines import teach
 
-    training = parse(lora.Config, words[2:], program="train lora")
-    lora.check(training)
-    lora.read_examples(training)
-
-
-def shown(file: Path) -> str:
-    """The path of the file as a person would type it here."""
-    here = Path.cwd()
-    return str(file.relative_to(here) if file.is_relative_to(here) else file)
+    asked = parse(teach.Config, words[1:], program="teach", first_may_be_config=False)
+    teach.plan_of(asked, *teach.look(asked))
 
 
 class Sheet:
@@ -253,11 +235,7 @@ def next_commands(style: Path, subject: Path, config: Config) -> list[str]:
     """Three commands that work as they are, even without an active environment: they call sfumato as it was called."""
     a, b = quote_argument(str(style)), quote_argument(str(subject))
     on = "" if is_pocket(config) else f"{join_command(base_words(config))} "
-    called = Path(sys.argv[0])
-    if called.is_relative_to(Path.cwd()):  # PowerShell runs nothing in quotes, which a space above may need
-        called = called.relative_to(Path.cwd())
-    by_path = called.name == "sfumato" and shutil.which("sfumato") is None
-    program = quote_argument(str(called)) if by_path else "sfumato"
+    program = program_word()
     return [
         f'{program} generate "{SUBJECT}" {on}--lora {a} --lora {b} --seed 3 -o flamingo.png',
         f"{program} generate guitar tulip owl {on}--lora {a} --sweep style=0,0.5,1 -o sweep.png",

@@ -39,6 +39,7 @@ TRAINERS = {
     "self_play": "the U-Net of a small base model, to tell real images from its own",
 }
 PIPELINES = {
+    "teach": ("sfumato.pipelines.teach", "learn a style, a subject or a word from pictures and a name; begin here"),
     "check": ("sfumato.pipelines.check", "report what training will see in a folder of images, and what is wrong"),
     "memory": ("sfumato.pipelines.memory", "how much memory training and generating take, before anything is loaded"),
     "caption": ("sfumato.pipelines.caption", "write captions for images that have none"),

@@ -1,0 +1,1 @@
+"""What `sfumato teach` decides: style, subject or word, captions, and the plan."""
