@@ -34,7 +34,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
     from sfumato.training.adapter import RequestedUse, TrainedAdapter
-    from sfumato.training.optim.ema import Ema
+    from sfumato.training.additions.interface import Addition, Training
+    from sfumato.training.methods.dpo import Preferences, ReferenceAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +96,75 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.runs.options import Request
-    from sfumato.runs.processes import Processes
-    from sfumato.runs.run import Run
-    from sfumato.training.adapter import RequestedUse, adapted_layers, init_from_file, new_adapter
+    from sfumato.training.adapter import groups_of
+    from sfumato.training.additions.interface import backward
+    from sfumato.training.additions.table import additions_of
     from sfumato.training.finish import finish_adapter
-    from sfumato.training.loss.prior import BasePrediction
-    from sfumato.training.methods.dpo import PreferenceMetrics, Preferences, ReferenceAdapter, reward_figures
-    from sfumato.training.methods.pairs import prepare_sets
+    from sfumato.training.methods.dpo import reward_figures
     from sfumato.training.optim import optimizers
-    from sfumato.training.optim.ema import Ema
 
     check(config)
+    training, preferences, start = prepare(config)
+    config, run, processes = training.config, training.run, training.processes
+    lora, precision, batches = training.trained, training.precision, training.batches
+    added = additions_of(training)
+    parameters, groups = training.parameters(), [*groups_of(config, lora), *added.groups()]
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
+    scaler = precision.scaler()
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, **added.kept())
+    learned, samples = watch(training, preferences, start)
+    lora.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        added.before_step(step.number)
+        loss, sums = torch.zeros((), device=precision.device), torch.zeros(6, device=precision.device)
+        for micro in batches.of(step.number):
+            further = added.samples(micro)
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
+            with precision.autocast():
+                rewarded, errors = preferences.rewarded(preferences.draw(config.seed, micro), *further)
+                part = rewarded.loss.sum() / batches.global_batch + added.loss(errors, batches.global_batch)
+            backward(scaler, part)
+            loss += part.detach()
+            sums += rewarded.sums()
+        added.after_gradients()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss, sums, *added.sums())
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            added.after_step()
+        scaler.update()
+        optimizer.zero_grad()
+        told = reward_figures(sums, batches.global_batch)
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **told, **added.figures())
+
+    added.finish()
+    path = config.output / f"{config.name}.safetensors"
+    if processes.is_main:
+        finish_adapter(run, config, path, learned, samples)
+    added.close()
+    run.close()
+    processes.wait()
+    return path
+
+
+def prepare(config: Config) -> tuple[Training, Preferences, ReferenceAdapter]:
+    """Read the pairs, load the base model, fill in the config, open the run, and attach the adapter."""
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training.adapter import adapted_layers, init_from_file, new_adapter
+    from sfumato.training.additions.interface import Training
+    from sfumato.training.loss.prior import BasePrediction
+    from sfumato.training.methods.dpo import Preferences, ReferenceAdapter
+    from sfumato.training.methods.pairs import prepare_sets
+
     processes = Processes.join(config.device)
     pairs = read_pairs(config)
     precision = config.decide_precision(processes, config.optimizer)
@@ -119,115 +177,55 @@ def train(config: Config) -> Path:
     run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
-    global_batch = batches.global_batch
-    prepare = partial(
+    encoding = partial(
         config.prepare_as,
         base=base,
         processes=processes,
         caption_dropout=config.caption_dropout,
-        will_draw=(config.seed, config.steps, global_batch),
+        will_draw=(config.seed, config.steps, batches.global_batch),
         together=config.batch,
     )
-    preferred, rejected = prepare_sets(pairs, prepare)
+    preferred, rejected = prepare_sets(pairs, encoding)
     run.say_notes(preferred, rejected)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)
     begun = init_from_file(config.init_from, run, base, lora, always=True)
-    asked = RequestedUse.by(config.init_from) if config.init_from else RequestedUse()  # a style stays drawn as it was
     start = ReferenceAdapter(
         lora, from_nothing=not config.init_from
     )  # before a checkpoint is read, which comes with the steps
-    noising = config.noising(base)
+    noising, before = config.noising(base), start.applied
     preferences = Preferences(
-        base,
-        preferred,
-        rejected,
-        config.beta,
-        before=start.applied,
-        noising=noising,
-        settings=config.loss(),
+        base, preferred, rejected, config.beta, before=before, noising=noising, settings=config.loss()
     )
-    prior = None
+    training = Training(config, processes, precision, base, run, batches, preferred, lora)
     if config.prior_prompts:
-        prior = BasePrediction(
-            base,
-            preferred,
-            config.prior_prompts,
-            config.seed,
-            order=config.seed,
-            pristine=start.applied,
-            noising=noising,
-        )
+        shared = {"order": config.seed, "pristine": before, "noising": noising}
+        training.priors.append(BasePrediction(base, preferred, config.prior_prompts, config.seed, **shared))
     run.identify(data=preferred, partners=rejected, **begun, base=base.fingerprint())
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pluralize(len(preferred), 'pair')}, {layers}, {lora.count():,} trained numbers")
+    return training, preferences, start
 
-    parameters = list(lora.parameters())
-    groups = optimizers.parameter_groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
-    )
-    schedule = optimizers.LearningRateSchedule(
-        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
-    )
-    scaler = precision.scaler()
-    average = Ema(parameters, config.ema)
-    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
-    metrics = PreferenceMetrics(
-        base,
-        preferred,
-        lora,
-        preferences,
-        config.batch,
-        before=start.applied,
-        within=average.applied,
-        watches=bool(config.measure_every),
-    )
-    samples = samples_of(config, base, lora, preferred, run, average, asked)
-    learned = trained_adapter_of(config, base, lora, preferred, samples, average, asked)
+
+def watch(training: Training, preferences: Preferences, start: ReferenceAdapter) -> tuple[TrainedAdapter, Samples]:
+    """Let the run measure, draw and save the adapter now and then. Returns what is written at the end, and what it is
+    shown with."""
+    from sfumato.runs.options import Request
+    from sfumato.training.adapter import RequestedUse
+    from sfumato.training.methods.dpo import PreferenceMetrics
+
+    config, base, run, lora = training.config, training.base, training.run, training.trained
+    dataset, added = training.dataset, training.added
+    asked = RequestedUse.by(config.init_from) if config.init_from else RequestedUse()  # a style stays drawn as it was
+    contexts = {"before": start.applied, "within": added.applied}
+    watches = bool(config.measure_every)
+    metrics = PreferenceMetrics(base, dataset, lora, preferences, config.batch, **contexts, watches=watches)
+    samples = samples_of(config, base, lora, dataset, run, added, asked)
+    learned = trained_adapter_of(config, base, lora, dataset, samples, added, asked)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
-    lora.train()
-    for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
-        loss, prior_loss = torch.zeros(2, device=precision.device)
-        sums, further = torch.zeros(6, device=precision.device), {}
-        for micro in batches.of(step.number):
-            of_prior = [prior.draw(micro)] if prior else []
-            lora.set_dropout_samples(config.seed, step.number, micro.places)
-            with precision.autocast():
-                rewarded, kept = preferences.rewarded(preferences.draw(config.seed, micro), *of_prior)
-                part = rewarded.loss.sum() / global_batch
-                if prior:
-                    kept = kept.sum() / global_batch
-                    part = part + config.prior_weight * kept
-                    prior_loss += kept.detach()
-            scaler.scale(part).backward()
-            loss += part.detach()
-            sums += rewarded.sums()
-        # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum_gradients(parameters, loss, prior_loss, sums)
-        scaler.unscale_(optimizer)
-        norm = optimizers.clip_grad_norm(parameters, config.clip)
-        if step.healthy(scaler, loss=loss, gradient_norm=norm):
-            scaler.step(optimizer)
-            if config.max_norm:
-                further["limited"] = lora.limit_norms(config.max_norm)
-            average.update()
-        scaler.update()
-        optimizer.zero_grad()
-        if prior:
-            further["prior_loss"] = prior_loss
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **reward_figures(sums, global_batch), **further)
-
-    average.swap()
-    path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        finish_adapter(run, config, path, learned, samples)
-    run.close()
-    processes.wait()
-    return path
+    return learned, samples
 
 
 def check(config: Config) -> None:
@@ -271,7 +269,7 @@ def resolve(config: Config, base: Base, pairs: ExampleSet, processes: int) -> tu
 
 
 def samples_of(
-    config: Config, base: Base, lora: Attached, data: Dataset, run: Run, average: Ema, asked: RequestedUse
+    config: Config, base: Base, lora: Attached, data: Dataset, run: Run, average: Addition, asked: RequestedUse
 ) -> Samples:
     """The run's sample images. asked: by the adapter that it goes on from."""
     from sfumato.runs.reporting.samples import Samples
@@ -294,7 +292,7 @@ def samples_of(
 
 
 def trained_adapter_of(
-    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema, asked: RequestedUse
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Addition, asked: RequestedUse
 ) -> TrainedAdapter:
     """The result of the training, and what its file says about itself. asked: by the adapter that it goes on from."""
     from sfumato.precision import DTYPES

@@ -35,13 +35,12 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
     from sfumato.models import Base
-    from sfumato.runs.processes import Processes
+    from sfumato.runs.processes import MicroBatch, Processes
     from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
     from sfumato.training.adapter import TrainedAdapter
-    from sfumato.training.loss.objective import NoiseSettings
+    from sfumato.training.additions.interface import Addition, Training
     from sfumato.training.loss.prior import BasePrediction, ClassPictures
-    from sfumato.training.optim.ema import Ema
 
 Pristine = Callable[[], AbstractContextManager[object]]
 """A context in which the model is the unchanged base model again."""
@@ -131,27 +130,94 @@ def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
     import torch
 
-    from sfumato.adapters.embeddings import tokens
-    from sfumato.runs.options import Request
-    from sfumato.runs.processes import Processes
-    from sfumato.runs.run import Run
-    from sfumato.training.adapter import adapted_layers, new_adapter
+    from sfumato.training.additions.interface import backward
+    from sfumato.training.additions.table import additions_of
     from sfumato.training.loss.objective import draw_noised, per_sample_losses
-    from sfumato.training.loss.prior import BasePrediction, prepare_datasets
-    from sfumato.training.loss.validation import (
-        DriftLimit,
-        Metrics,
-        prepare_validation,
-        recognizable_first,
-        unrelated_to,
-    )
-    from sfumato.training.methods.full import decide_precision, unfreeze
     from sfumato.training.optim import optimizers
-    from sfumato.training.optim.ema import Ema
     from sfumato.training.optim.fused_backward import FusedBackwardPass
     from sfumato.utils import randomness
 
     check(config)
+    training, words = prepare(config)
+    config, base, run, processes = training.config, training.base, training.run, training.processes
+    trained, dataset, precision, batches = training.trained, training.dataset, training.precision, training.batches
+    added = additions_of(training)
+    parameters, own = training.parameters(), [*groups(trained, config), *added.groups()]
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, own, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
+    scaler = precision.scaler()
+    fused = FusedBackwardPass(optimizer, scaler) if config.fused else None
+    run.keep(trained=trained, optimizer=optimizer, scaler=scaler, **added.kept())
+    finish = watch(training, words)
+    noising, encode = config.noising(base), config.train_text_encoder
+    trained.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        added.before_step(step.number)
+        loss = torch.zeros((), device=precision.device)
+        for micro in batches.of(step.number):
+            noised = added.change(draw_noised(base, dataset, config.seed, micro, noising=noising), micro)
+            further = added.samples(micro)
+            set_dropout(trained, config.seed, micro)
+            dropped = randomness.seeded(precision.device, config.seed, "dropout", step.number, micro.first)
+            with precision.autocast(), dropped:
+                errors = per_sample_losses(base, [noised, *further], encode=encode, settings=config.loss())
+                part = errors[: micro.count].sum() / batches.global_batch
+                part = part + added.loss(errors[micro.count :], batches.global_batch)
+            if fused is None:
+                backward(scaler, part)
+            else:  # it changes the weights, so it must not begin with a broken loss
+                norm = fused.backward(part, limit=config.clip, healthy=partial(step.healthy, scaler))
+            loss += part.detach()
+            del errors, part  # with what led to them, which --fused keeps where it overflows
+        added.after_gradients()
+        if fused is None:
+            # Before unscaling, so that all processes find the same overflow and skip the same steps.
+            processes.sum_gradients(parameters, loss, *added.sums())
+            scaler.unscale_(optimizer)
+            norm = optimizers.clip_grad_norm(parameters, config.clip)
+            if step.healthy(scaler, loss=loss, gradient_norm=norm):
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        if not step.skipped:
+            added.after_step()
+        scaler.update()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
+
+    added.finish()
+    path = config.result_path()
+    if processes.is_main:
+        finish(path)
+    added.close()
+    run.close()
+    processes.wait()
+    return path
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What the subjects, the class and the prompts that are to be preserved are called."""
+
+    subject: Subject
+    subjects: list[Subject]
+    preserved: PreservedPrompts
+
+
+def prepare(config: Config) -> tuple[Training, Wording]:
+    """Read the images, load the base model, fill in the config, open the run, and make what preserves the class."""
+    from sfumato.adapters.embeddings import tokens
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training.adapter import adapted_layers, new_adapter
+    from sfumato.training.additions.interface import Training
+    from sfumato.training.loss.prior import prepare_datasets
+    from sfumato.training.loss.validation import prepare_validation
+    from sfumato.training.methods.full import decide_precision, unfreeze
+
     processes = Processes.join(config.device)
     subject = subject_of(config)
     examples = read_examples(config, subject)
@@ -173,11 +239,10 @@ def train(config: Config) -> Path:
     preserved = PreservedPrompts.of(class_prompts, config.prior_prompts)
     pictures = class_pictures(config, base, examples, preserved, run, processes)
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
-    global_batch = batches.global_batch
     embed = not config.train_text_encoder
     seen = embed and config.prior == "pictures"  # what the base predicts, it predicts for the class prompts
     dataset, class_set = prepare_datasets(
-        config, base, instance, pictures, global_batch, processes, embed_text=embed, embed_class=seen
+        config, base, instance, pictures, batches.global_batch, processes, embed_text=embed, embed_class=seen
     )
     held_out = prepare_validation(config, base, examples, processes)
     run.say_notes(dataset, class_set, held_out)
@@ -187,88 +252,58 @@ def train(config: Config) -> Path:
     trained = unfreeze(base, text=config.train_text_encoder) if lora is None else lora
     facts = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
     run.identify(**facts, base=base.fingerprint())
-    parameters = list(trained.parameters())
-    size = sum(p.numel() for p in parameters)
+    size = sum(p.numel() for p in trained.parameters())
     run.say(f"{pluralize(len(dataset), 'image')}, {len(class_set or [])} of the class, {size:,} trained numbers")
+    opened = (config, processes, precision, base, run, batches)
+    training = Training(*opened, dataset, trained, instance, class_set, held_out, prior_name="class_loss")
+    training.priors = priors_of(training, preserved)
+    return training, Wording(subject, subjects, preserved)
 
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, groups(trained, config), weight_decay=config.weight_decay, args=config.optimizer_args
-    )
-    schedule = optimizers.LearningRateSchedule(
-        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
-    )
-    scaler = precision.scaler()
-    fused = FusedBackwardPass(optimizer, scaler) if config.fused else None
-    average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
-    run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
-    pristine: Pristine = lora.disabled if lora else nullcontext  # of a whole base nothing has been trained yet
-    unrelated = unrelated_to(preserved.of_class)
-    drift_prompts = {"drift": unrelated, "class_drift": preserved.prompts} if config.measure_every else {}
-    contexts = {"pristine": pristine, "within": average.applied}
-    metrics = Metrics(base, dataset, drift_prompts, **contexts, modules=[trained], held_out=held_out)
-    noising = config.noising(base)
-    trigger = triggers(config, subjects, instance)
-    prompts = subject.sample_prompts(dataset.captions, recognizable_first(unrelated)[0])
-    samples = samples_of(config, base, trained, prompts, trigger, run, average)
-    about = partial(description_of, config, base, dataset, samples, trigger)
-    learned = trained_adapter_of(config, base, lora, about, average) if lora else None
+
+def pristine_of(trained: nn.Module) -> Pristine:
+    """A context in which the model is the unchanged base model; of a whole base nothing has been trained yet."""
+    from sfumato.adapters import Attached
+
+    return trained.disabled if isinstance(trained, Attached) else nullcontext
+
+
+def set_dropout(trained: nn.Module, seed: int, micro: MicroBatch) -> None:
+    """Tell a LoRA which samples come next."""
+    from sfumato.adapters import Attached
+
+    if isinstance(trained, Attached):
+        trained.set_dropout_samples(seed, micro.step, micro.places)
+
+
+def watch(training: Training, words: Wording) -> Callable[[Path], None]:
+    """Let the run measure, draw and save now and then. Returns what writes the result to a path, with its card."""
+    from sfumato.adapters import Attached
+    from sfumato.runs.options import Request
+    from sfumato.training.loss.validation import DriftLimit, Metrics, recognizable_first, unrelated_to
+
+    config, base, run, trained = training.config, training.base, training.run, training.trained
+    assert training.subjects is not None
+    unrelated = unrelated_to(words.preserved.of_class)
+    watched = {"drift": unrelated, "class_drift": words.preserved.prompts} if config.measure_every else {}
+    contexts = {"pristine": pristine_of(trained), "within": training.added.applied}
+    metrics = Metrics(base, training.dataset, watched, **contexts, modules=[trained], held_out=training.held_out)
+    trigger = triggers(config, words.subjects, training.subjects)
+    prompts = words.subject.sample_prompts(training.dataset.captions, recognizable_first(unrelated)[0])
+    samples = samples_of(training, prompts, trigger)
+    about = partial(description_of, config, base, training.dataset, samples, trigger)
+    lora = trained if isinstance(trained, Attached) else None
+    learned = trained_adapter_of(config, base, lora, about, training.added) if lora else None
     limit = DriftLimit(config.drift_limit, run.rows())
-    run.every(config.measure_every, limit.watching(run, metrics, processes))
+    run.every(config.measure_every, limit.watching(run, metrics, training.processes))
     run.every(config.sample_every, samples.draw)
     if learned:
         run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
-    prior = prior_of(config, base, dataset, class_set, preserved, noising, pristine)
-    steps = run.remaining_steps(config.steps)
-    if isinstance(prior, BasePrediction) and config.method == "full" and steps:
-        run.say(prior.precompute_targets(steps, batches, shown=processes.is_main))
-    trained.train()
-    for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
-        loss, class_loss = torch.zeros(2, device=precision.device)
-        for micro in batches.of(step.number):
-            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
-            beside = [prior.draw(micro)] if prior else []
-            if lora:
-                lora.set_dropout_samples(config.seed, step.number, micro.places)
-            dropped = randomness.seeded(precision.device, config.seed, "dropout", step.number, micro.first)
-            with precision.autocast(), dropped:
-                errors = per_sample_losses(
-                    base, [noised, *beside], encode=config.train_text_encoder, settings=config.loss()
-                )
-                of_subject = errors[: micro.count].sum() / global_batch
-                of_class = errors[micro.count :].sum() / global_batch
-                part = of_subject + config.prior_weight * of_class
-            if fused is None:
-                scaler.scale(part).backward()
-            else:  # it changes the weights, so it must not begin with a broken loss
-                norm = fused.backward(part, limit=config.clip, healthy=partial(step.healthy, scaler))
-            loss += part.detach()
-            class_loss += of_class.detach()
-            del errors, of_subject, of_class, part  # with what led to them, which --fused keeps where it overflows
-        if fused is None:
-            # Before unscaling, so that all processes find the same overflow and skip the same steps.
-            processes.sum_gradients(parameters, loss, class_loss)
-            scaler.unscale_(optimizer)
-            norm = optimizers.clip_grad_norm(parameters, config.clip)
-            if step.healthy(scaler, loss=loss, gradient_norm=norm):
-                scaler.step(optimizer)
-            optimizer.zero_grad()
-        further: dict[str, Any] = {"class_loss": class_loss} if prior else {}
-        if lora is not None and config.max_norm and not step.skipped:
-            further["limited"] = lora.limit_norms(config.max_norm)
-        scaler.update()
-        if not step.skipped:
-            average.update()
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
-    limit.tell(run, config.steps)
-    average.swap()
-    path = config.result_path()
-    if processes.is_main:
+    def finish(path: Path) -> None:
+        limit.tell(run, config.steps)
         save(path, config, base, learned, about(steps=run.step), samples, run)
-    run.close()
-    processes.wait()
-    return path
+
+    return finish
 
 
 def subject_of(config: Config) -> Subject:
@@ -477,70 +512,60 @@ def draw_preserved(
     return pictures
 
 
-def prior_of(
-    config: Config,
-    base: Base,
-    dataset: Dataset,
-    class_set: Dataset | None,
-    preserved: PreservedPrompts,
-    noising: NoiseSettings,
-    pristine: Pristine,
-) -> ClassPictures | BasePrediction | None:
-    """What gives the class half of each batch; None if there is no prior preservation. pristine: see
-    `BasePrediction`."""
+def priors_of(training: Training, preserved: PreservedPrompts) -> list[ClassPictures | BasePrediction]:
+    """What gives the class half of each batch; none if there is no prior preservation."""
     from sfumato.training.loss.prior import BasePrediction, ClassPictures
 
-    if config.prior == "pictures":
-        return ClassPictures(base, class_set, config.seed, noising=noising)
+    config, base, class_set, noising = training.config, training.base, training.class_set, training.config.noising
     if config.prior == "none":
-        return None
-    return BasePrediction(
+        return []
+    if config.prior == "pictures":
+        assert class_set is not None, "class_pictures() has drawn them, if none were given"
+        return [ClassPictures(base, class_set, config.seed, noising=noising(base))]
+    predicted = BasePrediction(
         base,
-        dataset if class_set is None else class_set,
+        training.dataset if class_set is None else class_set,
         preserved.interleaved(),
         config.seed,
         order=config.seed if class_set is None else None,
-        pristine=pristine,
-        noising=noising,
+        pristine=pristine_of(training.trained),
+        noising=noising(base),
         embed_text=not config.train_text_encoder,
     )
+    steps = training.run.remaining_steps(config.steps)
+    if config.method == "full" and steps:
+        shown = training.processes.is_main
+        training.run.say(predicted.precompute_targets(steps, training.batches, shown=shown))
+    return [predicted]
 
 
 def groups(trained: Attached | nn.ModuleDict, config: Config) -> list[dict[str, Any]]:
     """Parameter groups: the U-Net's, and the text encoders' with their own learning rate."""
     from sfumato.adapters import Attached
+    from sfumato.training.adapter import groups_of
     from sfumato.training.optim import optimizers
 
-    rates = config.learning_rate, config.text_learning_rate
     if isinstance(trained, Attached):
-        ups, factors = trained.ups(), trained.rate_factors()
-        return optimizers.parameter_groups(
-            trained.by_part(), *rates, ups=ups, up_ratio=config.loraplus_ratio, factors=factors
-        )
-    return optimizers.parameter_groups({part: model.parameters() for part, model in trained.items()}, *rates)
+        return groups_of(config, trained)
+    parts = {part: model.parameters() for part, model in trained.items()}
+    return optimizers.parameter_groups(parts, config.learning_rate, config.text_learning_rate)
 
 
-def samples_of(
-    config: Config,
-    base: Base,
-    trained: Attached | nn.ModuleDict,
-    prompts: Sequence[str],
-    trigger: Sequence[str],
-    run: Run,
-    average: Ema,
-) -> Samples:
+def samples_of(training: Training, prompts: Sequence[str], trigger: Sequence[str]) -> Samples:
     """The run's sample images, of these prompts if none are asked for, generated as a LoRA's file will ask for."""
     from sfumato.adapters import Attached
     from sfumato.runs.reporting.samples import Samples
     from sfumato.training.sampling import make_sampler
 
+    config, base, trained = training.config, training.base, training.trained
     lora = trained if isinstance(trained, Attached) else None
     asked, own = config.asked_samples()
     negatives = trigger if config.own_negative else ()
     draw = make_sampler(
         base, lora, span=span_of(config, base), negatives=negatives, resolution=config.resolution, own=own
     )
-    return Samples(run, asked or prompts, config.seed, draw, modules=[trained], within=average.applied)
+    within = training.added.applied
+    return Samples(training.run, asked or prompts, config.seed, draw, modules=[trained], within=within)
 
 
 def span_of(config: Config, base: Base) -> tuple[float, float] | None:
@@ -564,7 +589,7 @@ def trained_adapter_of(
     base: Base,
     lora: Attached,
     about: Callable[..., Description],
-    average: Ema,
+    average: Addition,
 ) -> TrainedAdapter:
     """What is written of a LoRA. about: see `TrainedAdapter`."""
     from sfumato.precision import DTYPES

@@ -11,7 +11,7 @@ All three run the same program. The loss is the denoising error of the images un
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.models import Base
     from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.training.optim.ema import Ema
+    from sfumato.training.additions.interface import Addition, Training
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -67,19 +67,83 @@ def train(config: Config) -> Path:
     """Train, and return the path of what was learned: a folder or a file."""
     import torch
 
-    from sfumato.runs.processes import Processes
-    from sfumato.runs.run import Run
-    from sfumato.training.finish import describe_run
+    from sfumato.training.additions.interface import backward
+    from sfumato.training.additions.table import additions_of
     from sfumato.training.loss.objective import draw_noised, per_sample_losses
-    from sfumato.training.loss.prior import ClassPictures, prepare_datasets
-    from sfumato.training.loss.validation import DriftLimit, Metrics, prepare_validation, unrelated_to
-    from sfumato.training.methods.full import decide_precision, make_inpainting, unfreeze
     from sfumato.training.optim import optimizers
-    from sfumato.training.optim.ema import Ema
     from sfumato.training.optim.fused_backward import FusedBackwardPass
     from sfumato.utils import randomness
 
     check(config)
+    training = prepare(config)
+    config, base, run, processes = training.config, training.base, training.run, training.processes
+    trained, dataset, precision, batches = training.trained, training.dataset, training.precision, training.batches
+    added = additions_of(training)
+    parameters, parts = training.parameters(), {part: model.parameters() for part, model in trained.items()}
+    groups = [*optimizers.parameter_groups(parts, config.learning_rate, config.text_learning_rate), *added.groups()]
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
+    scaler = precision.scaler()
+    fused = FusedBackwardPass(optimizer, scaler) if config.fused else None
+    run.keep(trained=trained, optimizer=optimizer, scaler=scaler, **added.kept())
+    finish = watch(training)
+    noising, encode = config.noising(base), config.train_text_encoder
+    trained.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        added.before_step(step.number)
+        loss = torch.zeros((), device=precision.device)
+        for micro in batches.of(step.number):
+            noised = added.change(draw_noised(base, dataset, config.seed, micro, noising=noising), micro)
+            further = added.samples(micro)
+            dropped = randomness.seeded(precision.device, config.seed, "dropout", step.number, micro.first)
+            with precision.autocast(), dropped:
+                errors = per_sample_losses(base, [noised, *further], encode=encode, settings=config.loss())
+                part = errors[: micro.count].sum() / batches.global_batch
+                part = part + added.loss(errors[micro.count :], batches.global_batch)
+            if fused is None:
+                backward(scaler, part)
+            else:  # it changes the weights, so it must not begin with a broken loss
+                norm = fused.backward(part, limit=config.clip, healthy=partial(step.healthy, scaler))
+            loss += part.detach()
+            del errors, part  # with what led to them, which --fused keeps where it overflows
+        added.after_gradients()
+        if fused is None:
+            # Before unscaling, so that all processes find the same overflow and skip the same steps.
+            processes.sum_gradients(parameters, loss, *added.sums())
+            scaler.unscale_(optimizer)
+            norm = optimizers.clip_grad_norm(parameters, config.clip)
+            if step.healthy(scaler, loss=loss, gradient_norm=norm):
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        if not step.skipped:
+            added.after_step()
+        scaler.update()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
+
+    added.finish()
+    path = config.result_path()
+    if processes.is_main:
+        finish(path)
+    added.close()
+    run.close()
+    processes.wait()
+    return path
+
+
+def prepare(config: Config) -> Training:
+    """Read the images, load the base model, fill in the config, open the run, and let the weights learn."""
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training.additions.interface import Training
+    from sfumato.training.loss.prior import ClassPictures, prepare_datasets
+    from sfumato.training.loss.validation import prepare_validation
+    from sfumato.training.methods.full import decide_precision, make_inpainting, unfreeze
+
     processes = Processes.join(config.device)
     examples = read_examples(config)
     subjects, of_class = examples.in_group("instance"), examples.in_group("class")
@@ -93,9 +157,8 @@ def train(config: Config) -> Path:
     run.report_defaults(base.family.title, filled)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
-    global_batch = batches.global_batch
-    embed = not config.train_text_encoder
-    dataset, class_set = prepare_datasets(config, base, subjects, of_class, global_batch, processes, embed_text=embed)
+    embed, drawn = not config.train_text_encoder, batches.global_batch
+    dataset, class_set = prepare_datasets(config, base, subjects, of_class, drawn, processes, embed_text=embed)
     held_out = prepare_validation(config, base, examples, processes)
     run.say_notes(dataset, class_set, held_out)
     # The VAE has given its latents; it rests until something is drawn.
@@ -103,77 +166,40 @@ def train(config: Config) -> Path:
     trained = unfreeze(base, text=config.train_text_encoder)
     facts = {"data": dataset, "class": class_set or "none", "validation": held_out or "none"}
     run.identify(**facts, base=base.fingerprint())
-    parameters = list(trained.parameters())
-    size = sum(p.numel() for p in parameters)
+    size = sum(p.numel() for p in trained.parameters())
     beside = f"{len(class_set)} of the class, " if class_set else ""
     run.say(f"{pluralize(len(dataset), 'image')}, {beside}{size:,} trained numbers")
+    training = Training(config, processes, precision, base, run, batches, dataset, trained, subjects)
+    training.class_set, training.held_out = class_set, held_out
+    if class_set:
+        training.priors.append(ClassPictures(base, class_set, config.seed, noising=config.noising(base)))
+        training.class_captions = list(dict.fromkeys(of_class.captions))
+    return training
 
-    parts = {part: model.parameters() for part, model in trained.items()}
-    groups = optimizers.parameter_groups(parts, config.learning_rate, config.text_learning_rate)
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
-    )
-    schedule = optimizers.LearningRateSchedule(
-        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
-    )
-    scaler = precision.scaler()
-    fused = FusedBackwardPass(optimizer, scaler) if config.fused else None
-    average = Ema(parameters, config.ema, device="cpu" if config.ema_on_cpu else None)
-    run.keep(trained=trained, optimizer=optimizer, scaler=scaler, average=average)
-    class_captions = list(dict.fromkeys(of_class.captions))
-    watched = {"drift": unrelated_to(class_captions)} | ({"class_drift": class_captions} if class_captions else {})
-    drift_prompts = watched if config.measure_every else {}
+
+def watch(training: Training) -> Callable[[Path], None]:
+    """Let the run measure and draw now and then. Returns what writes the model to a path, with its card."""
+    from sfumato.training.finish import describe_run
+    from sfumato.training.loss.validation import DriftLimit, Metrics, unrelated_to
+
+    config, base, run, trained = training.config, training.base, training.run, training.trained
+    subjects, dataset, captions = training.subjects, training.dataset, training.class_captions
+    assert subjects is not None
+    watched = {"drift": unrelated_to(captions)} | ({"class_drift": captions} if captions else {})
     # Nothing has been trained yet, so that the base predicts as it did before.
-    metrics = Metrics(base, dataset, drift_prompts, within=average.applied, modules=[trained], held_out=held_out)
+    shared = {"within": training.added.applied, "modules": [trained], "held_out": training.held_out}
+    metrics = Metrics(base, dataset, watched if config.measure_every else {}, **shared)
     limit = DriftLimit(config.drift_limit, run.rows())
-    samples = samples_of(config, base, trained, subjects, dataset, run, average)
-    run.every(config.measure_every, limit.watching(run, metrics, processes))
+    samples = samples_of(config, base, trained, subjects, dataset, run, training.added)
+    run.every(config.measure_every, limit.watching(run, metrics, training.processes))
     run.every(config.sample_every, samples.draw)
-    noising = config.noising(base)
-    prior = ClassPictures(base, class_set, config.seed, noising=noising) if class_set else None
-    trained.train()
-    for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
-        loss, prior_loss = torch.zeros(2, device=precision.device)
-        for micro in batches.of(step.number):
-            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
-            of_prior = [prior.draw(micro)] if prior else []
-            dropped = randomness.seeded(precision.device, config.seed, "dropout", step.number, micro.first)
-            with precision.autocast(), dropped:
-                errors = per_sample_losses(base, [noised, *of_prior], encode=not embed, settings=config.loss())
-                part, prior_part = (own.sum() / global_batch for own in errors.tensor_split([micro.count]))
-                if prior:
-                    part = part + config.prior_weight * prior_part
-            if fused is None:
-                scaler.scale(part).backward()
-            else:  # it changes the weights, so it must not begin with a broken loss
-                norm = fused.backward(part, limit=config.clip, healthy=partial(step.healthy, scaler))
-            loss += part.detach()
-            prior_loss += prior_part.detach()
-            del errors, part, prior_part  # with what led to them, which --fused keeps where it overflows
-        if fused is None:
-            # Before unscaling, so that all processes find the same overflow and skip the same steps.
-            processes.sum_gradients(parameters, loss, prior_loss)
-            scaler.unscale_(optimizer)
-            norm = optimizers.clip_grad_norm(parameters, config.clip)
-            if step.healthy(scaler, loss=loss, gradient_norm=norm):
-                scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
-        if not step.skipped:
-            average.update()
-        further: dict[str, Any] = {"prior_loss": prior_loss} if prior else {}
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
 
-    limit.tell(run, config.steps)
-    average.swap()
-    path = config.result_path()
-    if processes.is_main:
+    def finish(path: Path) -> None:
+        limit.tell(run, config.steps)
         about = describe_run(config, base, dataset, samples, trigger=subjects.triggers, steps=run.step)
         save(path, config, base, about, samples, run)
-    run.close()
-    processes.wait()
-    return path
+
+    return finish
 
 
 def check(config: Config) -> None:
@@ -226,7 +252,7 @@ def written(config: Config) -> list[str]:
 
 
 def samples_of(
-    config: Config, base: Base, trained: nn.Module, subjects: ExampleSet, dataset: Dataset, run: Run, average: Ema
+    config: Config, base: Base, trained: nn.Module, subjects: ExampleSet, dataset: Dataset, run: Run, average: Addition
 ) -> Samples:
     """The run's sample images: of some captions and of some plain things, if none are asked for."""
     from sfumato.runs.reporting.samples import Samples

@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
     from sfumato.training.adapter import TrainedAdapter
-    from sfumato.training.optim.ema import Ema
+    from sfumato.training.additions.interface import Addition, Training
+    from sfumato.training.methods.lcm import Distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +113,72 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.runs.options import Request
+    from sfumato.training.adapter import groups_of
+    from sfumato.training.additions.interface import backward
+    from sfumato.training.additions.table import additions_of
+    from sfumato.training.finish import finish_adapter
+    from sfumato.training.methods.lcm import Distillation
+    from sfumato.training.optim import optimizers
+
+    check(config)
+    training = prepare(config)
+    config, base, run, processes = training.config, training.base, training.run, training.processes
+    lora, dataset, precision, batches = training.trained, training.dataset, training.precision, training.batches
+    distillation = Distillation(
+        base, dataset, guidance=config.guidance, solver_steps=config.solver_steps, pristine=lora.disabled
+    )
+    added = additions_of(training)
+    parameters, groups = training.parameters(), [*groups_of(config, lora), *added.groups()]
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
+    scaler = precision.scaler()
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, **added.kept())
+    learned, samples = watch(training, distillation)
+    lora.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        added.before_step(step.number)
+        loss = torch.zeros((), device=precision.device)
+        for micro in batches.of(step.number):
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
+            with precision.autocast():
+                errors = distillation.errors(distillation.draw(config.seed, micro))
+                part = errors.sum() / batches.global_batch + added.loss(errors[:0], batches.global_batch)
+            backward(scaler, part)
+            loss += part.detach()
+        added.after_gradients()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss, *added.sums())
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            added.after_step()
+        scaler.update()
+        optimizer.zero_grad()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
+
+    added.finish()
+    path = config.output / f"{config.name}.safetensors"
+    if processes.is_main:
+        finish_adapter(run, config, path, learned, samples)
+    added.close()
+    run.close()
+    processes.wait()
+    return path
+
+
+def prepare(config: Config) -> Training:
+    """Read or draw the images, load the base model, fill in the config, open the run, and attach the adapter."""
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training.adapter import adapted_layers, init_from_file, new_adapter
-    from sfumato.training.finish import finish_adapter
-    from sfumato.training.methods.lcm import ConsistencyMetrics, Distillation
-    from sfumato.training.optim import optimizers
-    from sfumato.training.optim.ema import Ema
+    from sfumato.training.additions.interface import Training
 
-    check(config)
     processes = Processes.join(config.device)
     given = read_images(config)
     precision = config.decide_precision(processes, config.optimizer)
@@ -134,72 +191,37 @@ def train(config: Config) -> Path:
     run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
-    global_batch = batches.global_batch
     dataset = config.prepare_as(
         given or draw_prompts(config, base, run, processes),
         base,
         processes=processes,
-        will_draw=(config.seed, config.steps, global_batch),
+        will_draw=(config.seed, config.steps, batches.global_batch),
         together=config.batch,
     )
     run.say_notes(dataset)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)
-    distillation = Distillation(
-        base, dataset, guidance=config.guidance, solver_steps=config.solver_steps, pristine=lora.disabled
-    )
     run.identify(data=dataset, **init_from_file(config.init_from, run, base, lora), base=base.fingerprint())
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pluralize(len(dataset), 'image')}, {layers}, {lora.count():,} trained numbers")
+    return Training(config, processes, precision, base, run, batches, dataset, lora)
 
-    parameters = list(lora.parameters())
-    groups = optimizers.parameter_groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
-    )
-    schedule = optimizers.LearningRateSchedule(
-        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
-    )
-    scaler = precision.scaler()
-    average = Ema(parameters, config.ema)
-    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
-    metrics = ConsistencyMetrics(base, dataset, lora, distillation, config.batch, within=average.applied)
-    samples = samples_of(config, base, lora, dataset, run, average)
-    learned = trained_adapter_of(config, base, lora, dataset, samples, average)
+
+def watch(training: Training, distillation: Distillation) -> tuple[TrainedAdapter, Samples]:
+    """Let the run measure, draw and save the adapter now and then. Returns what is written at the end, and what it is
+    shown with."""
+    from sfumato.runs.options import Request
+    from sfumato.training.methods.lcm import ConsistencyMetrics
+
+    config, base, run, lora = training.config, training.base, training.run, training.trained
+    dataset, added = training.dataset, training.added
+    metrics = ConsistencyMetrics(base, dataset, lora, distillation, config.batch, within=added.applied)
+    samples = samples_of(config, base, lora, dataset, run, added)
+    learned = trained_adapter_of(config, base, lora, dataset, samples, added)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
-    lora.train()
-    for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
-        loss = torch.zeros((), device=precision.device)
-        further: dict[str, Any] = {}
-        for micro in batches.of(step.number):
-            lora.set_dropout_samples(config.seed, step.number, micro.places)
-            with precision.autocast():
-                part = distillation.errors(distillation.draw(config.seed, micro)).sum() / global_batch
-            scaler.scale(part).backward()
-            loss += part.detach()
-        # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum_gradients(parameters, loss)
-        scaler.unscale_(optimizer)
-        norm = optimizers.clip_grad_norm(parameters, config.clip)
-        if step.healthy(scaler, loss=loss, gradient_norm=norm):
-            scaler.step(optimizer)
-            if config.max_norm:
-                further["limited"] = lora.limit_norms(config.max_norm)
-            average.update()
-        scaler.update()
-        optimizer.zero_grad()
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
-
-    average.swap()
-    path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        finish_adapter(run, config, path, learned, samples)
-    run.close()
-    processes.wait()
-    return path
+    return learned, samples
 
 
 def check(config: Config) -> None:
@@ -288,7 +310,7 @@ def draw_prompts(config: Config, base: Base, run: Run, processes: Processes) -> 
     return drawn
 
 
-def samples_of(config: Config, base: Base, lora: Attached, dataset: Dataset, run: Run, average: Ema) -> Samples:
+def samples_of(config: Config, base: Base, lora: Attached, dataset: Dataset, run: Run, average: Addition) -> Samples:
     """The run's sample images, drawn in few steps."""
     from sfumato.runs.reporting.samples import Samples
     from sfumato.training.loss.validation import default_prompts
@@ -302,7 +324,7 @@ def samples_of(config: Config, base: Base, lora: Attached, dataset: Dataset, run
 
 
 def trained_adapter_of(
-    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Addition
 ) -> TrainedAdapter:
     """The result of the training, and what its file says about itself."""
     from sfumato.files import Sampling

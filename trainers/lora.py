@@ -41,14 +41,10 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.data import Dataset, ExampleSet
     from sfumato.files import Description
     from sfumato.models import Base
-    from sfumato.runs.processes import Processes
     from sfumato.runs.reporting.samples import Samples
-    from sfumato.runs.run import Run
     from sfumato.training.adapter import TrainedAdapter
-    from sfumato.training.loss.crossed_samples import Crossing
-    from sfumato.training.loss.objective import NoiseSettings
+    from sfumato.training.additions.interface import Training
     from sfumato.training.loss.prior import BasePrediction, ClassPictures
-    from sfumato.training.optim.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +141,75 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.runs.options import Request
+    from sfumato.training.adapter import groups_of
+    from sfumato.training.additions.interface import backward
+    from sfumato.training.additions.table import additions_of
+    from sfumato.training.finish import finish_adapter
+    from sfumato.training.loss.objective import draw_noised, per_sample_losses
+    from sfumato.training.optim import optimizers
+
+    check(config)
+    training = prepare(config)
+    config, base, run, processes = training.config, training.base, training.run, training.processes
+    lora, dataset, precision, batches = training.trained, training.dataset, training.precision, training.batches
+    added = additions_of(training)
+    parameters, groups = training.parameters(), [*groups_of(config, lora), *added.groups()]
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles, second=config.words_first
+    )
+    scaler = precision.scaler()
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, **added.kept())
+    learned, samples = watch(training)
+    noising, encode = config.noising(base), not embeds_beforehand(config)
+    lora.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        added.before_step(step.number)
+        loss = torch.zeros((), device=precision.device)
+        for micro in batches.of(step.number):
+            noised = added.change(draw_noised(base, dataset, config.seed, micro, noising=noising), micro)
+            further = added.samples(micro)
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
+            with precision.autocast():
+                errors = per_sample_losses(base, [noised, *further], encode=encode, settings=config.loss())
+                part = errors[: micro.count].sum() / batches.global_batch
+                part = part + added.loss(errors[micro.count :], batches.global_batch)
+            backward(scaler, part)
+            loss += part.detach()
+        added.after_gradients()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss, *added.sums())
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            added.after_step()
+        scaler.update()
+        optimizer.zero_grad()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
+
+    added.finish()
+    path = config.output / f"{config.name}.safetensors"
+    if processes.is_main:
+        finish_adapter(run, config, path, learned, samples)
+    added.close()
+    run.close()
+    processes.wait()
+    return path
+
+
+def prepare(config: Config) -> Training:
+    """Read the images, load the base model, fill in the config, open the run, and attach the adapter."""
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training.adapter import adapted_layers, init_from_file, new_adapter
-    from sfumato.training.finish import finish_adapter
-    from sfumato.training.loss.objective import draw_noised, per_sample_losses
+    from sfumato.training.additions.interface import Training
     from sfumato.training.loss.prior import prepare_datasets
-    from sfumato.training.loss.validation import UNRELATED, Metrics, prepare_validation
-    from sfumato.training.optim import optimizers
-    from sfumato.training.optim.ema import Ema
+    from sfumato.training.loss.validation import prepare_validation
 
-    check(config)
     processes = Processes.join(config.device)
     examples = read_examples(config)
     precision = config.decide_precision(processes, config.optimizer)
@@ -176,10 +229,9 @@ def train(config: Config) -> Path:
         run.say(*truncation_notes(config.initial_words, config.word_vectors, tokenizer))
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
-    global_batch = batches.global_batch
     embed, crossed = embeds_beforehand(config), bool(config.crossed_share)
     dataset, class_set = prepare_datasets(
-        config, base, subjects, of_class, global_batch, processes, embed_text=embed, drawn_over=crossed
+        config, base, subjects, of_class, batches.global_batch, processes, embed_text=embed, drawn_over=crossed
     )
     held_out = prepare_validation(config, base, examples, processes)
     run.say_notes(dataset, class_set, held_out)
@@ -195,89 +247,29 @@ def train(config: Config) -> Path:
     beside = f"{len(class_set)} of the class, " if class_set else ""
     pictures, layers = pluralize(len(dataset), "image"), pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {beside}{layers}, {lora.count():,} trained numbers")
+    priors = priors_of(config, base, dataset, class_set, lora)
+    opened = (config, processes, precision, base, run, batches)
+    return Training(*opened, dataset, lora, subjects, class_set, held_out, words, priors)
 
-    parameters = [*lora.parameters(), *(words.parameters() if words else ())]
-    rates = config.learning_rate, config.text_learning_rate
-    groups = optimizers.parameter_groups(
-        lora.by_part(), *rates, ups=lora.ups(), up_ratio=config.loraplus_ratio, factors=lora.rate_factors()
-    )
-    if words:
-        groups.append({"params": list(words.parameters()), "lr": config.word_learning_rate, "is_table": True})
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
-    )
-    schedule = optimizers.LearningRateSchedule(
-        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles, second=config.words_first
-    )
-    scaler = precision.scaler()
-    average = Ema(parameters, config.ema)
-    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average, **({"words": words} if words else {}))
+
+def watch(training: Training) -> tuple[TrainedAdapter, Samples]:
+    """Let the run measure, draw and save the adapter now and then. Returns what is written at the end, and what it is
+    shown with."""
+    from sfumato.runs.options import Request
+    from sfumato.training.loss.validation import UNRELATED, Metrics
+
+    config, base, run, lora = training.config, training.base, training.run, training.trained
+    assert training.subjects is not None
     drift_prompts = {"drift": UNRELATED} if config.measure_every else {}
-    contexts = {"pristine": lora.disabled, "within": average.applied}
-    metrics = Metrics(base, dataset, drift_prompts, **contexts, modules=[lora], held_out=held_out)
-    trigger = list(dict.fromkeys([*subjects.triggers, *config.train_words]))
-    samples = samples_of(config, base, lora, subjects, dataset, trigger, run, average)
-    learned = trained_adapter_of(config, base, lora, words, dataset, samples, trigger, average)
+    contexts = {"pristine": lora.disabled, "within": training.added.applied}
+    metrics = Metrics(base, training.dataset, drift_prompts, **contexts, modules=[lora], held_out=training.held_out)
+    trigger = list(dict.fromkeys([*training.subjects.triggers, *config.train_words]))
+    samples = samples_of(training, trigger)
+    learned = trained_adapter_of(training, samples, trigger)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
-    noising = config.noising(base)
-    priors = priors_of(config, base, dataset, class_set, noising, lora)
-    crossing = crossing_of(config, base, dataset, processes, lora, global_batch)
-    lora.train()
-    for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
-        words_alone = step.number < config.words_first
-        if config.words_first:
-            take_turns(step.number, config.words_first, lora, words, average)
-        loss, prior_loss = torch.zeros(2, device=precision.device)
-        further: dict[str, Any] = {}
-        for micro in batches.of(step.number):
-            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
-            if crossing:
-                noised = crossing.cross(noised, micro)
-            of_priors = [prior.draw(micro) for prior in priors]
-            lora.set_dropout_samples(config.seed, step.number, micro.places)
-            with precision.autocast():
-                errors = per_sample_losses(base, [noised, *of_priors], encode=not embed, settings=config.loss())
-                part = errors[: micro.count].sum() / global_batch
-                if priors:
-                    of_prior = errors[micro.count :].sum() / (global_batch * len(priors))
-                    part = part + config.prior_weight * of_prior
-                    prior_loss += of_prior.detach()
-            scaled = scaler.scale(part)  # in any case: the first makes the scale
-            if scaled.requires_grad:  # not where words learn alone and SDXL has zeros for all of the batch's captions
-                scaled.backward()
-            loss += part.detach()
-        if words:
-            words.zero_missing_gradients()
-        # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum_gradients(parameters, loss, prior_loss)
-        scaler.unscale_(optimizer)
-        norm = optimizers.clip_grad_norm(parameters, config.clip)
-        if step.healthy(scaler, loss=loss, gradient_norm=norm):
-            scaler.step(optimizer)
-            if config.max_norm:
-                further["limited"] = lora.limit_norms(config.max_norm)
-            if words:
-                words.keep_scale()
-            average.update()
-        scaler.update()
-        optimizer.zero_grad()
-        if priors:
-            further["prior_loss"] = prior_loss
-        rate = optimizer.param_groups[-1]["lr"] if words_alone else schedule.rate  # the words' group is the last
-        step.done(loss=loss, rate=rate, gradient_norm=norm, **further)
-
-    average.swap()
-    path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        finish_adapter(run, config, path, learned, samples)
-    if words:
-        words.remove()
-    run.close()
-    processes.wait()
-    return path
+    return learned, samples
 
 
 def check(config: Config) -> None:
@@ -403,33 +395,17 @@ def new_words(base: Base, config: Config, examples: ExampleSet) -> Words:
     return words
 
 
-def take_turns(step: int, words_first: int, lora: Attached, words: Words, average: Ema) -> None:
-    """Let the words learn in the first steps, and the LoRA alone in those after, beside the words as they will be
-    saved."""
-    lora.requires_grad_(step >= words_first)
-    words.requires_grad_(step < words_first)
-    if step == words_first:
-        average.settle(words.parameters())
-
-
-def samples_of(
-    config: Config,
-    base: Base,
-    lora: Attached,
-    subjects: ExampleSet,
-    dataset: Dataset,
-    trigger: Sequence[str],
-    run: Run,
-    average: Ema,
-) -> Samples:
+def samples_of(training: Training, trigger: Sequence[str]) -> Samples:
     """The run's sample images, generated in the way that its file will ask for."""
     from sfumato.runs.reporting.samples import Samples
     from sfumato.training.loss.validation import default_prompts
     from sfumato.training.sampling import make_sampler
 
-    first = subjects[0]  # sources may have templates and triggers of their own
+    config, base, lora = training.config, training.base, training.trained
+    assert training.subjects is not None
+    first = training.subjects[0]  # sources may have templates and triggers of their own
     asked, own = config.asked_samples()
-    prompts = asked or default_prompts(dataset.captions, first.template, first.trigger)
+    prompts = asked or default_prompts(training.dataset.captions, first.template, first.trigger)
     draw = make_sampler(
         base,
         lora,
@@ -439,7 +415,7 @@ def samples_of(
         resolution=config.resolution,
         own=own,
     )
-    return Samples(run, prompts, config.seed, draw, modules=[lora], within=average.applied)
+    return Samples(training.run, prompts, config.seed, draw, modules=[lora], within=training.added.applied)
 
 
 def embeds_beforehand(config: Config) -> bool:
@@ -448,12 +424,13 @@ def embeds_beforehand(config: Config) -> bool:
 
 
 def priors_of(
-    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, noising: NoiseSettings, lora: Attached
+    config: Config, base: Base, dataset: Dataset, class_set: Dataset | None, lora: Attached
 ) -> list[ClassPictures | BasePrediction]:
     """What joins each batch for prior preservation: the class images, and the prior prompts with the images of that
     batch."""
     from sfumato.training.loss.prior import BasePrediction, ClassPictures
 
+    noising = config.noising(base)
     priors: list[ClassPictures | BasePrediction] = []
     if class_set:
         priors.append(ClassPictures(base, class_set, config.seed, noising=noising))
@@ -473,40 +450,19 @@ def priors_of(
     return priors
 
 
-def crossing_of(
-    config: Config, base: Base, dataset: Dataset, processes: Processes, lora: Attached, global_batch: int
-) -> Crossing | None:
-    """The base model's versions of the images for --crossed-share, if that was asked for."""
-    if not config.crossed_share:
-        return None
-    from sfumato.training.loss.crossed_samples import Crossing, CrossingPlan
-
-    assert config.steps is not None, "resolve() fills it"
-    course = CrossingPlan(config.steps, global_batch, config.noising(base).timesteps)
-    with lora.disabled():
-        return Crossing(base, dataset, config.seed, config.crossed_share, course, shown=processes.is_main)
-
-
-def trained_adapter_of(
-    config: Config,
-    base: Base,
-    lora: Attached,
-    words: Words | None,
-    dataset: Dataset,
-    samples: Samples,
-    trigger: Sequence[str],
-    average: Ema,
-) -> TrainedAdapter:
+def trained_adapter_of(training: Training, samples: Samples, trigger: Sequence[str]) -> TrainedAdapter:
     """The result of the training, and what its files say about themselves."""
     from sfumato.precision import DTYPES
     from sfumato.training.adapter import TrainedAdapter
     from sfumato.training.finish import describe_run
 
+    config, base = training.config, training.base
+
     def about(**more: Any) -> Description:
         return describe_run(
             config,
             base,
-            dataset,
+            training.dataset,
             samples,
             trigger=trigger,
             adapter_guidance=config.adapter_guidance,
@@ -515,7 +471,8 @@ def trained_adapter_of(
             **more,
         )
 
-    return TrainedAdapter(lora, words, base.family.name, about, DTYPES[config.save_precision], average, config.bundle)
+    kept_as = (base.family.name, about, DTYPES[config.save_precision], training.added, config.bundle)
+    return TrainedAdapter(training.trained, training.words, *kept_as)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
     from sfumato.training.adapter import TrainedAdapter
+    from sfumato.training.additions.interface import Addition, Training
     from sfumato.training.methods.slider import SliderObjective, SliderPrompts
-    from sfumato.training.optim.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +111,77 @@ def train(config: Config) -> Path:
     """Train, and return the path of the adapter."""
     import torch
 
-    from sfumato.runs.options import Request
+    from sfumato.training.adapter import groups_of
+    from sfumato.training.additions.interface import backward
+    from sfumato.training.additions.table import additions_of
+    from sfumato.training.loss.objective import per_sample_losses
+    from sfumato.training.methods.slider import WEIGHTS
+    from sfumato.training.optim import optimizers
+
+    ends = check(config)
+    training, way = prepare(config, ends)
+    config, base, run, processes = training.config, training.base, training.run, training.processes
+    lora, precision, batches = training.trained, training.precision, training.batches
+    added = additions_of(training)
+    parameters, groups = training.parameters(), [*groups_of(config, lora), *added.groups()]
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
+    scaler = precision.scaler()
+    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, **added.kept())
+    learned, samples = watch(training, ends, way)
+    lora.train()
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        added.before_step(step.number)
+        loss = torch.zeros((), device=precision.device)
+        for micro in batches.of(step.number):
+            further = added.samples(micro)
+            lora.set_dropout_samples(config.seed, step.number, micro.places)
+            for weight, noised in zip(WEIGHTS, way.draw(config.seed, micro), strict=True):
+                # The backward pass, too: with gradient checkpointing it computes the layers again.
+                with lora.scaled(weight):
+                    with precision.autocast():
+                        parts = [added.change(noised, micro), *further]
+                        errors = per_sample_losses(base, parts, encode=False, settings=config.loss())
+                        shares = errors / (len(WEIGHTS) * batches.global_batch)
+                        part = shares[: micro.count].sum() + added.loss(shares[micro.count :], 1)
+                    backward(scaler, part)
+                loss += part.detach()
+        added.after_gradients()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss, *added.sums())
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            added.after_step()
+        scaler.update()
+        optimizer.zero_grad()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
+
+    added.finish()
+    path = config.output / f"{config.name}.safetensors"
+    if processes.is_main:
+        save(path, config, learned, samples, run)
+    added.close()
+    run.close()
+    processes.wait()
+    return path
+
+
+def prepare(config: Config, ends: Sequence[SliderPrompts]) -> tuple[Training, SliderObjective]:
+    """Read or draw the images, load the base model, fill in the config, open the run, and attach the adapter."""
     from sfumato.runs.processes import Processes
     from sfumato.runs.run import Run
     from sfumato.training.adapter import adapted_layers, init_from_file, new_adapter
-    from sfumato.training.loss.objective import per_sample_losses
+    from sfumato.training.additions.interface import Training
     from sfumato.training.loss.prior import BasePrediction
-    from sfumato.training.loss.validation import unrelated_to
     from sfumato.training.methods.pairs import prepare_sets
-    from sfumato.training.methods.slider import WEIGHTS, SliderMetrics
-    from sfumato.training.optim import optimizers
-    from sfumato.training.optim.ema import Ema
 
-    ends = check(config)
     processes = Processes.join(config.device)
     given = read_images(config)
     precision = config.decide_precision(processes, config.optimizer)
@@ -136,100 +194,48 @@ def train(config: Config) -> Path:
     run.say(*notes)
 
     batches = processes.micro_batches(config.batch, config.accumulate, config.micro_batch)
-    global_batch = batches.global_batch
-    prepare = partial(
+    encoding = partial(
         config.prepare_as,
         base=base,
         processes=processes,
-        will_draw=(config.seed, config.steps, global_batch),
+        will_draw=(config.seed, config.steps, batches.global_batch),
         together=config.batch,
     )
-    sets = prepare_sets(given or [draw_ends(config, base, ends, run, processes)], prepare)
+    sets = prepare_sets(given or [draw_ends(config, base, ends, run, processes)], encoding)
     run.say_notes(*sets)
     base.lazy_weights.load_only("unet")  # the others rest until something asks for them
     lora = new_adapter(adapted, config)
-    noising = config.noising(base)
     way = way_of(config, base, ends, sets, lora)
-    prior = None
+    training = Training(config, processes, precision, base, run, batches, sets[0], lora)
     if config.prior_prompts:
-        prior = BasePrediction(
-            base, sets[0], config.prior_prompts, config.seed, order=config.seed, pristine=lora.disabled, noising=noising
-        )
+        shared = {"order": config.seed, "pristine": lora.disabled, "noising": config.noising(base)}
+        training.priors.append(BasePrediction(base, sets[0], config.prior_prompts, config.seed, **shared))
     facts = {"data": sets[0], "partners": sets[1] if sets[1:] else "none"}
     run.identify(**facts, **init_from_file(config.init_from, run, base, lora), base=base.fingerprint())
     pictures = pluralize(len(sets[0]), "image" if ends else "pair")
     layers = pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {layers}, {lora.count():,} trained numbers")
+    return training, way
 
-    parameters = list(lora.parameters())
-    groups = optimizers.parameter_groups(lora.by_part(), config.learning_rate, None, factors=lora.rate_factors())
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
-    )
-    schedule = optimizers.LearningRateSchedule(
-        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
-    )
-    scaler = precision.scaler()
-    average = Ema(parameters, config.ema)
-    run.keep(lora=lora, optimizer=optimizer, scaler=scaler, average=average)
+
+def watch(training: Training, ends: Sequence[SliderPrompts], way: SliderObjective) -> tuple[TrainedAdapter, Samples]:
+    """Let the run measure, draw and save the adapter now and then. Returns what is written at the end, and what it is
+    shown with."""
+    from sfumato.runs.options import Request
+    from sfumato.training.loss.validation import unrelated_to
+    from sfumato.training.methods.slider import SliderMetrics
+
+    config, base, run, lora = training.config, training.base, training.run, training.trained
+    dataset, added = training.dataset, training.added
     unrelated = unrelated_to([prompt for one in ends for prompt in one.prompts])
-    metrics = SliderMetrics(
-        base,
-        sets[0],
-        {"drift": unrelated} if config.measure_every else {},
-        lora,
-        way,
-        config.batch,
-        within=average.applied,
-    )
-    samples = samples_of(config, base, lora, ends, sets[0], run, average)
-    learned = trained_adapter_of(config, base, lora, sets[0], samples, average)
+    watched = {"drift": unrelated} if config.measure_every else {}
+    metrics = SliderMetrics(base, dataset, watched, lora, way, config.batch, within=added.applied)
+    samples = samples_of(config, base, lora, ends, dataset, run, added)
+    learned = trained_adapter_of(config, base, lora, dataset, samples, added)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     run.every(config.save_every, lambda step: learned.keep(run, config.name, step), on=Request.SAVE)
-    lora.train()
-    for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
-        loss, prior_loss = torch.zeros(2, device=precision.device)
-        further: dict[str, Any] = {}
-        for micro in batches.of(step.number):
-            of_prior = [prior.draw(micro)] if prior else []
-            lora.set_dropout_samples(config.seed, step.number, micro.places)
-            for weight, noised in zip(WEIGHTS, way.draw(config.seed, micro), strict=True):
-                # The backward pass, too: with gradient checkpointing it computes the layers again.
-                with lora.scaled(weight):
-                    with precision.autocast():
-                        errors = per_sample_losses(base, [noised, *of_prior], encode=False, settings=config.loss())
-                        share = errors / (len(WEIGHTS) * global_batch)
-                        part = share[: micro.count].sum()
-                        if prior:
-                            kept = share[micro.count :].sum()
-                            part = part + config.prior_weight * kept
-                            prior_loss += kept.detach()
-                    scaler.scale(part).backward()
-                loss += part.detach()
-        # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum_gradients(parameters, loss, prior_loss)
-        scaler.unscale_(optimizer)
-        norm = optimizers.clip_grad_norm(parameters, config.clip)
-        if step.healthy(scaler, loss=loss, gradient_norm=norm):
-            scaler.step(optimizer)
-            if config.max_norm:
-                further["limited"] = lora.limit_norms(config.max_norm)
-            average.update()
-        scaler.update()
-        optimizer.zero_grad()
-        if prior:
-            further["prior_loss"] = prior_loss
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **further)
-
-    average.swap()
-    path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        save(path, config, learned, samples, run)
-    run.close()
-    processes.wait()
-    return path
+    return learned, samples
 
 
 def check(config: Config) -> list[SliderPrompts]:
@@ -353,7 +359,13 @@ def way_of(
 
 
 def samples_of(
-    config: Config, base: Base, lora: Attached, ends: Sequence[SliderPrompts], data: Dataset, run: Run, average: Ema
+    config: Config,
+    base: Base,
+    lora: Attached,
+    ends: Sequence[SliderPrompts],
+    data: Dataset,
+    run: Run,
+    average: Addition,
 ) -> Samples:
     """The run's sample images: each prompt at each of the weights SHOWN."""
     from sfumato.runs.reporting.samples import Samples
@@ -392,7 +404,7 @@ def samples_by_weight(samples: Samples) -> tuple[list[str], list[tuple[float, li
 
 
 def trained_adapter_of(
-    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Ema
+    config: Config, base: Base, lora: Attached, data: Dataset, samples: Samples, average: Addition
 ) -> TrainedAdapter:
     """The result of the training, and what its file says about itself."""
     from sfumato.precision import DTYPES

@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.models import Base
     from sfumato.runs.reporting.samples import Samples
     from sfumato.runs.run import Run
-    from sfumato.training.optim.ema import Ema
+    from sfumato.training.additions.interface import Addition, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,21 +105,76 @@ def train(config: Config) -> Path:
     """Train, and return the path of the embedding; of the first one if there are several."""
     import torch
 
-    from sfumato.adapters.embeddings import embedding
-    from sfumato.runs.options import Request
-    from sfumato.runs.processes import Processes
-    from sfumato.runs.reporting.samples import Samples
-    from sfumato.runs.run import Run
-    from sfumato.training.finish import describe_run
+    from sfumato.training.additions.interface import backward
+    from sfumato.training.additions.table import additions_of
     from sfumato.training.loss.objective import draw_noised, per_sample_losses
-    from sfumato.training.loss.prior import prepare_datasets
-    from sfumato.training.loss.validation import Metrics, prepare_validation
     from sfumato.training.methods.caption_templates import TEMPLATES, fill_templates
     from sfumato.training.optim import optimizers
-    from sfumato.training.optim.ema import Ema
-    from sfumato.training.sampling import make_sampler
 
     check(config)
+    training = prepare(config)
+    config, base, run, processes = training.config, training.base, training.run, training.processes
+    words, dataset, precision, batches = training.trained, training.dataset, training.precision, training.batches
+    added = additions_of(training)
+    parameters = training.parameters()
+    groups = [{"params": list(words.parameters()), "lr": config.learning_rate}, *added.groups()]
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
+    )
+    schedule = optimizers.LearningRateSchedule(
+        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
+    )
+    scaler = precision.scaler()
+    run.keep(optimizer=optimizer, scaler=scaler, **added.kept())  # the words are an addition that keeps itself
+    finish = watch(training)
+    noising, templates = config.noising(base), TEMPLATES[config.templates]
+    for step in run.steps(config.steps):
+        schedule.set(step.number, step.rate_factor)
+        added.before_step(step.number)
+        loss = torch.zeros((), device=precision.device)
+        for micro in batches.of(step.number):
+            noised = added.change(draw_noised(base, dataset, config.seed, micro, noising=noising), micro)
+            captions = fill_templates(noised.batch.captions, templates, config.seed, micro)
+            noised = dataclasses.replace(noised, batch=dataclasses.replace(noised.batch, captions=captions))
+            further = added.samples(micro)
+            with precision.autocast():
+                errors = per_sample_losses(base, [noised, *further], encode=True, settings=config.loss())
+                part = errors[: micro.count].sum() / batches.global_batch
+                part = part + added.loss(errors[micro.count :], batches.global_batch)
+            backward(scaler, part)
+            loss += part.detach()
+        added.after_gradients()
+        # Before unscaling, so that all processes find the same overflow and skip the same steps.
+        processes.sum_gradients(parameters, loss, *added.sums())
+        scaler.unscale_(optimizer)
+        norm = optimizers.clip_grad_norm(parameters, config.clip)
+        if step.healthy(scaler, loss=loss, gradient_norm=norm):
+            scaler.step(optimizer)
+            added.after_step()
+        scaler.update()
+        optimizer.zero_grad()
+        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
+
+    added.finish()
+    paths = embedding_files(config.output, config.name, config.placeholder, alone=True)
+    if processes.is_main:
+        finish(paths)
+    added.close()
+    run.close()
+    processes.wait()
+    return next(iter(paths.values()))
+
+
+def prepare(config: Config) -> Training:
+    """Read the images, load the base model, fill in the config, bring the new words into use, and open the run."""
+    from sfumato.adapters.embeddings import embedding
+    from sfumato.runs.processes import Processes
+    from sfumato.runs.run import Run
+    from sfumato.training.additions.interface import Training
+    from sfumato.training.loss.prior import prepare_datasets
+    from sfumato.training.loss.validation import prepare_validation
+    from sfumato.training.methods.caption_templates import TEMPLATES
+
     processes = Processes.join(config.device)
     examples = read_examples(config)
     learned = examples.in_group("instance")
@@ -134,10 +189,9 @@ def train(config: Config) -> Path:
         initial=config.initial_words,
         seed=config.seed,
     )
-    templates = TEMPLATES[config.templates]
-    asked, own = config.asked_samples()
-    prompts = asked or default_prompts(learned, config.placeholder)
-    words.check([*prompts, *(t.format(caption) for t in templates for caption in examples.captions)])
+    prompts = config.asked_samples()[0] or default_prompts(learned, config.placeholder)
+    told = (t.format(caption) for t in TEMPLATES[config.templates] for caption in examples.captions)
+    words.check([*prompts, *told])
     paths = embedding_files(config.output, config.name, config.placeholder, alone=True)
     names = [*(["adapters"] if config.save_every else []), *(path.name for path in paths.values())]
     run = Run.start(config, program="textual_inversion", processes=processes, writes=names)
@@ -156,62 +210,32 @@ def train(config: Config) -> Path:
     run.identify(data=dataset, validation=held_out or "none", base=base.fingerprint())
     pictures = pluralize(len(dataset), "image")
     run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
+    opened = (config, processes, precision, base, run, batches)
+    return Training(*opened, dataset, words, learned, held_out=held_out, words=words)
 
-    parameters = list(words.parameters())
-    groups = [{"params": parameters, "lr": config.learning_rate}]
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, groups, weight_decay=config.weight_decay, args=config.optimizer_args
-    )
-    schedule = optimizers.LearningRateSchedule(
-        optimizer, config.schedule, config.steps, config.warmup, cycles=config.cycles
-    )
-    scaler = precision.scaler()
-    average = Ema(parameters, config.ema)
-    run.keep(words=words, optimizer=optimizer, scaler=scaler, average=average)
+
+def watch(training: Training) -> Callable[[dict[str, Path]], None]:
+    """Let the run measure, draw and save the words now and then. Returns what writes them to their paths."""
+    from sfumato.runs.options import Request
+    from sfumato.runs.reporting.samples import Samples
+    from sfumato.training.finish import describe_run
+    from sfumato.training.loss.validation import Metrics
+    from sfumato.training.sampling import make_sampler
+
+    config, base, run, words = training.config, training.base, training.run, training.trained
+    dataset, added = training.dataset, training.added
+    assert training.subjects is not None
+    asked, own = config.asked_samples()
+    prompts = asked or default_prompts(training.subjects, config.placeholder)
     # No drift: nothing that draws other prompts changes.
-    metrics = Metrics(base, dataset, {}, within=average.applied, held_out=held_out)
+    metrics = Metrics(base, dataset, {}, within=added.applied, held_out=training.held_out)
     draw = make_sampler(base, resolution=config.resolution, own=own)
-    samples = Samples(run, prompts, config.seed, draw, within=average.applied)
+    samples = Samples(run, prompts, config.seed, draw, within=added.applied)
     run.every(config.measure_every, lambda step: run.log(step=step, **metrics.values()))
     run.every(config.sample_every, samples.draw)
     about = partial(describe_run, config, base, dataset, samples, trigger=config.placeholder)
-    run.every(config.save_every, partial(keep, words, config, about, run, average), on=Request.SAVE)
-    noising = config.noising(base)
-    for step in run.steps(config.steps):
-        schedule.set(step.number, step.rate_factor)
-        loss = torch.zeros((), device=precision.device)
-        for micro in batches.of(step.number):
-            noised = draw_noised(base, dataset, config.seed, micro, noising=noising)
-            captions = fill_templates(noised.batch.captions, templates, config.seed, micro)
-            noised = dataclasses.replace(noised, batch=dataclasses.replace(noised.batch, captions=captions))
-            with precision.autocast():
-                errors = per_sample_losses(base, [noised], encode=True, settings=config.loss())
-                part = errors.sum() / batches.global_batch
-            scaled = scaler.scale(part)  # in any case: the first makes the scale
-            if scaled.requires_grad:  # not where all captions of the batch were dropped and SDXL has zeros for them
-                scaled.backward()
-            loss += part.detach()
-        words.zero_missing_gradients()
-        # Before unscaling, so that all processes find the same overflow and skip the same steps.
-        processes.sum_gradients(parameters, loss)
-        scaler.unscale_(optimizer)
-        norm = optimizers.clip_grad_norm(parameters, config.clip)
-        if step.healthy(scaler, loss=loss, gradient_norm=norm):
-            scaler.step(optimizer)
-            if config.keep_scale:
-                words.keep_scale()
-            average.update()
-        scaler.update()
-        optimizer.zero_grad()
-        step.done(loss=loss, rate=schedule.rate, gradient_norm=norm)
-
-    average.swap()
-    if processes.is_main:
-        save(paths, words, config, about(steps=run.step), run, samples)
-    words.remove()
-    run.close()
-    processes.wait()
-    return next(iter(paths.values()))
+    run.every(config.save_every, partial(keep, words, config, about, run, added), on=Request.SAVE)
+    return lambda paths: save(paths, words, config, about(steps=run.step), run, samples)
 
 
 def check(config: Config) -> None:
@@ -295,7 +319,9 @@ def default_prompts(examples: ExampleSet, placeholders: Sequence[str]) -> list[s
     return list(dict.fromkeys([*captions, f"a drawing of a {placeholders[0]}", f"{placeholders[0]} on a table"]))
 
 
-def keep(words: Words, config: Config, about: Callable[..., Description], run: Run, average: Ema, step: int) -> None:
+def keep(
+    words: Words, config: Config, about: Callable[..., Description], run: Run, average: Addition, step: int
+) -> None:
     """Write the words as they would be saved after this step, to choose from. about: what their files say."""
     if not step or not run.is_main:
         return

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from sfumato.files import Description
     from sfumato.models import Base
     from sfumato.runs.run import Run
-    from sfumato.training.optim.ema import Ema
+    from sfumato.training.additions.interface import Addition
 
 
 Layers = Mapping[str, Mapping[str, BaseLayer]]
@@ -82,13 +82,22 @@ def new_adapter(layers: Layers, config: Any) -> Attached:
     )
 
 
+def groups_of(config: Any, adapter: Attached) -> list[dict[str, Any]]:
+    """The optimizer's groups of an adapter: the U-Net's, and the text encoders' with their own learning rate."""
+    from sfumato.training.optim import optimizers
+
+    rates = config.learning_rate, getattr(config, "text_learning_rate", None)
+    ratio, factors = getattr(config, "loraplus_ratio", 1.0), adapter.rate_factors()
+    return optimizers.parameter_groups(adapter.by_part(), *rates, ups=adapter.ups(), up_ratio=ratio, factors=factors)
+
+
 @dataclass(frozen=True)
 class TrainedAdapter:
     """An adapter and the words that learn with it, as they are at any step.
 
     about: what their files say of themselves, called with `steps` and, for files of words, `word_files`. dtype: of the
-    adapter's file; words are written in fp32. average: the running mean that is written in place of the weights while
-    they learn. bundle: whether words go into that file.
+    adapter's file; words are written in fp32. average: whose `applied` gives the weights
+    that are written while they learn. bundle: whether words go into that file.
     """
 
     adapter: Attached
@@ -96,7 +105,7 @@ class TrainedAdapter:
     family: str
     about: Callable[..., Description]
     dtype: torch.dtype
-    average: Ema
+    average: Addition
     bundle: bool = False
 
     def keep(self, run: Run, name: str, step: int) -> None:

@@ -20,6 +20,7 @@ from sfumato.generation.draw import LATENTS_AT_ONCE
 from sfumato.models import diffusion
 from sfumato.runs.processes import MicroBatch
 from sfumato.runs.progress import progress_bar
+from sfumato.training.additions.interface import Addition, Training
 from sfumato.utils import randomness
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class CrossingPlan:
     timesteps: range
 
 
-class Crossing:
+class Crossing(Addition):
     """The base's drawing of the views of the pictures that a run crosses, and the samples that show it.
 
     The base is to be as it was before the training while this is made. share: of the samples from FIRST_SHARE on that
@@ -77,6 +78,19 @@ class Crossing:
             own = text[[captions.index(each) for each in batch.captions]]
             for index, variant, latents in zip(batch.indices, batch.variants, self._draw(batch, own), strict=True):
                 self._drawn[index, variant] = latents.cpu()  # there may be thousands
+
+    @classmethod
+    def of(cls, training: Training) -> Crossing | None:
+        config, base = training.config, training.base
+        share = getattr(config, "crossed_share", 0.0)
+        if not share:
+            return None
+        course = CrossingPlan(config.steps, training.batches.global_batch, config.noising(base).timesteps)
+        with training.trained.disabled():
+            return cls(base, training.dataset, config.seed, share, course, shown=training.processes.is_main)
+
+    def change(self, noised: NoisedBatch, micro: MicroBatch) -> NoisedBatch:
+        return self.cross(noised, micro)
 
     def _crossed(self, data: Dataset, course: CrossingPlan) -> set[View]:
         """The views that the run crosses, from its first step on, however far it has come: of thousands of pictures a

@@ -8,7 +8,7 @@ either the noise of such a picture (or its v), or the prediction of the frozen b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from sfumato.adapters.embeddings import embedding
 from sfumato.runs.processes import MicroBatch, MicroBatches
 from sfumato.runs.progress import progress_bar
+from sfumato.training.additions.interface import Addition, Training
 from sfumato.training.loss.objective import NoisedBatch, NoiseSettings, draw_noised, predict
 from sfumato.utils import randomness
 from sfumato.utils.formatting import pluralize
@@ -192,6 +193,42 @@ class BasePrediction:
         text = self._text[[self._prompts.index(caption) for caption in noised.batch.captions]]
         # With the perturbation that the adapter's input has, so that an adapter of nothing has nothing to learn.
         return predict(self._base, noised.batch, noised.seen_noise, noised.timesteps, text)
+
+
+class PriorPreservation(Addition):
+    """Samples of what shall be drawn as before, with `weight` in the loss; their own loss is logged as `name`.
+
+    sources: what gives them, each as many as the trainer's own samples; each has an equal part of the weight.
+    """
+
+    def __init__(
+        self, sources: Sequence[ClassPictures | BasePrediction], weight: float, device: torch.device, name: str
+    ):
+        self.sources, self.weight, self.device, self.name = list(sources), weight, device, name
+        self._sum = torch.zeros((), device=device)
+
+    @classmethod
+    def of(cls, training: Training) -> PriorPreservation | None:
+        if not training.priors:
+            return None
+        return cls(training.priors, training.config.prior_weight, training.precision.device, training.prior_name)
+
+    def before_step(self, step: int) -> None:
+        self._sum = torch.zeros((), device=self.device)
+
+    def samples(self, micro: MicroBatch) -> list[NoisedBatch]:
+        return [source.draw(micro) for source in self.sources]
+
+    def loss(self, errors: Tensor, batch: int) -> Tensor | float:
+        own = errors.sum() / (batch * len(self.sources))
+        self._sum += own.detach()
+        return self.weight * own
+
+    def sums(self) -> list[Tensor]:
+        return [self._sum]
+
+    def figures(self) -> Mapping[str, float | Tensor]:
+        return {self.name: self._sum}
 
 
 def class_seed(seed: int) -> int:

@@ -147,7 +147,8 @@ def rate_factor(schedule: ScheduleName, step: int, steps: int, warmup: float, cy
 class LearningRateSchedule:
     """Sets each group's rate to its own `lr` times `rate_factor`; a function of the step alone, nothing to restore.
 
-    second: the step at which a second turn begins, with its own rise and fall of the rate; 0: there is one turn.
+    second: the step at which a second turn begins, with its own rise and fall of the rate; 0: there is one turn. Of
+    two turns the first is that of the last group alone.
     """
 
     def __init__(
@@ -162,18 +163,20 @@ class LearningRateSchedule:
     ):
         self.optimizer, self.name, self.steps, self.warmup = optimizer, name, steps, warmup
         self.cycles, self.second = cycles, second
+        self._is_first_turn = False
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
     @property
     def rate(self) -> float:
-        """The first group's present rate, without a factor of its own; Prodigy's is its factor times the step that it
-        has found."""
-        group = self.optimizer.param_groups[0]
+        """The first group's present rate, or that of the last one while it learns alone, without a factor of its own;
+        Prodigy's is its factor times the step that it has found."""
+        group = self.optimizer.param_groups[-1 if self._is_first_turn else 0]
         return float(group["lr"] / group.get("factor", 1.0) * group.get("d", 1.0))
 
     def set(self, step: int, scale: float = 1.0) -> None:
         """Prepare the optimizer for `step`, counted from 0, with all rates multiplied by `scale`."""
-        begin, end = (0, self.second) if step < self.second else (self.second, self.steps)
+        self._is_first_turn = step < self.second
+        begin, end = (0, self.second) if self._is_first_turn else (self.second, self.steps)
         factor = scale * rate_factor(self.name, step - begin, end - begin, self.warmup, self.cycles)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor

@@ -1,0 +1,48 @@
+"""What 0.27 wrote, kept in fixtures/0.27: its files load, and a run that it began goes on as it would have there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from torch.testing import assert_close
+
+import sfumato
+from sfumato import cli
+from sfumato.files import read_adapter, read_tensors
+from tests.logged import log_in
+
+KEPT = Path(__file__).parent / "fixtures/0.27"
+"""run: a LoRA on pocket with a new word, prior preservation, crossed samples and an average, stopped after three of six
+steps. finished: what the same run gave that was not stopped."""
+FIGURES = ("loss", "prior_loss", "gradient_norm", "limited", "rate")
+
+
+@pytest.mark.parametrize("version", ["0.27.0", "0.28.0"])
+def test_a_run_that_it_began_goes_on_as_it_would_have(version, tmp_path, monkeypatch):
+    """Another processor rounds otherwise: figures and weights are compared, not bits."""
+    monkeypatch.setattr(sfumato, "__version__", version)
+    shutil.copytree(KEPT / "run", tmp_path / "run")
+    assert cli.main(["resume", str(tmp_path / "run"), "--images", str(KEPT / "pictures")]) == 0
+    found, wanted = log_in(tmp_path / "run"), log_in(KEPT / "finished")
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for row, kept in zip(found, wanted, strict=True):
+        assert [row[name] for name in FIGURES] == pytest.approx([kept[name] for name in FIGURES], rel=1e-3, abs=1e-9)
+    for file, kept_file in (("run", "whole"), ("run-x", "whole-x")):
+        made = read_tensors(tmp_path / f"run/{file}.safetensors")
+        assert_close(made, read_tensors(KEPT / f"finished/{kept_file}.safetensors"), rtol=1e-3, atol=1e-4)
+
+
+def test_its_adapter_and_its_word_load_and_change_what_is_drawn(tmp_path):
+    adapter, word = KEPT / "finished/whole.safetensors", KEPT / "finished/whole-x.safetensors"
+    assert cli.main(["verify", str(adapter)]) == 0
+    assert len(read_adapter(adapter).changes) == 4
+    drawn = []
+    for number, options in enumerate(
+        ([], ["--lora", str(adapter)], ["--lora", str(adapter), "--embedding", str(word)])
+    ):
+        file = tmp_path / f"{number}.png"
+        words = ["generate", "a square, <x>", "--steps", "2", "--seed", "1", "-o", str(file), *options]
+        assert cli.main(words) == 0
+        drawn.append(file.read_bytes())
+    assert len(set(drawn)) == 3
