@@ -83,13 +83,12 @@ def check(config: Config) -> None:
 
 def check_ranks(base: Base, kind: Kind, rank: int, conv_rank: int | None, by_layer: ByLayer) -> None:
     """Refuse ranks that are too wide for all layers, rules that fit none, and rules that leave a way to train none."""
-    from sfumato.adapters import target_layers
     from sfumato.training import memory
 
     parts = base.parts(text=False)
-    kind.notes(by_layer.kept(target_layers(parts, "everything")), rank, conv_rank, by_layer)
+    kind.notes(by_layer.kept(kind.targets(parts, "everything")), rank, conv_rank, by_layer)
     for way in memory.TRAININGS:
-        if way.trained == "lora" and not by_layer.without_excluded(target_layers(parts, way.targets))["unet"]:
+        if way.trained == "lora" and not by_layer.without_excluded(kind.targets(parts, way.targets))["unet"]:
             raise ConfigError(f"--rank-of leaves out all that {way.options} adapts ({way.targets}); leave fewer out.")
 
 

@@ -140,15 +140,19 @@ def _rows(path: Path, base: str | None, *, vectors: bool = False) -> dict[str, R
     """The fingerprint rows of an adapter. vectors: include changes of norms and biases, which no fingerprint
     contains."""
     from sfumato.adapters.weights import Adapter
-    from sfumato.files.fingerprint import known_delta, probe_rows, probed_delta
+    from sfumato.files.fingerprint import known_delta, probe_rows, probed_delta, rows_of_tensors
+    from sfumato.files.kinds import ModuleAdapter
     from sfumato.files.kinds.ia3 import bias_change, may_have_bias
     from sfumato.merging.sources import optional_stored_base, read_source
 
-    source, _ = read_source(Adapter(path), partial=True)
+    source, _ = read_source(Adapter(path), partial=True, modules=True)
     stored = optional_stored_base(base)
     read = known_delta if vectors else probed_delta
     rows: dict[str, Row] = {}
     for (part, name), change in source.changes.items():
+        if isinstance(change, ModuleAdapter):
+            rows |= rows_of_tensors((part, name), change)
+            continue
         module = read(change, stored.weight((part, name)) if stored and change.low_rank() is None else None)
         if module is not None:
             rows |= probe_rows({(part, name): module})

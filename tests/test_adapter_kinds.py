@@ -15,6 +15,7 @@ from sfumato.adapters.tuners.lora import weight_norm
 from sfumato.errors import AdapterError
 from sfumato.files import read_adapter
 from sfumato.files.fingerprint import FINGERPRINT_KEY, check_rows, probe_rows, verify
+from sfumato.files.keys import KIND_KEYS, kind_named, trained_kinds
 from sfumato.files.kinds.dora import Dora
 from sfumato.precision import cpu_matmul
 from sfumato.training.options import AlgoName
@@ -364,7 +365,8 @@ def test_an_oft_that_is_constrained_or_rescaled_is_nothing_to_start_from(other):
 
 
 def test_the_kinds_are_those_of_the_option():
-    assert get_args(AlgoName) == tuple(ALGOS)
+    assert get_args(AlgoName) == tuple(trained_kinds())
+    assert set(ALGOS) == {algo for algo in trained_kinds() if KIND_KEYS[kind_named(algo)].module is None}
 
 
 def test_loraplus_is_of_the_factors_b():

@@ -103,6 +103,9 @@ def _app(
                     group = cyclopts.Group(title, sort_key=titles.index(title))
                     more = cyclopts.Parameter.combine(more, cyclopts.Parameter(group=group))
                 argument.parameter = cyclopts.Parameter.combine(argument.parameter, more)
+                if _KINDS_OF_ADAPTER in (text := argument.parameter.help or ""):
+                    filled = cyclopts.Parameter(help=text.replace(_KINDS_OF_ADAPTER, _about_kinds()))
+                    argument.parameter = cyclopts.Parameter.combine(argument.parameter, filled)
             return arguments
 
     app = App(
@@ -127,6 +130,16 @@ def _app(
         entry.__defaults__ = (config_type(),)  # cyclopts asks for it where no field is required
     app.default(entry)
     return app
+
+
+_KINDS_OF_ADAPTER = "{kinds}"
+"""In an option's text: what there is to say of each kind of adapter that is trained."""
+
+
+def _about_kinds() -> str:
+    from sfumato.files.keys import trained_kinds
+
+    return " ".join(f"{algo}: {kind.about}." for algo, kind in trained_kinds().items())
 
 
 def _panels(config_type: type[DataclassInstance], program: str) -> dict[str, str]:

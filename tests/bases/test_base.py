@@ -317,7 +317,7 @@ def test_what_adapters_are_of_has_any_vae_and_a_base_one(part, is_adapted, sd1, 
     assert other.quick_fingerprint() != sd1.base.quick_fingerprint()
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoders"])
+@pytest.mark.parametrize("part", ["denoiser", "vae", "text_encoders"])
 def test_without_files_a_base_is_known_by_the_weights_of_all_its_parts(part, sd1):
     def loose(**parts):
         return dataclasses.replace(sd1.base, files=(), **parts).fingerprint()

@@ -34,7 +34,7 @@ class FakeBase:
     token_limit = 8
     precision = SimpleNamespace(device=torch.device("cpu"))
     inpaints = False
-    unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8), out_channels=3))
+    levels, latent_channels = 3, 3
 
     def __init__(self, deviation=0.0):
         self.deviation = deviation

@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.files.keys import (
-    ROLES,
     EmbeddingKey,
     describe_foreign,
     embedding_key,
     kind_of,
     rank_of,
     read_layout,
+    roles,
     weight_shape,
 )
 from sfumato.files.module_names import kohya_name, kohya_target
@@ -22,7 +22,7 @@ base_model model text_model encoder layers down_blocks up_blocks mid_block input
 attentions resnets transformer_blocks attn1 attn2 to_q to_out processor self_attn q_proj mlp fc1 ff net proj conv1 norm1
 0 1 2 11 99999999999999999999 weight bias default lora_A lora_B lora down up to_q_lora
 """
-WORDS = st.sampled_from(PIECES.split() + list(ROLES))
+WORDS = st.sampled_from(PIECES.split() + list(roles()))
 NAMES = st.one_of(
     st.lists(st.tuples(WORDS, st.sampled_from("._")), min_size=1, max_size=12).map(
         lambda parts: "".join(word + joint for word, joint in parts)[:-1]
@@ -51,7 +51,7 @@ def test_a_name_is_a_modules_only_with_a_suffix_of_the_table(name):
     layout = read_layout([name])
     if layout.modules:
         assert (
-            name.endswith(tuple(ROLES))
+            name.endswith(tuple(roles()))
             or "_lora." in name
             or "lora_A" in name
             or "lora_B" in name
@@ -141,7 +141,7 @@ def test_whose_vectors_a_name_says_they_are(name, bundled, key):
 
 @given(
     st.dictionaries(
-        st.sampled_from(sorted(set(ROLES.values()))), st.lists(st.integers(1, 9), max_size=5).map(tuple), max_size=8
+        st.sampled_from(sorted(set(roles().values()))), st.lists(st.integers(1, 9), max_size=5).map(tuple), max_size=8
     )
 )
 def test_shapes_of_any_kind_never_crash(roles):

@@ -205,7 +205,7 @@ def test_all_that_can_be_said_is_said(monkeypatch):
         "unknown family 'flux'; known are pocket, sd1, sd2, sdxl."
     )
     assert said(describe, replace(description, prediction_type="sample")) == (
-        "unknown prediction type 'sample'; known are epsilon, v_prediction."
+        "unknown prediction type 'sample'; known are epsilon, v_prediction, flow_prediction."
     )
 
 

@@ -375,7 +375,7 @@ def test_every_option_of_the_pictures_reaches_what_prepares_them(recorded):
 
 
 def test_every_option_of_the_base_reaches_what_loads_it(recorded):
-    made = SimpleNamespace(unet=SimpleNamespace(config={}))
+    made = SimpleNamespace(denoiser=SimpleNamespace(config={}))
     learned = []
     precision = SimpleNamespace(device=SimpleNamespace(type="cuda"), prepare_for_training=learned.append)
     given = recorded("sfumato.models.load_base", made)
@@ -390,7 +390,7 @@ def test_every_option_of_the_base_reaches_what_loads_it(recorded):
         "zero_terminal_snr": True,
         "unet": False,
     }
-    assert learned == [made.unet]
+    assert learned == [made.denoiser]
 
 
 @pytest.mark.parametrize(("processes", "device"), [(1, "cuda:1"), (2, "cuda:0")])

@@ -59,7 +59,7 @@ class Adding(Threads):
 
 def test_a_file_tells_the_batch_of_all_processes():
     base = SimpleNamespace(name="b", family=SimpleNamespace(name="sd1"), prediction_type="epsilon", vae_factor=8)
-    base.unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(32, 64)))
+    base.levels = 2
     base.resolution, base.inpaints = 64, False
     base.adapted_fingerprint, base.alpha_bar = (lambda: ""), range(1000)
     config = TrainerOptions(

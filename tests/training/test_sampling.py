@@ -31,12 +31,14 @@ def test_samples_of_a_lora_are_drawn_with_its_adapter_guidance(monkeypatch):
         told.update(before)
 
     def draw(base, prompts, seeds, **size):
-        base.unet(torch.tensor([1.0, 2.0]))
+        base.denoiser(torch.tensor([1.0, 2.0]))
         return [None] * len(prompts)
 
     monkeypatch.setattr(drawing, "draw_each", draw)
     base = SimpleNamespace(
-        lazy_weights=SimpleNamespace(restored_after=nullcontext), unet=Unet(), defaults=SimpleNamespace(guidance=3.0)
+        lazy_weights=SimpleNamespace(restored_after=nullcontext),
+        denoiser=Unet(),
+        defaults=SimpleNamespace(guidance=3.0),
     )
     lora = SimpleNamespace(scaled=lambda factor: now(factor=factor), disabled=lambda: now(off=True))
     make_sampler(base, lora, 2.0)(["a"], [5])
@@ -82,17 +84,19 @@ def test_samples_of_a_lora_are_drawn_with_it_in_the_steps_that_its_file_asks_for
 
     def draw(base, prompts, seeds, **size):
         for timestep in (999, 200, 199):  # progress 0, 0.7998, 0.8008
-            base.unet(torch.zeros(1), torch.tensor(timestep))
-        base.unet(torch.zeros(1), timestep=torch.tensor([199]))
+            base.denoiser(torch.zeros(1), torch.tensor(timestep))
+        base.denoiser(torch.zeros(1), timestep=torch.tensor([199]))
         return [None] * len(prompts)
 
     monkeypatch.setattr(drawing, "draw_each", draw)
     lazy_weights = SimpleNamespace(restored_after=nullcontext)
-    base = SimpleNamespace(lazy_weights=lazy_weights, unet=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000))
+    base = SimpleNamespace(
+        lazy_weights=lazy_weights, denoiser=Unet(), scheduler=DDIMScheduler(num_train_timesteps=1000)
+    )
     make_sampler(base, SimpleNamespace(disabled=disabled), span=(0.0, 0.8))(["a"], [5])
     assert seen == [(999, False), (200, False), (199, True), (199, True)]
     assert told == {"off": False}
-    base.unet(torch.zeros(1), torch.tensor(0))
+    base.denoiser(torch.zeros(1), torch.tensor(0))
     assert seen[-1] == (0, False)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from sfumato.adapters.kinds import LORA, Kind
 from sfumato.adapters.layers import BaseLayer, UpdateLayer
 from sfumato.adapters.targets import NO_LAYER_RULES, ByLayer, is_spatial
 from sfumato.errors import AdapterError
-from sfumato.files.kinds import Change, LoraModule
-from sfumato.files.module_names import Target
+from sfumato.files.kinds import Change, LoraModule, ModuleAdapter
+from sfumato.files.kinds.modules import Call, first_output, with_first
+from sfumato.files.module_names import DENOISERS, Target
 from sfumato.files.writing.lycoris import network_metadata, write_adapter
+from sfumato.files.writing.modules import module_metadata
 from sfumato.utils import randomness
 
 
@@ -36,24 +38,25 @@ class Attached(nn.Module):
 
     def __init__(self, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers: dict[tuple[str, str], UpdateLayer] = {}
+        self.layers: dict[tuple[str, str], UpdateLayer | ModuleAdapter] = {}
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.network: dict[str, str] = {}
         self.by_layer = NO_LAYER_RULES
-        self._hosts: dict[tuple[str, str], BaseLayer] = {}
+        self._hosts: dict[tuple[str, str], nn.Module] = {}
         self._samples: tuple[int, int, Sequence[int]] | None = None
         self._left_out: frozenset[tuple[str, str]] = frozenset()
         self._store = nn.ModuleList()
         self._adapted: list[_ForwardPatch] = []
         self.enabled = True
 
-    def add(self, part: str, path: str, host: BaseLayer, layer: UpdateLayer) -> None:
+    def add(self, part: str, path: str, host: nn.Module, layer: UpdateLayer | ModuleAdapter) -> None:
         """Let `layer` update `host`, which is `part`'s module at `path`."""
         self.layers[part, path] = layer
         self._hosts[part, path] = host
         self._store.append(layer)
 
-        adapted = _ForwardPatch(self, host, layer, part, path)
+        patch = _ModulePatch if isinstance(layer, ModuleAdapter) else _ForwardPatch
+        adapted = patch(self, host, layer, part, path)
         adapted.install()
         self._adapted.append(adapted)
 
@@ -72,7 +75,7 @@ class Attached(nn.Module):
         """The updates that module dropout leaves out of a step; never all of the U-Net's, of which nothing would have
         a gradient."""
         drawn = {key: randomness.uniform(seed, "module dropout/{}/{}".format(*key), step) for key in self.layers}
-        kept = max((key for key in drawn if key[0] == "unet"), key=lambda key: drawn[key], default=None)
+        kept = max((key for key in drawn if key[0] in DENOISERS), key=lambda key: drawn[key], default=None)
         return frozenset(key for key, number in drawn.items() if number < self.module_dropout and key != kept)
 
     def is_excluded(self, part: str, path: str) -> bool:
@@ -101,7 +104,7 @@ class Attached(nn.Module):
         """Numbers in [0, 1), (rows, *shape), for each of the rows of x; of text encoders (1, *shape) for all."""
         seed, step, places = self._known_samples()
         count = len(places)
-        rows = [(row // count, places[row % count]) for row in range(len(x))] if part == "unet" else [(0, 0)]
+        rows = [(row // count, places[row % count]) for row in range(len(x))] if part in DENOISERS else [(0, 0)]
         draws, drawn = torch.Generator(x.device), torch.empty(len(rows), *shape, device=x.device)
         for numbers, (again, place) in zip(drawn, rows, strict=True):
             draws.manual_seed(randomness.derive_seed(seed, f"{stream} {again}/{part}/{path}", step, place))
@@ -137,7 +140,8 @@ class Attached(nn.Module):
 
     def limit_norms(self, most: float) -> Tensor:
         """Shrink every update whose norm is larger than `most` to that; the share of the updates that were."""
-        limited = [layer.limit_norm(self._hosts[key], most) for key, layer in self.layers.items()]
+        updates = {key: layer for key, layer in self.layers.items() if isinstance(layer, UpdateLayer)}
+        limited = [layer.limit_norm(self._host(key), most) for key, layer in updates.items()]
         return torch.stack([each.to(limited[0].device) for each in limited]).float().mean()
 
     def changes(self) -> dict[Target, Change]:
@@ -146,7 +150,11 @@ class Attached(nn.Module):
 
     def weights(self) -> Mapping[Target, Tensor]:
         """The frozen weights that the updates change."""
-        return _Weights(self._hosts)
+        return _Weights({key: self._host(key) for key, layer in self.layers.items() if isinstance(layer, UpdateLayer)})
+
+    def _host(self, key: Target) -> BaseLayer:
+        """The layer whose weight an update changes."""
+        return cast(BaseLayer, self._hosts[key])
 
     def write(self, path: Path, **written_as: Any) -> Path:
         """Write the adapter; written_as: family, metadata, dtype and words as of `sfumato.files.write_lora`."""
@@ -165,7 +173,7 @@ class Attached(nn.Module):
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
         """Within the block the U-Net's updates are `factor` times what they are."""
-        layers = [layer for (part, _), layer in self.layers.items() if part == "unet"]
+        layers = [layer for (part, _), layer in self.layers.items() if part in DENOISERS]
         before = [layer.strength for layer in layers]
         try:
             for layer in layers:
@@ -199,13 +207,14 @@ class Attached(nn.Module):
                 )
             if change.bias_delta is not None:
                 raise AdapterError(f"{where} changes a bias as well, which is not trained. Take another adapter.")
+            layer = self.layers[key]
             is_by_layer = len(ranks) > 1 or bool(self.by_layer.ranks)
             if isinstance(change, LoraModule) and is_by_layer and change.rank != self.layers[key].rank:
                 raise AdapterError(
                     f"{where} has rank {change.rank}, this run has {self.layers[key].rank} there; the file has "
                     f"{', '.join(map(str, ranks))}. Give the --rank, --conv-rank and --rank-of it was trained with."
                 )
-            self.layers[key].load(change, where)
+            layer.load(change, where)
 
 
 class _Weights(Mapping[Target, Tensor]):
@@ -227,21 +236,21 @@ class _Weights(Mapping[Target, Tensor]):
 class _ForwardPatch:
     """A layer's `forward` with its update. An object and not a function, so that a copy of the model is of its own."""
 
-    def __init__(self, adapter: Attached, host: BaseLayer, layer: UpdateLayer, part: str, path: str) -> None:
+    def __init__(self, adapter: Attached, host: Any, layer: Any, part: str, path: str) -> None:
         self._adapter, self._host, self._layer, self._part, self._path = adapter, host, layer, part, path
         self._as_it_is, self._had_its_own = host.forward, "forward" in vars(host)
 
     def install(self) -> None:
         """Compute in the layer's place."""
-        self._host.forward = self  # type: ignore[method-assign, assignment]
+        self._host.forward = self
 
     def remove(self) -> None:
         """Let the layer compute as it did."""
         del self._host.forward
         if self._had_its_own:
-            self._host.forward = self._as_it_is  # type: ignore[method-assign]
+            self._host.forward = self._as_it_is
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         adapter, host, layer, where = self._adapter, self._host, self._layer, (self._part, self._path)
         if adapter.is_excluded(*where):
             return self._as_it_is(x)
@@ -250,14 +259,26 @@ class _ForwardPatch:
             both = layer.together(host, x)
             if both is not None:
                 return both
-        output = self._as_it_is(x)
+        output: Tensor = self._as_it_is(x)
         drop = partial(adapter.dropped_ranks, part=self._part, path=self._path) if of_ranks else None
         update: Tensor = layer(host, adapter.dropped(x, *where) if of_inputs else x, drop)
         return output + update.to(output.dtype)
 
 
+class _ModulePatch(_ForwardPatch):
+    """A module's `forward` with what an adapter beside it adds."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        answer = self._as_it_is(*args, **options)
+        output = first_output(answer)
+        if output is None or self._adapter.is_excluded(self._part, self._path):
+            return answer
+        added: Tensor = self._layer.added(Call(self._host, args, options, output), self._layer.strength)
+        return with_first(answer, output + added.to(output.dtype))
+
+
 def attach(
-    parts: Mapping[str, Mapping[str, BaseLayer]],
+    parts: Mapping[str, Mapping[str, nn.Module]],
     *,
     rank: int,
     alpha: float,
@@ -273,12 +294,12 @@ def attach(
 ) -> Attached:
     """A new adapter on the selected layers of each part; it changes nothing until it is trained.
 
-    parts: "unet", "text_encoder", ... -> what `select` chose in it. The scale is alpha / rank, or alpha / sqrt(rank)
-    when rank-stabilised (Kalajdzievski 2023). conv_rank, conv_alpha: of convolutions of more than 1x1, where they have
-    their own. by_layer: ranks and rates of single layers, of which `ByLayer.kept` gave `parts`; a rank without an alpha
-    has the scale that the layer has otherwise, or when rank-stabilised the alpha. dropout, rank_dropout,
-    module_dropout: see `Attached`. Each layer's start is a function of (seed, part, path): adding a target does not
-    change how the others start.
+    parts: "unet", "text_encoder", ... -> what `Kind.targets` chose in it. The scale is alpha / rank, or alpha /
+    sqrt(rank) when rank-stabilised (Kalajdzievski 2023). conv_rank, conv_alpha: of convolutions of more than 1x1, where
+    they have their own. by_layer: ranks and rates of single layers, of which `ByLayer.kept` gave `parts`; a rank
+    without an alpha has the scale that the layer has otherwise, or when rank-stabilised the alpha. dropout,
+    rank_dropout, module_dropout: see `Attached`. Each layer's start is a function of (seed, part, path): adding a
+    target does not change how the others start.
     """
     adapter = Attached(dropout, rank_dropout, module_dropout)
     adapter.by_layer = by_layer
@@ -291,7 +312,11 @@ def attach(
                 own_rank, own_alpha = int(rule.value), alike if rule.alpha is None else rule.alpha
             scale = own_alpha / (math.sqrt(own_rank) if rank_stabilised else own_rank)
             layer = kind.layer(host, own_rank, scale, randomness.generator(seed, f"{kind.algo}/{part}/{path}"))
-            adapter.add(part, path, host, layer.to(host.weight.device))
+            device = next(host.parameters()).device if kind.module else cast(BaseLayer, host).weight.device
+            adapter.add(part, path, host, layer.to(device))
+    if kind.module is not None:
+        adapter.network = module_metadata(kind.algo, rank=rank, alpha=alpha)
+        return adapter
     adapter.network = network_metadata(
         kind.algo,
         rank=rank,

@@ -15,7 +15,7 @@ from numbers import Real
 from types import MappingProxyType
 
 from sfumato.errors import AdapterError
-from sfumato.files.module_names import Target
+from sfumato.files.module_names import DENOISERS, Target
 from sfumato.utils.formatting import format_number
 
 PRESETS: Mapping[str, str] = MappingProxyType(
@@ -203,7 +203,7 @@ def lbw_block(part: str, path: str) -> str | None:
     Stable Diffusion's first code counts what diffusers nests: a level's two layers and its downsampler are three input
     blocks, and three output blocks are a level, whose last holds the upsampler.
     """
-    if part != "unet":
+    if part not in DENOISERS:
         return "BASE"
     if path.startswith("conv_in"):
         return "IN00"

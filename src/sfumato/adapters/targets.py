@@ -11,14 +11,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from sfumato.adapters.blocks import matches_block
 from sfumato.adapters.layers import BaseLayer
 from sfumato.errors import AdapterError, ConfigError
-from sfumato.files.module_names import Target
+from sfumato.files.kinds import ModuleAdapter
+from sfumato.files.module_names import DENOISERS, Target
 from sfumato.utils.formatting import pluralize
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
@@ -42,20 +43,24 @@ TEXT_TARGETS = r"\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
 CONV_TARGETS = r"\.(conv1|conv2|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv)$"
 
 
-def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, nn.Linear | nn.Conv2d]:
+def select(
+    model: nn.Module, pattern: str, *, conv: bool = False, named: Mapping[str, str] | None = None
+) -> dict[str, nn.Linear | nn.Conv2d]:
     """The linear layers and convolutions of `model` whose module path matches `pattern`; with `conv` also its blocks'
     convolutions, whatever the pattern.
 
-    1x1 convolutions count as linear ones, which they are. An empty choice is an AdapterError.
+    named: sets of layers by name, of the model's family; None for those of a U-Net, `TARGETS`. 1x1 convolutions count
+    as linear ones, which they are. An empty choice is an AdapterError.
     """
+    sets = TARGETS if named is None else named
     if not pattern.strip():
-        raise AdapterError(f"--targets is empty; give one of {', '.join(TARGETS)}, or a regular expression.")
-    expression = TARGETS.get(pattern, pattern)
+        raise AdapterError(f"--targets is empty; give one of {', '.join(sets)}, or a regular expression.")
+    expression = sets.get(pattern, pattern)
     try:
         compiled = re.compile(f"(?:{expression})" + (f"|(?:{CONV_TARGETS})" if conv else ""))
     except re.error as error:
         raise AdapterError(
-            f"--targets {pattern!r} is neither one of {', '.join(TARGETS)} nor a regular expression ({error})."
+            f"--targets {pattern!r} is neither one of {', '.join(sets)} nor a regular expression ({error})."
         ) from None
     chosen = {
         name: module
@@ -64,22 +69,44 @@ def select(model: nn.Module, pattern: str, *, conv: bool = False) -> dict[str, n
     }
     if not chosen:
         raise AdapterError(
-            f"--targets {pattern!r} matches none of the model's layers; use one of {', '.join(TARGETS)} or a "
+            f"--targets {pattern!r} matches none of the model's layers; use one of {', '.join(sets)} or a "
             r"regular expression over names such as down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q."
         )
     return chosen
 
 
+def modules_around(
+    layers: Mapping[str, Mapping[str, nn.Module]],
+    parts: Mapping[str, nn.Module],
+    kind: type[ModuleAdapter],
+    algo: str,
+) -> dict[str, dict[str, nn.Module]]:
+    """The modules that a kind which changes no weight stands beside: its `hosts` that contain one of the layers, or are
+    one. Text encoders may have none; where the denoiser has none, that is an AdapterError."""
+    found: dict[str, dict[str, nn.Module]] = {}
+    for part, chosen in layers.items():
+        within = {".".join(path.split(".")[:end]) for path in chosen for end in range(1, path.count(".") + 2)}
+        here = {name: module for name, module in parts[part].named_modules() if name in within}
+        found[part] = {name: module for name, module in here.items() if re.search(kind.hosts, name)}
+    if not any(found.values()):
+        raise AdapterError(
+            f"--algo {algo} stands beside modules called {kind.hosts}, and --targets chooses no layer within one; take "
+            "--targets attention+mlp, or another set."
+        )
+    return found
+
+
 def target_layers(
-    parts: Mapping[str, nn.Module], targets: str, *, conv: bool = False
+    parts: Mapping[str, nn.Module], targets: str, *, conv: bool = False, named: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, nn.Linear | nn.Conv2d]]:
-    """What `attach` adapts of each part: by `targets` and `conv` of the U-Net, all of the text encoders' blocks."""
+    """What `attach` adapts of each part: by `targets` and `conv` of the denoiser, all of the text encoders' blocks."""
     return {
-        part: select(model, targets, conv=conv) if part == "unet" else select(model, TEXT_TARGETS)
+        part: select(model, targets, conv=conv, named=named) if part in DENOISERS else select(model, TEXT_TARGETS)
         for part, model in parts.items()
     }
 
 
+Adapted = TypeVar("Adapted", bound=nn.Module)
 _NAMES = re.compile(r"[\w.,-]+")
 """A pattern of these signs alone is names between commas; any other is a regular expression."""
 
@@ -110,7 +137,7 @@ class LayerRule:
 
 def _fits(word: str, part: str, path: str) -> bool:
     if word in TARGETS:
-        return part == "unet" and re.search(TARGETS[word], path) is not None
+        return part in DENOISERS and re.search(TARGETS[word], path) is not None
     return matches_block(word, part, path) if _NAMES.fullmatch(word) else re.search(word, path) is not None
 
 
@@ -145,14 +172,14 @@ class ByLayer:
         """Whether a layer's rank or rate is 0, so that it is not adapted."""
         return any(rule is not None and not rule.value for rule in (self.rank_at(part, path), self.rate_at(part, path)))
 
-    def without_excluded(self, parts: Mapping[str, Mapping[str, BaseLayer]]) -> dict[str, dict[str, BaseLayer]]:
+    def without_excluded(self, parts: Mapping[str, Mapping[str, Adapted]]) -> dict[str, dict[str, Adapted]]:
         """The layers of `parts` whose rank and rate are not 0."""
         return {
             part: {path: host for path, host in some.items() if not self.is_excluded(part, path)}
             for part, some in parts.items()
         }
 
-    def kept(self, parts: Mapping[str, Mapping[str, BaseLayer]]) -> dict[str, dict[str, BaseLayer]]:
+    def kept(self, parts: Mapping[str, Mapping[str, Adapted]]) -> dict[str, dict[str, Adapted]]:
         """The layers that are adapted, as `without_left_out`, and no part without any.
 
         Raises AdapterError for a rule that counts for no layer, and where no layer of the U-Net, or none of the text
@@ -162,9 +189,9 @@ class ByLayer:
         _refuse_idle(self.ranks, layers, self.rank_at, self.rate_at)
         _refuse_idle(self.rates, layers, self.rate_at, self.rank_at)
         found = self.without_excluded(parts)
-        if not found.get("unet", True):
+        if any(part in DENOISERS and not some for part, some in found.items()):
             raise AdapterError("--rank-of and --rate-of leave no layer of the U-Net to adapt; leave fewer out.")
-        texts = [some for part, some in found.items() if part != "unet"]
+        texts = [some for part, some in found.items() if part not in DENOISERS]
         if texts and not any(texts):
             raise AdapterError(
                 "--rank-of and --rate-of leave no layer of the text encoders to adapt; leave --train-text-encoder out."
@@ -297,7 +324,7 @@ def group_by_rank(
     return [some for some in found if some.hosts]
 
 
-def is_spatial(host: BaseLayer) -> bool:
+def is_spatial(host: nn.Module) -> bool:
     """Whether the layer is a convolution of more than 1x1, which is what has conv_dim in sd-scripts."""
     return isinstance(host, nn.Conv2d) and math.prod(host.kernel_size) > 1
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from sfumato.adapters.blocks import Blocks
 from sfumato.errors import AdapterError, ConfigError
+from sfumato.files.module_names import DENOISERS
 
 WEIGHT_LIMIT = 10.0
 """Largest weight, either sign. Usual weights are within -2 to 2; a larger one is a typing error (08 for 0.8)."""
@@ -108,7 +109,7 @@ def weight_at(weight: Weight, part: str, path: str) -> float:
     if isinstance(weight, Blocks):
         return weight_at(weight.weight, part, path) * weight.factor_at(part, path)
     if isinstance(weight, tuple):
-        return weight[0] if part == "unet" else weight[1]
+        return weight[0] if part in DENOISERS else weight[1]
     return weight
 
 

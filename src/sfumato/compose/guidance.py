@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sfumato.adapters.weights import check_mix
 from sfumato.compose.hooks import NonCopyableHook, calling_pipeline, serialized_calls, unconditional_rows
-from sfumato.compose.match import compiled_parts, exclusive_row_split, unwrapped_parts
+from sfumato.compose.match import compiled_parts, denoiser_of, denoiser_part, exclusive_row_split
 from sfumato.errors import AdapterError
 from sfumato.models import calls
 from sfumato.precision.fast_unet import fast_forward
@@ -55,7 +55,7 @@ def adapter_guidance(
     if wrong := [each for each in wanted.values() if each < 0]:
         raise AdapterError(f"adapter guidance {wrong[0]:g}: wanted 0 or more; 2 is usual.")
     pipe = mix.pipe  # which the mix lets go of, if it is undone within the block
-    is_compiled = "unet" in compiled_parts(pipe)
+    is_compiled = denoiser_part(pipe) in compiled_parts(pipe)
     if not wanted:
         is_asked = not is_compiled and strengths_of(mix, strength, guidance=math.inf)
         with _compared(pipe, guidance) if is_asked else nullcontext():
@@ -68,7 +68,7 @@ def adapter_guidance(
     def without(rows: int) -> int:
         return unconditional_rows(calling_pipeline(pipe), rows)
 
-    unet = unwrapped_parts(pipe)["unet"]
+    unet = denoiser_of(pipe)
     with (
         exclusive_row_split(unet),
         mix.conditional_only(factors),
@@ -92,7 +92,7 @@ def _compared(pipe: Any, guidance: float) -> Iterator[None]:
             "same number."
         )
 
-    with unwrapped_parts(pipe)["unet"].register_forward_pre_hook(NonCopyableHook(check)):
+    with denoiser_of(pipe).register_forward_pre_hook(NonCopyableHook(check)):
         yield
 
 

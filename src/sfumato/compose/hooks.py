@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from sfumato.compose.match import compiled_parts, unwrapped_parts
+from sfumato.compose.match import compiled_parts, denoiser_of, denoiser_part
 from sfumato.errors import AdapterError
 
 
@@ -46,14 +46,14 @@ _CHANGING: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 def calling_pipeline(pipe: Any) -> Any:
     """The pipeline whose call of this one's U-Net is under way; `pipe` itself where a loop of one's own calls it."""
-    unet = unwrapped_parts(pipe)["unet"]
+    unet, part = denoiser_of(pipe), denoiser_part(pipe)
     # No hook of a module tells who calls it, and a pipeline announces its calls to nobody.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
             owner = frame.f_locals.get("self")
-            theirs = getattr(owner, "unet", None)
+            theirs = getattr(owner, part, None)
             if callable(owner) and hasattr(owner, "scheduler") and getattr(theirs, "_orig_mod", theirs) is unet:
                 return owner
         frame = frame.f_back
@@ -62,19 +62,19 @@ def calling_pipeline(pipe: Any) -> Any:
 
 def unet_lock(pipe: Any) -> RLock:
     """What one thread at a time holds while it draws with this U-Net, whichever pipeline it has it by."""
-    return _LOCKS.setdefault(unwrapped_parts(pipe)["unet"], RLock())
+    return _LOCKS.setdefault(denoiser_of(pipe), RLock())
 
 
 def change_lock(pipe: Any) -> RLock:
     """What one thread at a time holds while it changes what is mixed into this U-Net. Not that of its calls, which a
     thread that was ended within one never lets go of."""
-    return _CHANGING.setdefault(unwrapped_parts(pipe)["unet"], RLock())
+    return _CHANGING.setdefault(denoiser_of(pipe), RLock())
 
 
 @contextmanager
 def serialized_calls(pipe: Any) -> Iterator[None]:
     """Within the block, where weights change from call to call, threads that call the U-Net wait for one another."""
-    unet, lock = unwrapped_parts(pipe)["unet"], unet_lock(pipe)
+    unet, lock = denoiser_of(pipe), unet_lock(pipe)
     begin, end = (
         uncompiled_hook(pipe, hook) for hook in (lambda *_: lock.acquire() and None, lambda *_: lock.release())
     )
@@ -96,7 +96,7 @@ def serialized_calls(pipe: Any) -> Iterator[None]:
 
 def uncompiled_hook(pipe: Any, hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook for the pipeline's U-Net; of a compiled one torch would compile it with all that it calls, for minutes."""
-    if "unet" not in compiled_parts(pipe):
+    if denoiser_part(pipe) not in compiled_parts(pipe):
         return hook
     disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return disabled

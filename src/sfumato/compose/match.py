@@ -17,12 +17,12 @@ from sfumato.compose.layers.fused import Effect
 from sfumato.compose.layers.unfused import can_be_unfused
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
-from sfumato.files.keys import ROLES
-from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.keys import roles
+from sfumato.files.kinds import Change, LoraModule, ModuleAdapter
 from sfumato.files.kinds.ia3 import bias_change
 from sfumato.files.metadata import family_mismatch
-from sfumato.files.module_names import PARTS, Target
-from sfumato.models.family import family_of_config
+from sfumato.files.module_names import DENOISERS, PARTS, Target
+from sfumato.models.family import family_of_denoiser
 from sfumato.precision import quantization
 
 ApplyMode = Literal["auto", "baked", "live"]
@@ -49,14 +49,27 @@ def pipeline_parts(pipe: Any) -> dict[str, nn.Module]:
 def unwrapped_parts(pipe: Any) -> dict[str, nn.Module]:
     """As `parts_of`, whatever the parts carry."""
     parts = {name: getattr(part, _COMPILED, part) for name, part in _wrapped_parts(pipe).items()}
-    if "unet" not in parts:
+    if parts.keys().isdisjoint(DENOISERS):
         raise AdapterError(f"compose wants a diffusers pipeline with a U-Net, got {type(pipe).__name__}.")
     return parts
 
 
+def denoiser_part(pipe: Any) -> str:
+    """What the pipeline calls the part that denoises. Raises AdapterError where it has none."""
+    parts = unwrapped_parts(pipe)
+    return next(name for name in DENOISERS if name in parts)
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The part of a pipeline or Base that denoises, without torch.compile's wrapper. Raises AdapterError for none."""
+    return unwrapped_parts(pipe)[denoiser_part(pipe)]
+
+
 def _wrapped_parts(pipe: Any) -> dict[str, nn.Module]:
     found = {name: getattr(pipe, name, None) for name in PARTS}
-    for name, encoder in zip(PARTS[1:], getattr(pipe, "text_encoders", ()), strict=False):
+    if hasattr(pipe, "denoiser"):  # a Base
+        found[pipe.family.denoiser] = pipe.denoiser
+    for name, encoder in zip(PARTS[len(DENOISERS) :], getattr(pipe, "text_encoders", ()), strict=False):
         found[name] = encoder
     return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
@@ -103,10 +116,11 @@ class PipelineModules:
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = dict(parts)
-        self._attentions = [module for module in parts["unet"].modules() if hasattr(module, "fused_projections")]
+        denoiser = next(name for name in DENOISERS if name in parts)
+        self._attentions = [module for module in parts[denoiser].modules() if hasattr(module, "fused_projections")]
         self.check_unfused()
-        config: Mapping[str, Any] = getattr(parts["unet"], "config", {})
-        self.family = family_of_config(config).name
+        config: Mapping[str, Any] = getattr(parts[denoiser], "config", {})
+        self.family = family_of_denoiser(denoiser, type(parts[denoiser]).__name__, config).name
         self.text_width: int | None = config.get("cross_attention_dim")
 
     def check_unfused(self) -> None:
@@ -166,7 +180,10 @@ def _module_at(module: nn.Module, path: str) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class MatchedWeight:
-    """A weight or bias of the pipeline that a file changes. live: whether beside the layer, not within the weight."""
+    """A weight or bias of the pipeline that a file changes, or a module's output that it adds to.
+
+    name: "weight", "bias" or "output". live: whether beside the layer, not within the weight.
+    """
 
     part: str
     path: str
@@ -174,6 +191,11 @@ class MatchedWeight:
     module: nn.Module
     effect: Effect
     live: bool
+
+    @property
+    def beside(self) -> ModuleAdapter | None:
+        """The adapter beside the module, of a kind that changes no weight."""
+        return self.effect.change if isinstance(self.effect.change, ModuleAdapter) else None
 
     @property
     def live_form(self) -> LoraModule | None:
@@ -199,6 +221,19 @@ def match_weights(
         place = modules.find(target)
         shape = None if place is None else quantization.module_weight_shape(place[1])
         if not modules.has(target[0]) and not weight_at(weight, *target):
+            continue
+        if place is not None and isinstance(change, ModuleAdapter):
+            (part, path), module = place
+            if not change.fits_module(module):
+                misshapen.append(f"{'.'.join(target)}, a {change.kind} beside {type(module).__name__}")
+                continue
+            if way == "baked":
+                raise AdapterError(
+                    f"{label} is a {change.kind} adapter, which changes no weight, so nothing can be baked. Say "
+                    "way='auto', or 'live'."
+                )
+            fitting += 1
+            found.append(MatchedWeight(part, path, "output", module, Effect(change, None), True))
             continue
         if place is None or shape is None:
             lacking.append(".".join(target))
@@ -229,8 +264,8 @@ def count_unmatched(file: AdapterFile, found: Iterable[MatchedWeight]) -> int:
 
 def _module_of(key: str) -> str:
     """The module that a key of an adapter's file names: what stands before the tensor's role; else the key itself."""
-    words = key.split(".")
-    ends = (end for end in range(1, len(words)) if ".".join(words[end:]) in ROLES)
+    words, known = key.split("."), roles()
+    ends = (end for end in range(1, len(words)) if ".".join(words[end:]) in known)
     return ".".join(words[: next(ends, len(words))])
 
 

@@ -32,6 +32,8 @@ from sfumato.compose.match import (
     PipelineModules,
     compiled_parts,
     count_unmatched,
+    denoiser_of,
+    denoiser_part,
     match_weights,
     pipeline_parts,
     unwrapped_parts,
@@ -50,6 +52,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
+from sfumato.files.module_names import DENOISERS
 from sfumato.merging.model_weights import read_adapter_or_model
 from sfumato.precision import quantization
 from sfumato.utils.formatting import format_list
@@ -122,7 +125,7 @@ def print_words(mix: Mix) -> None:
 
 def current(pipe: Any) -> Mix | None:
     """The mix in the pipeline's U-Net, whoever made it; None if there is none."""
-    mix = unwrapped_parts(pipe)["unet"].__dict__.get(_MARK)
+    mix = denoiser_of(pipe).__dict__.get(_MARK)
     return mix if isinstance(mix, Mix) else None
 
 
@@ -148,6 +151,7 @@ class Mix:
         self._lock = change_lock(pipe)
         self._way: ApplyMode = way
         self._parts = pipeline_parts(pipe)
+        self._denoiser = denoiser_part(pipe)
         if hasattr(pipe, "lazy_weights"):  # of a Base, whose weights may not have been needed before
             pipe.lazy_weights.load("unet", "text")
         self._modules = PipelineModules(self._parts)
@@ -301,7 +305,7 @@ class Mix:
 
     def _mark_parts(self) -> None:
         """Mark the mixed parts; parts with paths beside layers refuse to be saved."""
-        for part in {"unet", *(site.part for site in self._sites.values())}:
+        for part in {self._denoiser, *(site.part for site in self._sites.values())}:
             self._parts[part].__dict__[_MARK] = self
         for module in (self._parts[site.part] for site in self._sites.values() if isinstance(site, UnfusedLayer)):
             if hasattr(type(module), _SAVE):
@@ -350,7 +354,7 @@ class Mix:
         check_by_label(factors, self._weights)
         before = self._factors
         # Asked here, since `without_conditional` is entered at each of the U-Net's calls.
-        self._is_streamed = "stream" in quantization.group_offloading(self._parts["unet"])
+        self._is_streamed = "stream" in quantization.group_offloading(self._parts[self._denoiser])
         try:
             self._part(factors)
             yield
@@ -389,7 +393,7 @@ class Mix:
             site.exchange()
 
     def _of_unet(self) -> list[Site]:
-        return [site for site in self._sites.values() if site.part == "unet"]
+        return [site for site in self._sites.values() if site.part in DENOISERS]
 
     @_locked
     def remove(self, *labels: str) -> Self:

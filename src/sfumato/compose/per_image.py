@@ -21,9 +21,11 @@ from torch.nn.functional import conv2d
 
 from sfumato.adapters.weights import Adapter, check_adapters
 from sfumato.compose.hooks import NonCopyableHook, calling_pipeline, rows_per_picture, unet_lock
+from sfumato.compose.layers.modules import Placed, with_rows
 from sfumato.compose.layers.unfused import is_fresh_output
 from sfumato.compose.match import (
     PipelineModules,
+    denoiser_of,
     refuse_compiled,
     unwrapped_parts,
     warn_unknown_words,
@@ -31,8 +33,10 @@ from sfumato.compose.match import (
 )
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
-from sfumato.files.kinds import LoraModule
+from sfumato.files.kinds import LoraModule, ModuleAdapter
 from sfumato.files.kinds.ia3 import extract_command
+from sfumato.files.kinds.modules import Call, first_output, with_first
+from sfumato.files.module_names import DENOISERS
 from sfumato.merging.model_weights import read_adapter_or_model
 from sfumato.models import calls
 from sfumato.precision import quantization
@@ -43,6 +47,9 @@ Index = Callable[[int], Sequence[int]]
 
 TermsByPicture = list[list[tuple[float, LoraModule]]]
 """For each picture the adapters of one layer, each with its weight."""
+
+ModulesByPicture = list[list[tuple[float, ModuleAdapter]]]
+"""The same of one module and of adapters that change no weight."""
 
 
 @contextmanager
@@ -62,7 +69,7 @@ def per_picture(pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bo
 
     rows = _PicturesOfRows(pipe, count)
     # Before `forward`, in which adapter guidance halves the call.
-    checked = unwrapped_parts(pipe)["unet"].register_forward_pre_hook(NonCopyableHook(rows.check), with_kwargs=True)
+    checked = denoiser_of(pipe).register_forward_pre_hook(NonCopyableHook(rows.check), with_kwargs=True)
     with checked, _hooked(pipe, adapters, rows.index, partial=partial):
         yield
 
@@ -136,7 +143,7 @@ def _row_count_error(rows: int, count: int, each: int | None) -> AdapterError:
 def texts_by_picture(base: Any) -> bool:
     """Whether any text encoder of a Base has adapters by picture at present."""
     modules = [module for encoder in base.text_encoders for module in encoder.modules()]
-    return any(isinstance(hook, _BatchedLora) for module in modules for hook in module._forward_hooks.values())
+    return any(isinstance(hook, _ByPicture) for module in modules for hook in module._forward_hooks.values())
 
 
 @contextmanager
@@ -149,7 +156,7 @@ def composite(pipe: Any, *adapters: Adapter, partial: bool = False) -> Iterator[
     if not adapters:
         raise AdapterError("a composite wants at least one adapter.")
     check_adapters(adapters)
-    unet, count = unwrapped_parts(pipe)["unet"], len(adapters)
+    unet, count = denoiser_of(pipe), len(adapters)
 
     def index(rows: int) -> Sequence[int]:
         return [row % count for row in range(rows)]
@@ -187,20 +194,23 @@ def _hooked(
     pipe: Any, adapters: Sequence[Sequence[Adapter]], index: Index, *, partial: bool, unet_only: bool = False
 ) -> Iterator[None]:
     """Everything is read and matched before the first hook is set, and all hooks are gone at the end."""
-    layers = _layers(pipe, adapters, partial=partial)
-    for part, path in layers:
-        if unet_only and part != "unet":
+    layers, beside = _layers(pipe, adapters, partial=partial)
+    for part, path in (*layers, *beside):
+        if unet_only and part not in DENOISERS:
             raise AdapterError(
                 f"an adapter changes {part}.{path}, and one text is encoded for all. Give it a weight (0.8, 0), which "
                 "is for the U-Net alone."
             )
-    refuse_compiled(pipe, {part for part, _ in layers})
+    refuse_compiled(pipe, {part for part, _ in (*layers, *beside)})
     gathered = [(module, _BatchedLora(module, terms, index, divides=unet_only)) for module, terms in layers.values()]
+    modules = [(module, _Modules(terms, index, divides=unet_only)) for module, terms in beside.values()]
     with ExitStack() as hooks:
         with unet_lock(pipe):
             _check_others(pipe, divides=unet_only)
             for module, hook in gathered:
                 hooks.enter_context(module.register_forward_hook(hook))
+            for module, beside_it in modules:
+                hooks.enter_context(module.register_forward_hook(beside_it, with_kwargs=True))
         yield
 
 
@@ -219,7 +229,9 @@ def _check_others(pipe: Any, *, divides: bool) -> None:
     divides: whether it is a composite that is asked about.
     """
     modules = [module for part in unwrapped_parts(pipe).values() for module in part.modules()]
-    hooks = [hook for module in modules for hook in module._forward_hooks.values() if isinstance(hook, _BatchedLora)]
+    hooks: list[Any] = [
+        hook for module in modules for hook in module._forward_hooks.values() if isinstance(hook, _ByPicture)
+    ]
     if any(hook.owner != _owner() for hook in hooks):
         raise AdapterError(
             "another thread or task draws with adapters by image on this U-Net or its text encoders. Let them "
@@ -234,11 +246,14 @@ def _check_others(pipe: Any, *, divides: bool) -> None:
 
 def _layers(
     pipe: Any, adapters: Sequence[Sequence[Adapter]], *, partial: bool
-) -> dict[tuple[str, str], tuple[nn.Module, TermsByPicture]]:
-    """By (part, path): the layer, and what each picture has there."""
+) -> tuple[
+    dict[tuple[str, str], tuple[nn.Module, TermsByPicture]], dict[tuple[str, str], tuple[nn.Module, ModulesByPicture]]
+]:
+    """By (part, path): the layer, and what each picture has there; and the same of kinds that change no weight."""
     modules = PipelineModules(unwrapped_parts(pipe))
     files: dict[str, AdapterFile] = {}
     layers: dict[tuple[str, str], tuple[nn.Module, TermsByPicture]] = {}
+    beside: dict[tuple[str, str], tuple[nn.Module, ModulesByPicture]] = {}
     for picture, each in enumerate(adapters):
         for adapter in each:
             key = str(adapter.path)
@@ -246,6 +261,11 @@ def _layers(
                 files[key] = read_adapter_or_model(adapter.path, partial=partial)
                 warn_unknown_words(pipe, {adapter: files[key]})
             for number, found in weighted_matches(adapter, files[key], modules, partial=partial):
+                place = (found.part, found.path)
+                if found.beside is not None:
+                    _, modules_there = beside.setdefault(place, (found.module, [[] for _ in adapters]))
+                    modules_there[picture].append((number, found.beside))
+                    continue
                 low = found.live_form
                 if low is None:
                     raise AdapterError(
@@ -253,22 +273,42 @@ def _layers(
                         "has no low-rank form. Draw this image by itself, or make it a LoRA: "
                         f"{extract_command(found.effect.change)}."
                     )
-                place = (found.part, found.path)
                 _, terms = layers.setdefault(place, (found.module, [[] for _ in adapters]))
                 terms[picture].append((number, low))
-    return layers
+    return layers, beside
 
 
-class _BatchedLora:
+class _ByPicture:
+    """A hook with adapters by picture. owner: the thread that set it. divides: whether it is a composite's."""
+
+    def __init__(self, index: Index, *, divides: bool) -> None:
+        self.owner, self.divides = _owner(), divides
+        self._index = index
+
+
+class _Modules(_ByPicture):
+    """The hook of one module with adapters that change no weight, each in the rows of its pictures."""
+
+    def __init__(self, terms: ModulesByPicture, index: Index, *, divides: bool) -> None:
+        super().__init__(index, divides=divides)
+        placed = {id(adapter): Placed(adapter) for each in terms for _, adapter in each}
+        self._terms = [[(number, placed[id(adapter)]) for number, adapter in each] for each in terms]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], answer: Any) -> Any:
+        if (output := first_output(answer)) is None:
+            return answer
+        call = Call(module, args, options, output)
+        return with_first(answer, with_rows(call, self._index(len(output)), self._terms))
+
+
+class _BatchedLora(_ByPicture):
     """The hook of one layer. down: (pictures, rank, in, ...), up: (pictures, out, rank), padded to the largest rank."""
 
     def __init__(self, module: nn.Module, terms: TermsByPicture, index: Index, *, divides: bool) -> None:
         shape = quantization.module_weight_shape(module)
         assert shape is not None
         rank = max(sum(low.rank for _, low in each) for each in terms)
-        self.owner = _owner()
-        self.divides = divides
-        self._index = index
+        super().__init__(index, divides=divides)
         self._down = torch.zeros(len(terms), rank, *shape[1:])
         self._up = torch.zeros(len(terms), shape[0], rank)
         for picture, each in enumerate(terms):

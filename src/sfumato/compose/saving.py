@@ -19,8 +19,8 @@ from sfumato.compose.match import ApplyMode
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile, merge_embeddings
 from sfumato.files.header import checked_path
-from sfumato.files.kinds import LoraModule
-from sfumato.files.module_names import Target
+from sfumato.files.kinds import LoraModule, ModuleAdapter
+from sfumato.files.module_names import DENOISERS, Target
 from sfumato.files.writing.kohya import write_lora
 from sfumato.merging.extract import diffusers_warnings
 from sfumato.merging.factors import Factors, concatenate, to_module
@@ -59,6 +59,11 @@ def save_mix(
             if number == 0:
                 continue
             effect = site.effects[label]
+            if isinstance(effect.change, ModuleAdapter):
+                raise AdapterError(
+                    f"{label} is a {effect.change.kind} adapter, which changes no weight, so the mix is no LoRA. Mute "
+                    "or remove it to save the others, and mix its own file beside what is saved."
+                )
             if effect.low_rank is None:
                 what = effect.change.kind if site.name == "weight" else f"{effect.change.kind} with biases"
                 raise AdapterError(
@@ -97,9 +102,14 @@ _HEAD = ("adapter", "weight", "file", "kind", "rank", "U-Net", "text", "way")
 
 
 def apply_reason(ways: Sequence[str], asked: ApplyMode) -> str:
-    """How the adapters are applied, and why. ways: "baked" or "live" of each weight or layer; asked: of `compose`."""
-    baked = sum(way == "baked" for way in ways)
-    live = len(ways) - baked
+    """How the adapters are applied, and why. ways: "baked", "live" or "beside" of each weight, layer or module; asked:
+    of `compose`."""
+    baked, live, beside = (sum(way == each for way in ways) for each in ("baked", "live", "beside"))
+    modules = f"{pluralize(beside, 'module')} with adapters beside {'it' if beside == 1 else 'them'}" if beside else ""
+    if beside and not (baked or live):
+        return modules
+    if beside:
+        return f"{apply_reason([way for way in ways if way != 'beside'], asked)}; {modules}"
     if not live:
         whys = {
             "auto": "none is quantised, so this is exact, and drawing takes no longer",
@@ -127,12 +137,12 @@ def mix_table(
         return "an empty mix"
     by_label: dict[str, list[FusedWeight | UnfusedLayer]] = {label: [] for label in weights}
     for label, site in sites:
-        if site.name == "weight":
+        if site.name != "bias":
             by_label[label].append(site)
     rows = [_HEAD]
     for label, weight in weights.items():
         found = by_label[label]
-        unet = sum(site.part == "unet" for site in found)
+        unet = sum(site.part in DENOISERS for site in found)
         low = [form.rank for site in found if (form := site.effects[label].low_rank) is not None]
         ranks = "" if not low else str(min(low)) if min(low) == max(low) else f"{min(low)}-{max(low)}"
         rows.append(

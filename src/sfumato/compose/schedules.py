@@ -28,7 +28,7 @@ from sfumato.adapters.weights import (
     unet_weight,
 )
 from sfumato.compose.hooks import NonCopyableHook, calling_pipeline, serialized_calls, uncompiled_hook
-from sfumato.compose.match import unwrapped_parts
+from sfumato.compose.match import denoiser_of
 from sfumato.errors import AdapterError
 from sfumato.models import calls
 from sfumato.utils import schedulers
@@ -170,7 +170,7 @@ def follow_steps(mix: Mix, weights: Mapping[str, Progress], switch: Switch | Non
         _set(mix, wanted)
 
     # A LoRA that diffusers loaded beside the mix is a layer around those that the mix changes.
-    unet = unwrapped_parts(pipe)["unet"]
+    unet = denoiser_of(pipe)
     with serialized_calls(pipe):
         try:
             with unet.register_forward_pre_hook(NonCopyableHook(uncompiled_hook(pipe, follow)), with_kwargs=True):

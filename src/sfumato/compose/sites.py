@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from sfumato.adapters.weights import Adapter, Weight, check_adapters, weight_at
 from sfumato.compose.layers.fused import Applied, FusedWeight
 from sfumato.compose.layers.lowrank import Scratch
+from sfumato.compose.layers.modules import Beside
 from sfumato.compose.layers.original_weights import OriginalWeights
 from sfumato.compose.layers.unfused import UnfusedLayer
 from sfumato.compose.match import MatchedWeight, compiled_parts
 from sfumato.errors import AdapterError
+from sfumato.files.module_names import DENOISERS
 from sfumato.precision import quantization
 from sfumato.precision.cpu_matmul import exact_matmul
 
@@ -25,7 +27,9 @@ Site = FusedWeight | UnfusedLayer
 
 
 def make_site(found: MatchedWeight, part: nn.Module) -> Site:
-    """A site without adapters for a weight or bias of this part of the pipeline."""
+    """A site without adapters for a weight or bias of this part of the pipeline, or for a module's answers."""
+    if found.name == Beside.name:
+        return Beside(found.part, found.path, found.module)
     if not found.live:
         return FusedWeight(found.part, found.path, found.module, found.name)
     whole = next((p for p in part.parameters() if p.is_floating_point() and p.itemsize > 1), None)
@@ -36,8 +40,9 @@ def make_site(found: MatchedWeight, part: nn.Module) -> Site:
 
 def applied_weights(site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> Applied:
     """What a site has of these adapters. factors: of the weights in the U-Net, by label."""
+    denoises = site.part in DENOISERS
     numbers = {
-        label: weight_at(weights[label], site.part, site.path) * (factors.get(label, 1.0) if site.part == "unet" else 1)
+        label: weight_at(weights[label], site.part, site.path) * (factors.get(label, 1.0) if denoises else 1)
         for label in sorted(site.effects)
         if label in weights
     }
@@ -66,7 +71,7 @@ class SiteChange(NamedTuple):
     def to(cls, site: Site, weights: Mapping[str, Weight], factors: Mapping[str, float]) -> SiteChange:
         """The change that brings the site to these weights. factors: as in `applied_at`."""
         applied = applied_weights(site, weights, factors)
-        if site.part != "unet" or factors.keys().isdisjoint(site.effects):
+        if site.part not in DENOISERS or factors.keys().isdisjoint(site.effects):
             return cls(site, applied, None)
         unfactored = {label: weight for label, weight in weights.items() if label not in factors}
         return cls(site, applied, applied_weights(site, unfactored, {}))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import FileError
-from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.kinds import Change, LoraModule, ModuleAdapter
 from sfumato.files.kinds.base import weight_independent_delta
 from sfumato.files.kinds.ia3 import changes_weight
 from sfumato.files.module_names import Target
@@ -92,7 +92,7 @@ def _row_of_lora(name: str, module: LoraModule) -> Row:
 
 
 def _row_of_delta(name: str, delta: Tensor) -> Row:
-    matrix = delta.detach().cpu().double().reshape(delta.shape[0], -1)
+    matrix = delta.detach().cpu().double().reshape(delta.shape[0] if delta.ndim else 1, -1)
     ys, xs = _probes(name, *matrix.shape)
     return (float(matrix.norm()), *((ys @ matrix) * xs).sum(1).tolist())
 
@@ -152,9 +152,18 @@ def fingerprint_with_weights(changes: Mapping[Target, Change], weights: Mapping[
     pristine ones."""
     found: dict[str, Row] = {}
     for target, change in changes.items():
+        if isinstance(change, ModuleAdapter):
+            found |= rows_of_tensors(target, change)
+            continue
         module = probed_delta(change, weights[target])
         found |= {} if module is None else probe_rows({target: module})
     return fingerprint_of_rows(found)
+
+
+def rows_of_tensors(target: Target, adapter: ModuleAdapter) -> dict[str, Row]:
+    """The numbers of an adapter that changes no weight: of each of its tensors, as if that were a delta."""
+    part, path = target
+    return probe_rows({(part, f"{path}.{role}"): value for role, value in adapter.tensors().items()})
 
 
 def _digest(names: list[str]) -> str:
@@ -170,6 +179,9 @@ def verify(metadata: Mapping[str, str], changes: Mapping[Target, Change], file: 
         raise FileError(f"{file}: it states no fingerprint, so it cannot be verified. Leave verify out for it.")
     rows: dict[str, Row] = {}  # one delta at a time: all of them may be as large as the model
     for target, change in changes.items():
+        if isinstance(change, ModuleAdapter):
+            rows |= rows_of_tensors(target, change)
+            continue
         module = probed_delta(change)
         if module is None and change.needs_weight:
             raise FileError(

@@ -17,6 +17,7 @@ import numpy as np
 
 from sfumato.files.header import Header, checked_path
 from sfumato.files.keys import (
+    KIND_KEYS,
     TRANSFORMER,
     Layout,
     ModuleKeys,
@@ -66,9 +67,9 @@ class Inspection:
 
     says: the family in the metadata, if it differs from `family`, which is found by the shapes. nonfinite: tensors with
     NaN or Inf. stored: kinds whose norm is that of the stored tensors, because their update depends on the base model's
-    weight. embeddings: number of vectors of each token that is bundled in the file. hash: the first 12 digits of the
-    sha256 by which A1111 names the file; for a folder, the digits by which our images name it. hash_holds: whether the
-    sha256 that the file states is right; None if it states none.
+    weight, or because they change no weight. embeddings: number of vectors of each token that is bundled in the file.
+    hash: the first 12 digits of the sha256 by which A1111 names the file; for a folder, the digits by which our images
+    name it. hash_holds: whether the sha256 that the file states is right; None if it states none.
     """
 
     file: str
@@ -327,9 +328,9 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         ("hash", found.hash + holds),
     ]
     if found.norm is not None:
-        stored = (
-            f" ({', '.join(found.stored)}: of what is stored, the update depends on the base)" if found.stored else ""
-        )
+        modules = [kind for kind in found.stored if kind in KIND_KEYS and KIND_KEYS[kind].module]
+        why = "it changes no weight" if found.stored == modules else "the update depends on the base"
+        stored = f" ({', '.join(found.stored)}: of what is stored, {why})" if found.stored else ""
         measured = sum(block.modules for block in found.blocks)
         some = f", of {measured} of {pluralize(found.modules, 'module')}" if measured < found.modules else ""
         rows.append(("norm", f"{found.norm:.4g}{some}{stored}"))

@@ -6,10 +6,12 @@ as diffusers once wrote. OneTrainer's dotted names begin with `clip_l.`, `lora_t
 text encoders with `text_encoders.clip_l.transformer.`; LyCORIS's own wrapper and SimpleTuner write `lycoris_` for
 kohya's `lora_unet_`. What follows the module's name is in `sfumato.files.keys`.
 
-The kinds of adapter and what files call their tensors: one table. Imports no torch.
+The kinds of adapter, what files call their tensors, and what `--algo` calls them: one table. Imports no torch.
 
 A tensor's name is its module's name and a suffix. The suffix tells the tensor's role, and the roles of a module tell
-its kind. The class of each kind is in `sfumato.files.kinds.KINDS`.
+its kind. There are two sorts of kinds. One changes weights: the class that computes its change from a file's tensors is
+in `sfumato.files.kinds.KINDS`, the layer that trains it in `sfumato.adapters.kinds.ALGOS`. The other changes no
+weight, and is a module beside one of the model's: its one class does all, and its row here names it.
 
 What files call the vectors of a textual inversion. Imports no torch.
 """
@@ -18,74 +20,123 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import isqrt, prod
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from sfumato.files.header import Header
-from sfumato.files.metadata import family_from_metadata, family_from_widths
-from sfumato.files.module_names import Target, is_sgm, kohya_target, text_path, unet_path
+from sfumato.files.metadata import LABELS, family_from_metadata, family_from_widths
+from sfumato.files.module_names import PARTS, Target, is_sgm, kohya_target, text_path, unet_path
+
+if TYPE_CHECKING:
+    from sfumato.files.kinds.modules import ModuleAdapter
+
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Trained:
+    """How a kind is trained. algo: what `--algo` and LyCORIS call it. about: what `--help` says of it, a sentence that
+    goes on after "algo:". rate: how many times a LoRA's default learning rate its own is, by how fast a loss begins to
+    fall (bench/adapter_kinds.py)."""
+
+    algo: str
+    about: str
+    rate: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class KindKeys:
-    """roles: the role by suffix. whole: the sets of roles of which one at least makes a module complete."""
+    """roles: the role by suffix. whole: the sets of roles of which one at least makes a module complete.
+
+    trained: None for a kind that is only read. module: for a kind that changes no weight, returns its class, and
+    imports it as late as that. rank: (role, axis) of the tensor whose size is the kind's rank; None for kinds without
+    one, and for those that `rank_of` knows.
+    """
 
     roles: Mapping[str, str]
     whole: tuple[frozenset[str], ...]
+    trained: Trained | None = None
+    module: Callable[[], type[ModuleAdapter]] | None = None
+    rank: tuple[str, int] | None = None
 
 
-def _keys(roles: Mapping[str, str] | Iterable[str], *whole: str) -> KindKeys:
+def _keys(roles: Mapping[str, str] | Iterable[str], *whole: str, trained: Trained | None = None) -> KindKeys:
     named = roles if isinstance(roles, Mapping) else {name: name for name in roles}
-    return KindKeys(MappingProxyType(dict(named)), tuple(frozenset(names.split()) for names in whole))
+    return KindKeys(MappingProxyType(dict(named)), tuple(frozenset(names.split()) for names in whole), trained)
 
 
-KIND_KEYS: Mapping[str, KindKeys] = MappingProxyType(
-    {
-        "LoRA": _keys(
-            {
-                **{f"{name}.weight": "down" for name in ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down")},
-                **{f"{name}.weight": "up" for name in ("lora_up", "lora_B", "lora.up", "lora_linear_layer.up")},
-                "lora_mid.weight": "mid",
-                "lora_B.bias": "up_bias",
-            },
-            "down up",
+def module_kind(
+    module: Callable[[], type[ModuleAdapter]],
+    roles: Iterable[str],
+    *,
+    trained: Trained | None = None,
+    rank: tuple[str, int] | None = None,
+    optional: Iterable[str] = (),
+) -> KindKeys:
+    """The row of a kind that changes no weight. roles: the names of its tensors, in its class and in files, of which
+    `optional` may be missing; no other kind has them."""
+    names = tuple(roles)
+    row = _keys(names, " ".join(name for name in names if name not in set(optional)), trained=trained)
+    return replace(row, module=module, rank=rank)
+
+
+KIND_KEYS: dict[str, KindKeys] = {
+    "LoRA": _keys(
+        {
+            **{f"{name}.weight": "down" for name in ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down")},
+            **{f"{name}.weight": "up" for name in ("lora_up", "lora_B", "lora.up", "lora_linear_layer.up")},
+            "lora_mid.weight": "mid",
+            "lora_B.bias": "up_bias",
+        },
+        "down up",
+        trained=Trained("lora", "the product of two low-rank factors"),
+    ),
+    "LoHa": _keys(
+        (f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        "hada_w1_a hada_w1_b hada_w2_a hada_w2_b",
+        trained=Trained(
+            "loha",
+            "two such products multiplied element by element; its rank is up to the square of --rank",
+            rate=0.1,
         ),
-        "LoHa": _keys(
-            (f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
-            "hada_w1_a hada_w1_b hada_w2_a hada_w2_b",
+    ),
+    "LoKr": _keys(
+        (f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        *(
+            f"{first} {second}"
+            for first in ("lokr_w1", "lokr_w1_a lokr_w1_b")
+            for second in ("lokr_w2", "lokr_w2_a lokr_w2_b")
         ),
-        "LoKr": _keys(
-            (f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
-            *(
-                f"{first} {second}"
-                for first in ("lokr_w1", "lokr_w1_a lokr_w1_b")
-                for second in ("lokr_w2", "lokr_w2_a lokr_w2_b")
-            ),
+        trained=Trained(
+            "lokr", "the Kronecker product of a small and a large factor; its file is the smallest", rate=3
         ),
-        "OFT": _keys(
-            {"oft_blocks": "oft_blocks", "rescale": "rescale"}
-            | {"oft_R.weight": "oft_r", "oft_R": "oft_r", "oft_R.scaled_oft": "oft_scaled"},
-            "oft_blocks",
-            "oft_r",
+    ),
+    "OFT": _keys(
+        {"oft_blocks": "oft_blocks", "rescale": "rescale"}
+        | {"oft_R.weight": "oft_r", "oft_R": "oft_r", "oft_R.scaled_oft": "oft_scaled"},
+        "oft_blocks",
+        "oft_r",
+        trained=Trained(
+            "oft",
+            "rotations of blocks of --rank outputs (orthogonal fine-tuning), which keep the angles between them",
+            rate=0.2,
         ),
-        "BOFT": _keys({"boft_R": "boft_r", "boft_s": "boft_s"}, "boft_r boft_s"),
-        "IA3": _keys(
-            {"weight": "ia3_weight", "on_input": "on_input", "ia3_l": "ia3_l"}, "ia3_weight on_input", "ia3_l"
-        ),
-        "GLoRA": _keys({f"{x}.weight": x for x in ("a1", "a2", "b1", "b2", "bm")}, "a1 a2 b1 b2"),
-        "difference": _keys(
-            {"diff": "diff", "w_norm": "diff", "set_weight": "set_weight", "diff_b": "bias", "b_norm": "bias"},
-            "diff",
-            "set_weight",
-            "bias",
-        ),
-    }
-)
+    ),
+    "BOFT": _keys({"boft_R": "boft_r", "boft_s": "boft_s"}, "boft_r boft_s"),
+    "IA3": _keys({"weight": "ia3_weight", "on_input": "on_input", "ia3_l": "ia3_l"}, "ia3_weight on_input", "ia3_l"),
+    "GLoRA": _keys({f"{x}.weight": x for x in ("a1", "a2", "b1", "b2", "bm")}, "a1 a2 b1 b2"),
+    "difference": _keys(
+        {"diff": "diff", "w_norm": "diff", "set_weight": "set_weight", "diff_b": "bias", "b_norm": "bias"},
+        "diff",
+        "set_weight",
+        "bias",
+    ),
+}
 """LoRA is LoCon too. `oft_blocks` of four dimensions is BOFT; a magnitude beside LoRA, LoHa or LoKr makes it DoRA."""
 
 COMMON: Mapping[str, str] = MappingProxyType(
@@ -99,10 +150,33 @@ COMMON: Mapping[str, str] = MappingProxyType(
 )
 """Suffixes that a module of several kinds may have."""
 
-ROLES: Mapping[str, str] = MappingProxyType(
-    {suffix: role for keys in KIND_KEYS.values() for suffix, role in keys.roles.items()} | dict(COMMON)
-)
-_KIND_OF = {role: kind for kind, keys in KIND_KEYS.items() for role in keys.roles.values() if role != "bias"}
+
+def trained_kinds() -> dict[str, Trained]:
+    """What `--algo` takes, in the order of the table."""
+    return {keys.trained.algo: keys.trained for keys in KIND_KEYS.values() if keys.trained}
+
+
+def kind_named(algo: str) -> str:
+    """The kind that `--algo` calls so, a key of KIND_KEYS."""
+    return next(kind for kind, keys in KIND_KEYS.items() if keys.trained and keys.trained.algo == algo)
+
+
+def module_class(kind: str) -> type[ModuleAdapter] | None:
+    """The class of a kind that changes no weight; None for the others."""
+    row = KIND_KEYS.get(kind)
+    return None if row is None or row.module is None else row.module()
+
+
+def roles() -> Mapping[str, str]:
+    """The role of every suffix that a tensor of some kind has."""
+    return _tables(tuple(KIND_KEYS.items()))[0]
+
+
+@lru_cache(maxsize=4)
+def _tables(rows: tuple[tuple[str, KindKeys], ...]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """(the role by suffix, the kind by role) of these rows of KIND_KEYS."""
+    by_suffix = {suffix: role for _, keys in rows for suffix, role in keys.roles.items()} | dict(COMMON)
+    return by_suffix, {role: kind for kind, keys in rows for role in keys.roles.values() if role != "bias"}
 
 
 def kind_of(roles: Iterable[str], blocks_ndim: int | None = None) -> str:
@@ -110,8 +184,8 @@ def kind_of(roles: Iterable[str], blocks_ndim: int | None = None) -> str:
 
     Roles of two kinds give "LoRA + LoHa", which no tool's arithmetic covers. blocks_ndim: oft_blocks' dimensions.
     """
-    roles = set(roles)
-    kinds = list(dict.fromkeys(_KIND_OF[role] for role in sorted(roles) if role in _KIND_OF))
+    roles, by_role = set(roles), _tables(tuple(KIND_KEYS.items()))[1]
+    kinds = list(dict.fromkeys(by_role[role] for role in sorted(roles) if role in by_role))
     kind = " + ".join(kinds)
     if kind == "OFT" and blocks_ndim == 4:
         return "BOFT"
@@ -164,7 +238,9 @@ def weight_shape(roles: Mapping[str, Shape]) -> tuple[int | None, int | None]:
 
 def rank_of(roles: Mapping[str, Shape]) -> int | None:
     """The rank of a module, for OFT the size of a block; None for kinds without one and for unusual shapes."""
-    for role, axis in (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0), ("oft_blocks", -1)):
+    of_rows = (keys.rank for keys in KIND_KEYS.values() if keys.rank)
+    known = (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0), ("oft_blocks", -1))
+    for role, axis in (*known, *of_rows):
         shape = roles.get(role, ())
         if len(shape) > 1:
             return shape[axis]
@@ -243,6 +319,7 @@ _PARTS = {
     **{prefix: "text_encoder_2" for prefix in ("text_encoder_2.", "clip_g.", "lora_te2.")},
     **{prefix: "text_encoder" for prefix in ("text_encoder.", "clip_l.", "lora_te1.", "lora_te.")},
 }
+_PATH = re.compile(r"\w+(?:\.\w+)*")
 TRANSFORMER = "an adapter for a transformer model (Flux, SD 3 and the like)"
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
@@ -259,8 +336,8 @@ class ModuleKeys:
 class Layout:
     """Every key of the file: by module, of a bundled textual inversion, or `unknown`.
 
-    spellings: which grammars were met, of "kohya", "kohya sgm", "diffusers". repeated: modules named twice, in
-    different spellings, so that the file does not say which is meant.
+    spellings: which grammars were met, of "kohya", "kohya sgm", "diffusers", and "sfumato" of kinds that change no
+    weight. repeated: modules named twice, in different spellings, so that the file does not say which is meant.
     """
 
     modules: Mapping[Target, ModuleKeys]
@@ -287,13 +364,17 @@ def read_layout(names: Iterable[str] | Header, part: str | None = None) -> Layou
     part's name belong to, where the file beside says so.
     """
     header = names if isinstance(names, Header) else None
-    roles: dict[Target, dict[str, str]] = {}
+    known, of_modules = roles(), _module_roles()
+    is_dotted = header is not None and _goes_by_paths(header.metadata)
+    found_roles: dict[Target, dict[str, str]] = {}
     unknown: list[str] = []
     repeated: list[str] = []
     spellings: set[str] = set()
     embeddings: dict[str, EmbeddingKey] = {}
     for name in names.tensors if isinstance(names, Header) else names:
-        parsed = _split(name, part)
+        parsed = _module_tensor(name, of_modules) or _split(name, part, known)
+        if parsed is None and is_dotted:
+            parsed = _by_path(name, known)
         if parsed is None:
             found = embedding_key(name, bundled=True)
             if found is None:
@@ -303,17 +384,17 @@ def read_layout(names: Iterable[str] | Header, part: str | None = None) -> Layou
             continue
         target, role, spelling = parsed
         spellings.add(spelling)
-        if role in roles.setdefault(target, {}):
+        if role in found_roles.setdefault(target, {}):
             repeated.append(name)
-        roles[target][role] = name
+        found_roles[target][role] = name
     modules: dict[Target, ModuleKeys] = {}
-    for target, found_roles in roles.items():
-        blocks = found_roles.get("oft_blocks")
-        kind = kind_of(found_roles, len(header.tensors[blocks].shape) if header and blocks else None)
+    for target, by_role in found_roles.items():
+        blocks = by_role.get("oft_blocks")
+        kind = kind_of(by_role, len(header.tensors[blocks].shape) if header and blocks else None)
         if not kind:  # an alpha and nothing that it could scale
-            unknown.extend(found_roles.values())
+            unknown.extend(by_role.values())
             continue
-        modules[target] = ModuleKeys(kind, MappingProxyType(found_roles))
+        modules[target] = ModuleKeys(kind, MappingProxyType(by_role))
     return Layout(
         MappingProxyType(modules),
         tuple(unknown),
@@ -323,12 +404,46 @@ def read_layout(names: Iterable[str] | Header, part: str | None = None) -> Layou
     )
 
 
-def _split(name: str, part: str | None) -> tuple[Target, str, str] | None:
-    """(module, role, spelling) of a tensor's name, None if it is not a module's."""
+def _module_roles() -> frozenset[str]:
+    """The roles of all kinds that change no weight."""
+    return frozenset(role for keys in KIND_KEYS.values() if keys.module for role in keys.roles)
+
+
+def _module_tensor(name: str, known: frozenset[str]) -> tuple[Target, str, str] | None:
+    """(module, role, spelling) of a tensor of a kind that changes no weight, PART.PATH.ROLE; None of any other.
+
+    known: the roles of these kinds. The path is taken as it is: such a module may stand beside any of the model's.
+    """
+    place, _, role = name.rpartition(".")
+    part, _, path = place.partition(".")
+    if role not in known or part not in PARTS or not _PATH.fullmatch(path):
+        return None
+    return (part, path), role, "sfumato"
+
+
+def _goes_by_paths(metadata: Mapping[str, str]) -> bool:
+    """Whether a file says that it is of a family whose files have the paths of the model's own modules."""
+    family = family_from_metadata(metadata)
+    return family is not None and LABELS[family].keys == "diffusers"
+
+
+def _by_path(name: str, known: Mapping[str, str]) -> tuple[Target, str, str] | None:
+    """(module, role, spelling) of PART.PATH.SUFFIX, the path taken as it is. known: the role by suffix."""
+    part, _, rest = name.partition(".")
+    words = rest.split(".")
+    for count in (3, 2, 1):
+        suffix = ".".join(words[-count:])
+        if part in PARTS and suffix in known and len(words) > count and _PATH.fullmatch(".".join(words[:-count])):
+            return (part, ".".join(words[:-count])), known[suffix], "diffusers"
+    return None
+
+
+def _split(name: str, part: str | None, known: Mapping[str, str]) -> tuple[Target, str, str] | None:
+    """(module, role, spelling) of a tensor's name, None if it is not a module's. known: the role by suffix."""
     flat, _, suffix = name.partition(".")
-    if suffix in ROLES and flat.startswith(("lora_", "oft_", "lycoris_")):
+    if suffix in known and flat.startswith(("lora_", "oft_", "lycoris_")):
         found = _flat_target(flat)
-        return None if found is None else (found[0], ROLES[suffix], found[1])
+        return None if found is None else (found[0], known[suffix], found[1])
     if old := _PROCESSOR.fullmatch(name):
         target = _dotted_target(old["module"], part, old["which"])
         return None if target is None else (target, old["role"], "diffusers")
@@ -339,9 +454,9 @@ def _split(name: str, part: str | None) -> tuple[Target, str, str] | None:
         del words[words.index("lora_magnitude_vector", len(words) - 3) + 1 :]
     for count in (3, 2, 1):
         suffix = ".".join(words[-count:])
-        if suffix in ROLES and suffix not in _FLAT_ONLY and len(words) > count:
+        if suffix in known and suffix not in _FLAT_ONLY and len(words) > count:
             target = _dotted_target(".".join(words[:-count]), part)
-            return None if target is None else (target, ROLES[suffix], "diffusers")
+            return None if target is None else (target, known[suffix], "diffusers")
     return None
 
 

@@ -18,8 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato import __version__
 from sfumato.errors import ConfigError
@@ -39,7 +38,9 @@ class FamilyLabels:
 
     title: for people. architecture: ModelSpec's, without "/lora"; predicting v has another where v_architecture is
     set. base_model_version: kohya's; readers test it for the prefix "sdxl_". text_width: the width of the text
-    embedding that cross-attention reads, None where it is no mark of the family.
+    embedding that cross-attention reads, None where it is no mark of the family. keys: "kohya" for kohya's names, which
+    a U-Net of Stable Diffusion has; "diffusers" for the paths of the model's own modules after its part's name, as
+    diffusers and peft write them for transformers.
     """
 
     title: str
@@ -48,16 +49,15 @@ class FamilyLabels:
     text_width: int | None
     v_architecture: str | None = None
     v_base_model_version: str | None = None
+    keys: Literal["kohya", "diffusers"] = "kohya"
 
 
-LABELS: Mapping[str, FamilyLabels] = MappingProxyType(
-    {
-        "pocket": FamilyLabels("pocket", "sfumato-pocket-v1", "sfumato_pocket", None),
-        "sd1": FamilyLabels("SD 1.x", "stable-diffusion-v1", "sd_v1", 768),
-        "sd2": FamilyLabels("SD 2.x", "stable-diffusion-v2-512", "sd_v2", 1024, "stable-diffusion-v2-768-v", "sd_v2_v"),
-        "sdxl": FamilyLabels("SDXL", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", 2048),
-    }
-)
+LABELS: dict[str, FamilyLabels] = {
+    "pocket": FamilyLabels("pocket", "sfumato-pocket-v1", "sfumato_pocket", None),
+    "sd1": FamilyLabels("SD 1.x", "stable-diffusion-v1", "sd_v1", 768),
+    "sd2": FamilyLabels("SD 2.x", "stable-diffusion-v2-512", "sd_v2", 1024, "stable-diffusion-v2-768-v", "sd_v2_v"),
+    "sdxl": FamilyLabels("SDXL", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", 2048),
+}
 
 
 def family_mismatch(theirs: tuple[str | None, int | None], ours: tuple[str, int | None], what: str) -> str:
@@ -179,12 +179,17 @@ class Description:
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
+_PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
+
+
 def describe(description: Description) -> dict[str, str]:
     """The metadata of an adapter's file, texts by key. `write_lora` adds rank, alpha and hashes from the tensors."""
     if description.family not in LABELS:
         raise ConfigError(f"unknown family {description.family!r}; known are {', '.join(LABELS)}.")
-    if description.prediction_type not in ("", "epsilon", "v_prediction"):
-        raise ConfigError(f"unknown prediction type {description.prediction_type!r}; known are epsilon, v_prediction.")
+    if description.prediction_type not in ("", *_PREDICTIONS):
+        raise ConfigError(
+            f"unknown prediction type {description.prediction_type!r}; known are {', '.join(_PREDICTIONS)}."
+        )
     now = creation_time()
     found = _training(description, now) | _model_spec(description, now) | _own(description)
     return {key: value for key, value in {**found, **description.extra}.items() if value != ""}
@@ -265,8 +270,8 @@ def _own(description: Description) -> dict[str, str]:
 
 
 def prediction_type_of(metadata: Mapping[str, str]) -> str:
-    """What the base model predicts that the file was trained on, "epsilon" or "v_prediction"; empty if the metadata
-    does not say."""
+    """What the base model predicts that the file was trained on, "epsilon", "v_prediction" or "flow_prediction"; empty
+    if the metadata does not say."""
     found = metadata.get("modelspec.prediction_type", "")
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
@@ -275,7 +280,7 @@ def prediction_type_of(metadata: Mapping[str, str]) -> str:
         for labels in LABELS.values()
         if labels.v_base_model_version is not None
     )
-    known = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    known = {"v": "v_prediction", **{name: name for name in _PREDICTIONS}}
     return known.get(found, "v_prediction" if by_family else "")
 
 

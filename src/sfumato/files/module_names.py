@@ -147,7 +147,9 @@ def _replace(name: str, table: Mapping[str, str]) -> str:
     return name
 
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+DENOISERS = ("unet", "transformer")
+"""What the part of a pipeline that denoises is called, one of them in each."""
+PARTS = (*DENOISERS, "text_encoder", "text_encoder_2")
 """The parts of a pipeline that adapters change."""
 Target = tuple[str, str]
 """(part, path) of one module."""
@@ -227,6 +229,15 @@ def kohya_name(family: str, part: str, path: str) -> str:
             "Choose --targets without it."
         )
     return f"{prefixes[part]}text_model_{inner.replace('.', '_')}"
+
+
+def file_names(family: str, targets: Iterable[Target], file: str) -> dict[Target, str]:
+    """What a file of this family calls each module: `kohya_names`, or `PART.PATH` where its labels say so. Raises
+    AdapterError as that."""
+    targets = list(targets)
+    if family in LABELS and LABELS[family].keys == "diffusers" and targets:
+        return {(part, path): f"{part}.{path}" for part, path in targets}
+    return kohya_names(family, targets, file)
 
 
 def kohya_names(family: str, targets: Iterable[Target], file: str) -> dict[Target, str]:
@@ -317,7 +328,7 @@ def block_of(target: Target) -> str:
     """The attention, resnet or text layer that a module is in."""
     part, path = target
     names = path.removeprefix("text_model.").split(".")
-    if part != "unet":
+    if part not in DENOISERS:
         return f"{part}.{names[2]}" if names[:2] == ["encoder", "layers"] else f"{part}.{names[0]}"
     if names[0] in ("down_blocks", "up_blocks"):
         return ".".join(names[:4])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.files.header import Header, TensorInfo
-from sfumato.files.keys import base_kind
+from sfumato.files.keys import KIND_KEYS, base_kind
 
 Array = NDArray[np.float32]
 
@@ -91,8 +91,11 @@ def square_norm(kind: str, values: Mapping[str, Array], alpha: float | None) -> 
 
     values: by role. alpha: the module's, None where it is not said. None for tensors that do not fit.
     A DoRA's is that of its inner update, OFT's and BOFT's that of the skew matrices, IA3's that of the gains, GLoRA's
-    that of its LoRA half.
+    that of its LoRA half. A kind's that changes no weight is that of all its tensors.
     """
+    row = KIND_KEYS.get(kind)
+    if row is not None and row.module is not None:
+        return sum(_square(value) for value in values.values())
     try:
         square = _SQUARES[base_kind(kind)](values, alpha)
     except (KeyError, ValueError, IndexError, ZeroDivisionError):  # a half pair, or shapes that do not fit

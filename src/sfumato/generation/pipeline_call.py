@@ -184,7 +184,7 @@ class PipelineCall:
 
 def _drawing(base: Base) -> AbstractContextManager[None]:
     """The context in which the base's U-Net and text encoders draw."""
-    return base.precision.drawing(base.unet, *base.text_encoders)
+    return base.precision.drawing(base.denoiser, *base.text_encoders)
 
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()

@@ -17,6 +17,7 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files.header import read_header
 from sfumato.files.kinds import Change
 from sfumato.files.kinds.ia3 import BiasChange, bias_change
+from sfumato.files.kinds.modules import refuse_modules
 from sfumato.files.read import read_tensors
 from sfumato.files.save import write_streamed
 from sfumato.merging.merge import MergeSource
@@ -158,6 +159,7 @@ TermsByParameter = dict[Parameter, list[tuple[float, Change | BiasChange, str]]]
 def _by_parameter(base: StoredBase, sources: Sequence[MergeSource]) -> TermsByParameter:
     found: TermsByParameter = {}
     for source in sources:
+        refuse_modules(source.name, source.changes)
         lacking = [target for target in source.changes if base.parameter(target) is None]
         if lacking:
             raise AdapterError(

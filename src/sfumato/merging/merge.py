@@ -15,6 +15,7 @@ from sfumato.files.adapter_file import Vectors
 from sfumato.files.kinds import Change, LoraModule
 from sfumato.files.kinds.base import weight_independent_delta
 from sfumato.files.kinds.ia3 import Difference, Replacement, bias_change, extract_command, may_have_bias
+from sfumato.files.kinds.modules import refuse_modules
 from sfumato.files.module_names import Target
 from sfumato.merging.factors import KEEP_ALL, Budget, Factors, factorise, from_module, to_module, truncate
 from sfumato.merging.methods import DENSE, LOW_RANK, Dense, LowRank, MethodSettings, check_method, linear
@@ -126,7 +127,8 @@ def merge(
 
 
 def refuse_model(name: str, changes: Mapping[Target, Change]) -> None:
-    """Raise AdapterError where these are the changes of a whole model, which no LoRA holds."""
+    """Raise AdapterError where these are the changes of a whole model, which no LoRA holds, or change no weight."""
+    refuse_modules(name, changes)
     for change in changes.values():
         if isinstance(change, Replacement):
             raise AdapterError(

@@ -18,6 +18,7 @@ from sfumato.adapters.weights import Adapter, Weight, public_name
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import read_adapter
 from sfumato.files.header import read_header
+from sfumato.files.kinds.modules import refuse_modules
 from sfumato.files.metadata import (
     LABELS,
     Description,
@@ -200,12 +201,12 @@ def common_family(parents: Sequence[Parent], default: str | None = None, *, said
 
 
 def read_source(
-    adapter: Adapter, *, partial: bool = False, words: bool = False, models: bool = False
+    adapter: Adapter, *, partial: bool = False, words: bool = False, models: bool = False, modules: bool = False
 ) -> tuple[MergeSource, Parent]:
     """What an adapter changes, and what a file made of it will say of it.
 
     words: whether the caller hands on the textual inversions bundled with it, or loses nothing without them. models:
-    whether a whole model is an adapter, too.
+    whether a whole model is an adapter, too. modules: whether one that changes no weight is.
     Raises AdapterError, or FileError; also for textual inversions that would be lost, unless `partial` accepts that.
     """
     file = (read_adapter_or_model if models else read_adapter)(adapter.path, partial=partial)
@@ -215,6 +216,8 @@ def read_source(
             f"{file.path.name}: has textual inversions bundled with it ({tokens}), which would be lost. "
             "Accept that with partial=True (--partial)."
         )
+    if not modules:
+        refuse_modules(file.path.name, file.changes)
     source = MergeSource(adapter.label, file.changes, adapter.weight, file.embeddings, file.skipped)
     name, digest = public_name(adapter.path), adapter_hash(Path(adapter.path))
     return source, Parent(name, digest, file.metadata, file.family, adapter.weight)

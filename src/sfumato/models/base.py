@@ -37,7 +37,7 @@ from sfumato.utils.schedulers import make_scheduler
 def settings_digest(base: Base, vocabularies: Iterable[str]) -> hashlib._Hash:
     """A sha256 over all of the base that is no weight, to go on with. vocabularies: `vocabulary` of each tokenizer."""
     digest = hashlib.sha256()
-    for module in (base.unet, base.vae, *base.text_encoders, base.scheduler):
+    for module in (base.denoiser, base.vae, *base.text_encoders, base.scheduler):
         digest.update(public_config(module).encode())
     digest.update(json.dumps([list(vocabularies), base.zeros_for_empty_prompt]).encode())
     return digest
@@ -48,7 +48,7 @@ def update_with_weights(digest: hashlib._Hash, base: Base) -> None:
     for path in base.files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    for module in () if base.files else (base.unet, base.vae, *base.text_encoders):
+    for module in () if base.files else (base.denoiser, base.vae, *base.text_encoders):
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())
             digest.update(raw_bytes(tensor))
@@ -108,7 +108,7 @@ class Base:
 
     family: Family
     name: str
-    unet: Any
+    denoiser: Any
     vae: Any
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[Any, ...]
@@ -129,8 +129,31 @@ class Base:
 
     @property
     def prediction_type(self) -> PredictionType:
-        """What the U-Net predicts."""
+        """What the denoiser predicts."""
+        if self.family.noise == "flow":
+            return "flow_prediction"
         return cast(PredictionType, self.scheduler.config.prediction_type)
+
+    @property
+    def unet(self) -> Any:
+        """The denoiser of a family where that is a U-Net, by the name that it has in diffusers."""
+        if self.family.denoiser != "unet":
+            raise AttributeError(f"{self.name} has no U-Net; its denoiser is a {type(self.denoiser).__name__}.")
+        return self.denoiser
+
+    @unet.setter
+    def unet(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.denoiser.config.out_channels)
+
+    @property
+    def levels(self) -> int:
+        """Sizes of picture within the denoiser, each half of the one before; latents must be so often divisible."""
+        return len(getattr(self.denoiser.config, "block_out_channels", (1,)))
 
     @property
     def vae_factor(self) -> int:
@@ -140,12 +163,12 @@ class Base:
     @property
     def inpaints(self) -> bool:
         """Whether this is an inpainting model: one whose U-Net also takes what `known` gives."""
-        return is_inpainting(self.unet, self.vae)
+        return is_inpainting(self.denoiser, self.vae)
 
     @property
     def resolution(self) -> int:
         """Side in pixels of the images that this base model was trained on."""
-        size = self.unet.config.sample_size
+        size = self.denoiser.config.sample_size
         return int(size) * self.vae_factor if isinstance(size, int) else self.family.defaults.resolution
 
     @property
@@ -156,10 +179,10 @@ class Base:
     # Text
 
     def parts(self, *, text: bool) -> dict[str, nn.Module]:
-        """The parts that can be trained, by their names in files: "unet", and with `text` also "text_encoder" and
-        "text_encoder_2"."""
+        """The parts that can be trained, by their names in files: "unet" or "transformer", and with `text` also
+        "text_encoder" and "text_encoder_2"."""
         encoders = zip(self.family.encoders, self.text_encoders, strict=True) if text else ()
-        return {"unet": self.unet, **{encoder.folder: model for encoder, model in encoders}}
+        return {self.family.denoiser: self.denoiser, **{encoder.folder: model for encoder, model in encoders}}
 
     @property
     def chunk_size(self) -> int:
@@ -328,7 +351,7 @@ class Base:
         original_sizes, target_sizes: (height, width) in pixels for each image; crops: (top, left). Returns time_ids
         (batch, 6), fp32, and text_embeds (batch, width).
         """
-        if self.unet.config.addition_embed_type != "text_time":
+        if getattr(self.denoiser.config, "addition_embed_type", None) != "text_time":
             return None
         if text.pooled is None:
             raise BaseModelError(
@@ -346,7 +369,7 @@ class Base:
         added: Mapping[str, Tensor] | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """The U-Net's raw output, in the dtype of the latents: noise or v, see `prediction_type`.
+        """The denoiser's raw output, in the dtype of the latents: noise, v or a velocity, see `prediction_type`.
 
         latents: (batch, channels, height/f, width/f), noised. timesteps: (batch,) integers below T. known: for an
         inpainting model, what `known` gives of the images; None hides them as a whole.
@@ -357,10 +380,20 @@ class Base:
             known = self._nothing_known(latents) if known is None else known
             seen = torch.cat([latents, known.to(latents)], dim=1)
         with self.precision.autocast():
-            output = self.unet(
-                seen, timesteps, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False
-            )[0]
-        return cast(Tensor, output.to(latents.dtype))
+            output = self.denoise(seen, timesteps, text, added)
+        return output.to(latents.dtype)
+
+    def denoise(
+        self, seen: Tensor, timesteps: Tensor, text: TextEmbedding, added: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """The call of the denoiser itself; a family whose denoiser is called in another way has its own.
+
+        seen: (batch, channels, height/f, width/f), all that it takes in this shape. The rest as of `predict`.
+        """
+        output: Tensor = self.denoiser(
+            seen, timesteps, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return output
 
     # Whole
 
@@ -375,7 +408,7 @@ class Base:
         self.lazy_weights.load("unet", "vae", "text")
         parts: dict[str, Any] = {
             "vae": self.vae,
-            "unet": self.unet,
+            "unet": self.denoiser,
             "scheduler": make_scheduler(sampler or self.family.defaults.sampler, self.scheduler.config),
             "feature_extractor": None,
         }

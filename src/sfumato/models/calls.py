@@ -21,7 +21,7 @@ def sample_of(args: Sequence[Any], options: Mapping[str, Any]) -> Any:
 
 def is_inpainting(unet: Any, vae: Any) -> bool:
     """Whether it is an inpainting model's: one that takes a mask and latents of the rest beside noised latents."""
-    return bool(unet.config.in_channels == 2 * vae.config.latent_channels + 1)
+    return bool(getattr(unet.config, "in_channels", None) == 2 * vae.config.latent_channels + 1)
 
 
 def timestep_of(args: Sequence[Any], options: Mapping[str, Any]) -> float:

@@ -3,6 +3,10 @@
 Shapes: latents and noise are (batch, channels, height/f, width/f) with f the VAE's factor; alpha_bar is (batch,), the
 cumulative product of 1 - beta at each sample's timestep, in [0, 1].
 
+A flow (Lipman et al. 2023; Liu et al. 2022) is told by the same number: it mixes z_t = (1 - s) z + s noise, which is
+the discrete mixture on another scale, with sqrt(a) : sqrt(1 - a) = (1 - s) : s. So alpha_bar is 1 / (1 + 1 / SNR) in
+either process, and what depends on the signal-to-noise ratio alone is the same.
+
 What a base was trained on, told by its scheduler's config: the betas, what is predicted, and a scheduler of it.
 """
 
@@ -24,19 +28,38 @@ from sfumato.errors import BaseModelError
 from sfumato.utils import randomness
 from sfumato.utils.schedulers import BASE_CONFIG_KEYS, is_sigma_conditioned
 
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "flow_prediction"]
+"""What a denoiser predicts, by diffusers' names; the last is the velocity of a flow, the others are discrete."""
 
 
-def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """z_t = sqrt(a) z + sqrt(1 - a) noise: the forward diffusion, eq. 4 of Ho et al. 2020."""
+def flow_share(alpha_bar: Tensor) -> Tensor:
+    """s, the share of noise of a flow at these."""
+    a = alpha_bar.view(-1, 1, 1, 1)
+    return (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
+
+
+def flow_alpha_bar(count: int) -> Tensor:
+    """(count,) fp32: alpha_bar of a flow at the shares of noise 1 / count, 2 / count, ..., 1."""
+    s = torch.arange(1, count + 1, dtype=torch.float64) / count
+    return ((1 - s).square() / ((1 - s).square() + s.square())).float()
+
+
+def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType = "epsilon") -> Tensor:
+    """z_t = sqrt(a) z + sqrt(1 - a) noise: the forward diffusion, eq. 4 of Ho et al. 2020; (1 - s) z + s noise of a
+    flow."""
+    if prediction_type == "flow_prediction":
+        return torch.lerp(latents, noise, flow_share(alpha_bar).to(latents.dtype))
     a = alpha_bar.view(-1, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
 def prediction_target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the U-Net is asked to predict: the noise, or v = sqrt(a) noise - sqrt(1 - a) z (Salimans & Ho 2022)."""
+    """What the denoiser is asked to predict: the noise, v = sqrt(a) noise - sqrt(1 - a) z (Salimans & Ho 2022), or the
+    velocity noise - z."""
     if prediction_type == "epsilon":
         return noise
+    if prediction_type == "flow_prediction":
+        return noise - latents
     a = alpha_bar.view(-1, 1, 1, 1)
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
@@ -44,7 +67,10 @@ def prediction_target(prediction_type: PredictionType, latents: Tensor, noise: T
 def split_prediction(
     prediction_type: PredictionType, noisy: Tensor, prediction: Tensor, alpha_bar: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(z, noise) of which `noisy` is the mixture, by a prediction of the noise or of v; the inverse of `target`."""
+    """(z, noise) of which `noisy` is the mixture, by a prediction as of `target`, whose inverse this is."""
+    if prediction_type == "flow_prediction":
+        s = flow_share(alpha_bar)
+        return noisy - s * prediction, noisy + (1 - s) * prediction
     a = alpha_bar.view(-1, 1, 1, 1)
     if prediction_type == "epsilon":
         return (noisy - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
@@ -97,12 +123,15 @@ def snr_weight(prediction_type: PredictionType, alpha_bar: Tensor, gamma: float)
     """Min-SNR-gamma weights (batch,), Hang et al. 2023, section 3.4.
 
     min(SNR, gamma) weighs the error of the predicted latents; an error in epsilon is SNR times, one in v is SNR + 1
-    times as large. At zero terminal SNR the weight for epsilon is its limit, 1.
+    times, one in a flow's velocity is (sqrt(SNR) + 1)^2 times as large. At zero terminal SNR the weight for epsilon is
+    its limit, 1.
     """
     snr = alpha_bar / (1 - alpha_bar).clamp(min=1e-12)
     capped = snr.clamp(max=gamma)
     if prediction_type == "v_prediction":
         return capped / (snr + 1)
+    if prediction_type == "flow_prediction":
+        return capped / (snr.sqrt() + 1).square()
     return torch.where(snr > 0, capped / snr.clamp(min=1e-12), torch.ones_like(snr))
 
 
@@ -114,6 +143,8 @@ def debiased_weight(prediction_type: PredictionType, alpha_bar: Tensor) -> Tenso
     would go on without end.
     """
     snr = (alpha_bar / (1 - alpha_bar).clamp(min=1e-12)).clamp(1e-3, 1e3)
+    if prediction_type == "flow_prediction":
+        return snr.sqrt() / (snr.sqrt() + 1).square()
     return snr.sqrt() / (snr + 1) if prediction_type == "v_prediction" else snr.rsqrt()
 
 
@@ -176,6 +207,12 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> torch.Tensor:
     except (NotImplementedError, TypeError, ValueError) as error:
         raise BaseModelError(f"{name}: {' '.join(str(error).split()):.200}. Correct scheduler_config.json.") from None
     return values.float()
+
+
+def flow_alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
+    """(T,) fp32 of a flow, by its scheduler's config: see `sfumato.models.diffusion`."""
+    _check_timesteps(config, name)
+    return flow_alpha_bar(int(config.get("num_train_timesteps", 1000)))
 
 
 def base_scheduler(config: Mapping[str, Any], name: str) -> Any:

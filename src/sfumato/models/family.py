@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import sfumato
 from sfumato.errors import BaseModelError
@@ -29,7 +28,10 @@ from sfumato.files.header import Header, read_header
 from sfumato.files.metadata import LABELS
 from sfumato.utils.formatting import pluralize
 
-FamilyName = Literal["pocket", "sd1", "sd2", "sdxl"]
+if TYPE_CHECKING:
+    from sfumato.models.base import Base
+    from sfumato.models.loading import BaseParts
+    from sfumato.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,30 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of base models. `sfumato.files.metadata` has the names that people and files use for it."""
+    """One family of base models. `sfumato.files.metadata` has the names that people and files use for it.
 
-    name: FamilyName
+    A family of another kind than Stable Diffusion's is one file, with a `load` and a subclass of Base, one row
+    here, and one with its labels there.
+    """
+
+    name: str
     defaults: Defaults
     encoders: tuple[Encoder, ...]
+    denoiser: Literal["unet", "transformer"] = "unet"
+    """The part that denoises: its folder in a diffusers folder, its name in a pipeline and in files of adapters."""
+    denoiser_class: str = "UNet2DConditionModel"
+    """The class of that part."""
+    noise: Literal["discrete", "flow"] = "discrete"
+    """discrete: timesteps with betas, where noise or v is predicted. flow: a straight way from the latents to noise,
+    where the velocity on it is predicted (Lipman et al. 2023)."""
+    targets: Mapping[str, str] | None = None
+    """What `--targets` calls sets of the denoiser's layers, as regular expressions over their paths; None for those of
+    a U-Net (`sfumato.adapters.TARGETS`). A first of them is called cross-attention, as the default is."""
+    load: Callable[[Path, Precision], BaseParts] | None = None
+    """Finds the parts of a diffusers folder of this family, whose weights are read later. None for the families that
+    `sfumato.models.loading` knows."""
+    base: Callable[[], type[Base]] | None = None
+    """Returns the subclass of Base that says how the denoiser is called and the pipeline made; None for Base itself."""
 
     @property
     def title(self) -> str:
@@ -85,38 +106,51 @@ _SD = Defaults(
     guidance=7.5, sampling_steps=30, sampler="dpm++", min_snr=5.0,
 )  # fmt: skip
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "pocket": Family(
-            name="pocket",
-            # Tuned by eye on datasets/line-style and a base of the same shape. No min-SNR weighting: with v-prediction
-            # it takes weight from the steps of little noise, which is where a small base draws its outlines.
-            defaults=Defaults(
-                resolution=64, batch=8, learning_rate=6e-4, steps=240, rank=16,
-                guidance=2.5, sampling_steps=12, sampler="dpm++", min_snr=0.0,
-            ),
-            encoders=(_FIRST,),
+FAMILIES: dict[str, Family] = {
+    "pocket": Family(
+        name="pocket",
+        # Tuned by eye on datasets/line-style and a base of the same shape. No min-SNR weighting: with v-prediction
+        # it takes weight from the steps of little noise, which is where a small base draws its outlines.
+        defaults=Defaults(
+            resolution=64, batch=8, learning_rate=6e-4, steps=240, rank=16,
+            guidance=2.5, sampling_steps=12, sampler="dpm++", min_snr=0.0,
         ),
-        "sd1": Family(
-            name="sd1",
-            defaults=_SD,
-            encoders=(_FIRST,),
+        encoders=(_FIRST,),
+    ),
+    "sd1": Family(
+        name="sd1",
+        defaults=_SD,
+        encoders=(_FIRST,),
+    ),
+    "sd2": Family(
+        name="sd2",
+        defaults=_SD,
+        encoders=(_FIRST,),
+    ),
+    "sdxl": Family(
+        name="sdxl",
+        defaults=Defaults(
+            resolution=1024, batch=2, learning_rate=1e-4, steps=800, rank=16,
+            guidance=6.0, sampling_steps=30, sampler="euler", min_snr=5.0,
         ),
-        "sd2": Family(
-            name="sd2",
-            defaults=_SD,
-            encoders=(_FIRST,),
-        ),
-        "sdxl": Family(
-            name="sdxl",
-            defaults=Defaults(
-                resolution=1024, batch=2, learning_rate=1e-4, steps=800, rank=16,
-                guidance=6.0, sampling_steps=30, sampler="euler", min_snr=5.0,
-            ),
-            encoders=(_FIRST, _SECOND),
-        ),
-    }
-)  # fmt: skip
+        encoders=(_FIRST, _SECOND),
+    ),
+}  # fmt: skip
+
+
+def family_of_denoiser(part: str, class_name: str, config: Mapping[str, Any]) -> Family:
+    """The family of a pipeline by its denoiser. part: "unet" or "transformer". Raises BaseModelError for none."""
+    own = [family for family in FAMILIES.values() if family.load and family.denoiser_class == class_name]
+    if own:
+        return own[0]
+    if part != "unet":
+        raise BaseModelError(f"a {class_name} is of no family that is known; there are {', '.join(FAMILIES)}.")
+    return family_of_config(config)
+
+
+def family_with_loader(class_name: object) -> Family | None:
+    """The family that reads folders with a denoiser of this class by itself; None where there is none."""
+    return next((one for one in FAMILIES.values() if one.load and one.denoiser_class == class_name), None)
 
 
 def family_of_config(unet: Mapping[str, Any]) -> Family:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from torch import nn
 from transformers import CLIPTokenizer
 
 from sfumato.errors import BaseModelError, package_error
@@ -77,6 +78,11 @@ def load_unet(folder: Path, dtype: torch.dtype) -> LazyModel:
     files = weight_files(folder / "unet")
     model = unet_skeleton(read_config(folder, "unet/config.json"))
     return LazyModel(model, _stored(files), dtype, f"{folder.name}/unet")
+
+
+def load_part(model: nn.Module, folder: Path, part: str, dtype: torch.dtype) -> LazyModel:
+    """Any part of the folder, to be read in `dtype`. model: it, with its shapes and without weights (device `meta`)."""
+    return LazyModel(model, _stored(weight_files(folder / part)), dtype, f"{folder.name}/{part}")
 
 
 def load_vae(folder: Path, dtype: torch.dtype) -> LazyModel:

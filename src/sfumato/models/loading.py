@@ -15,8 +15,16 @@ from sfumato.files.header import read_header
 from sfumato.models import folder as folders
 from sfumato.models import single_file
 from sfumato.models.base import Base
-from sfumato.models.diffusion import PREDICTION_TYPES, alphas_cumprod, base_scheduler
-from sfumato.models.family import FAMILIES, SD2_EPSILON_SIZE, Family, family_from_keys, family_of_config, read_config
+from sfumato.models.diffusion import PREDICTION_TYPES, alphas_cumprod, base_scheduler, flow_alpha_bar
+from sfumato.models.family import (
+    FAMILIES,
+    SD2_EPSILON_SIZE,
+    Family,
+    family_from_keys,
+    family_of_config,
+    family_with_loader,
+    read_config,
+)
 from sfumato.models.folder import HUB_ID, hub_folder, hub_vae
 from sfumato.models.text import clip_tokenizer
 from sfumato.models.weights import LazyModel, LazyWeights, text_skeleton, unet_skeleton, vae_skeleton
@@ -31,11 +39,11 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass
-class _Parts:
+class BaseParts:
     """A base's parts, whose weights have not been read yet."""
 
     family: Family
-    unet: LazyModel
+    denoiser: LazyModel
     vae: LazyModel
     text_encoders: list[LazyModel]
     tokenizers: list[Any]
@@ -104,33 +112,47 @@ def base_skeleton(
     if family is not None and family not in FAMILIES:
         raise BaseModelError(f"family {family!r}: unknown; wanted {', '.join(FAMILIES)}.")
     path, name = find_base(source)
-    if path.is_file():
+    own = _own_family(path)
+    if own is not None and own.load is not None:
+        parts = own.load(path, precision)
+    elif path.is_file():
         parts = _from_file(path, precision, prediction_type, vae)
     else:
         forced = family or ("pocket" if name == "pocket" else None)
         parts = _from_folder(path, precision, prediction_type, forced, vae)
     if precision.quantized:
-        quantize(parts.unet.model, precision.quantized)
+        quantize(parts.denoiser.model, precision.quantized)
     if zero_terminal_snr:
         parts.scheduler.update(single_file.ZERO_TERMINAL_SNR)
-    _check(parts, name, clip_skip, max_tokens)
-    shells: dict[Part, list[LazyModel]] = {"unet": [parts.unet], "vae": [parts.vae], "text": parts.text_encoders}
-    return Base(
-        family=FAMILIES[family] if family else parts.family,
+    if own is None:
+        _check(parts, name, clip_skip, max_tokens)
+    chosen = FAMILIES[family] if family else parts.family
+    shells: dict[Part, list[LazyModel]] = {"unet": [parts.denoiser], "vae": [parts.vae], "text": parts.text_encoders}
+    of_flow = chosen.noise == "flow"
+    return (chosen.base() if chosen.base else Base)(
+        family=chosen,
         name=name,
-        unet=parts.unet.model,
+        denoiser=parts.denoiser.model,
         vae=parts.vae.model,
         text_encoders=tuple(shell.model for shell in parts.text_encoders),
         tokenizers=tuple(parts.tokenizers),
         scheduler=base_scheduler(parts.scheduler, name),
         precision=precision,
-        alpha_bar=alphas_cumprod(parts.scheduler, name).to(precision.device),
+        alpha_bar=(flow_alpha_bar if of_flow else alphas_cumprod)(parts.scheduler, name).to(precision.device),
         clip_skip=clip_skip,
         max_tokens=max_tokens,
         zeros_for_empty_prompt=parts.zeros_for_empty_prompt,
         files=tuple(dict.fromkeys(file for each in shells.values() for shell in each for file in shell.files)),
         lazy_weights=LazyWeights(shells, precision.place),
     )
+
+
+def _own_family(path: Path) -> Family | None:
+    """The family of a folder, if it is one that reads its own folders."""
+    if not (path / "model_index.json").is_file():
+        return None
+    index = read_config(path, "model_index.json")
+    return family_with_loader(_class_of(index, "transformer") or _class_of(index, "unet"))
 
 
 def family_skeleton(name: str, prediction_type: str | None = None) -> Base:
@@ -153,7 +175,7 @@ def family_skeleton(name: str, prediction_type: str | None = None) -> Base:
     return Base(
         family=family,
         name=name,
-        unet=unet,
+        denoiser=unet,
         vae=vae,
         text_encoders=tuple(texts),
         tokenizers=tuple(_shipped_tokenizer(family, index, text) for index, text in enumerate(texts)),
@@ -209,7 +231,7 @@ def _pocket_folder() -> Path:
 
 def _from_file(
     path: Path, precision: Precision, prediction_type: str | None, vae: str | os.PathLike[str] | None
-) -> _Parts:
+) -> BaseParts:
     header = read_header(path)
     family = family_from_keys(header.tensors, path.name, needs_vae=vae is None)
     dtype = precision.dtype("vae")
@@ -225,9 +247,9 @@ def _from_file(
         single_file.load_text_encoder(header, family, index, precision.dtype("text"))
         for index in range(len(family.encoders))
     ]
-    return _Parts(
+    return BaseParts(
         family=family,
-        unet=single_file.load_unet(header, config, precision.dtype("unet")),
+        denoiser=single_file.load_unet(header, config, precision.dtype("unet")),
         vae=own,
         text_encoders=text_encoders,
         tokenizers=[_shipped_tokenizer(family, index, shell.model) for index, shell in enumerate(text_encoders)],
@@ -248,7 +270,7 @@ def _from_folder(
     prediction_type: str | None,
     forced: str | None,
     vae: str | os.PathLike[str] | None,
-) -> _Parts:
+) -> BaseParts:
     if not (folder / "model_index.json").is_file():
         inside = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = f"Name {inside[0]} in it, or pass that with --lora if it is an adapter." if inside else "Check the path."
@@ -284,7 +306,7 @@ def _from_folder(
                 f"{folder.name}: {encoder.tokenizer} has {count:,} tokens, and {encoder.folder} rows for {rows:,}. "
                 "Name a whole base."
             )
-    return _Parts(family, unet, own, text_encoders, tokenizers, scheduler, _wants_zeros(index))
+    return BaseParts(family, unet, own, text_encoders, tokenizers, scheduler, _wants_zeros(index))
 
 
 def _wants_zeros(index: Mapping[str, Any]) -> bool:
@@ -335,9 +357,9 @@ def find_vae(source: str | os.PathLike[str]) -> tuple[Path, str]:
     return path, name
 
 
-def _check(parts: _Parts, name: str, clip_skip: int | None, max_tokens: int | None) -> None:
+def _check(parts: BaseParts, name: str, clip_skip: int | None, max_tokens: int | None) -> None:
     """Raises BaseModelError where the parts do not belong together."""
-    unet, vae = parts.unet.model.config, parts.vae.model.config
+    unet, vae = parts.denoiser.model.config, parts.vae.model.config
     texts = [shell.model.config for shell in parts.text_encoders]
     if unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):  # the latter inpaints
         what = " (8 is an editing model)" if unet.in_channels == 8 else ""

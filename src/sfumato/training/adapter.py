@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.adapters import Attached, ByLayer, Kind, attach, target_layers
+from torch import nn
+
+from sfumato.adapters import Attached, ByLayer, Kind, attach
 from sfumato.adapters.embeddings.tokens import embedding_files
-from sfumato.adapters.layers import BaseLayer
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files import describe, read_adapter
 from sfumato.files.fingerprint import fingerprint_with_weights
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from sfumato.training.additions.interface import Addition
 
 
-Layers = Mapping[str, Mapping[str, BaseLayer]]
+Layers = Mapping[str, Mapping[str, nn.Module]]
 """By part and path."""
 
 
@@ -57,11 +58,12 @@ def adapted_layers(config: Any, base: Base) -> tuple[Layers, list[str]]:
 
     Raises AdapterError and ConfigError for options that fit none of the layers, or too few.
     """
-    by_layer = ByLayer.of(config)
+    by_layer, kind = ByLayer.of(config), Kind.of(config)
     parts = base.parts(text=getattr(config, "train_text_encoder", False))
-    layers = by_layer.kept(target_layers(parts, config.targets, conv=getattr(config, "conv", False)))
+    conv, named = getattr(config, "conv", False), base.family.targets
+    layers = by_layer.kept(kind.targets(parts, config.targets, conv=conv, named=named))
     check_module_dropout(config, sum(map(len, layers.values())))
-    return layers, Kind.of(config).notes(layers, config.rank, config.conv_rank, by_layer)
+    return layers, kind.notes(layers, config.rank, config.conv_rank, by_layer)
 
 
 def new_adapter(layers: Layers, config: Any) -> Attached:
@@ -223,7 +225,7 @@ def copy_from_file(
     adapter of another family, of other layers or of another rank.
     """
     name, file = path.name, read_adapter(path)
-    width = base.unet.config.cross_attention_dim
+    width = base.denoiser.config.get("cross_attention_dim")
     theirs, ours = (file.family, file.text_width), (base.family.name, width if isinstance(width, int) else None)
     if other := family_mismatch(theirs, ours, "base"):
         raise AdapterError(f"--init-from {name}: {other}. Begin with an adapter of this family, or with nothing.")

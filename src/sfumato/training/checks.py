@@ -17,6 +17,7 @@ from sfumato.adapters.prompt_tags import refuse_tags, split_flags
 from sfumato.adapters.weights import parse_span
 from sfumato.data.options import Options
 from sfumato.errors import ConfigError, web_address_error
+from sfumato.files.keys import KIND_KEYS, kind_named
 from sfumato.files.metadata import creation_time
 from sfumato.generation.arguments.images import checked_flags
 from sfumato.runs.folder import WRITTEN
@@ -141,6 +142,20 @@ def check_kind(config: TrainingOptions) -> None:
         only_with(config, "--algo lora, loha or lokr", *(name for name in others if hasattr(config, name)))
         if rule := next((rule for rule in by_layer.ranks if rule.alpha is not None), None):
             raise ConfigError(f"{rule}: --algo oft has no scale; give the rank alone.")
+    if (
+        KIND_KEYS[kind_named(algo)].module is not None
+    ):  # beside a module, which has no weight to scale or to drop ranks of
+        of_weights = (
+            "rank_stabilised",
+            "max_norm",
+            "dora",
+            "conv",
+            "conv_rank",
+            "conv_alpha",
+            "dropout",
+            "rank_dropout",
+        )
+        only_with(config, "an --algo that changes weights", *(name for name in of_weights if hasattr(config, name)))
     if (init_from := getattr(config, "init_from", None)) is not None and not config.resume:
         refuse_missing(init_from)
     if (over_steps := getattr(config, "over_steps", None)) is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sfumato.config import fill_unset
 from sfumato.errors import ConfigError
+from sfumato.files.keys import trained_kinds
 from sfumato.training.options import FullOptions, TrainingOptions
 from sfumato.utils.formatting import option_flag, pluralize
 
@@ -99,9 +100,7 @@ def check_cycles(config: TrainingOptions, steps: int) -> None:
 
 def _kind_rate(config: TrainingOptions) -> float:
     """How many times a LoRA's rate is that of the kind of adapter that is trained; 1 where none is."""
-    from sfumato.adapters import ALGOS
-
-    return ALGOS[getattr(config, "algo", "lora")].rate
+    return trained_kinds()[getattr(config, "algo", "lora")].rate
 
 
 def scale_defaults(config: Any, alpha: float | None = None, *, rank_stabilised: bool = False) -> dict[str, Any]:

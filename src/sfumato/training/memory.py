@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato.adapters import ByLayer, Kind, attach, target_layers
+from sfumato.adapters import ByLayer, Kind, attach
 from sfumato.adapters.kinds import LORA
 from sfumato.adapters.targets import NO_LAYER_RULES
 from sfumato.data.preparation.latents import encode_batch_size
@@ -121,8 +121,8 @@ def fake_base(
     else:
         base = base_skeleton(source, precision=decide("fp32", device="cpu"), vae=vae, prediction_type=prediction_type)
     if device == "cpu":
-        cpu_matmul.use_fast_matmul(base.unet)
-        save_activation_memory(base.unet)
+        cpu_matmul.use_fast_matmul(base.denoiser)
+        save_activation_memory(base.denoiser)
     return base
 
 
@@ -148,32 +148,34 @@ def step_memory(base: Base, way: TrainingTask, setting: MemorySetting) -> StepMe
     `way.fused` and `way.optimizer` make no difference here, see `StepMemory.total`.
     """
     whole = way.trained == "whole"
-    base.unet.requires_grad_(whole)
+    base.denoiser.requires_grad_(whole)
     if setting.checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        base.denoiser.enable_gradient_checkpointing()
     adapter = None
     if way.trained == "lora":
         ranks: dict[str, Any] = {"rank": setting.rank, "alpha": float(setting.rank), "conv_rank": setting.conv_rank}
-        adapted = setting.by_layer.without_excluded(target_layers(base.parts(text=False), way.targets))
+        adapted = setting.by_layer.without_excluded(setting.kind.targets(base.parts(text=False), way.targets))
         adapter = attach(adapted, **ranks, kind=setting.kind, by_layer=setting.by_layer)
     texts = list(base.text_encoders) if way.text else []
     if whole:
         setting = replace(setting, precision=replace(setting.precision, storage=torch.float32))
     try:
         stored = setting.precision.storage
-        with _fake_weights(base.unet, stored), _fake_weights(adapter), _cast_all(texts, stored):
-            learned = [p for module in (adapter or base.unet, *texts) for p in module.parameters() if p.requires_grad]
-            with _norms_in_fp32(base.unet, setting):
+        with _fake_weights(base.denoiser, stored), _fake_weights(adapter), _cast_all(texts, stored):
+            learned = [
+                p for module in (adapter or base.denoiser, *texts) for p in module.parameters() if p.requires_grad
+            ]
+            with _norms_in_fp32(base.denoiser, setting):
                 alive = _step(base, way, setting, learned)
             return StepMemory(
-                weights=_bytes_of(base.unet, *texts, *([adapter] if adapter else [])) + _vae_in_loop(base, setting),
+                weights=_bytes_of(base.denoiser, *texts, *([adapter] if adapter else [])) + _vae_in_loop(base, setting),
                 alive=alive.peak_with_gradients,
                 fused=alive.peak,
                 trained=tuple(p.shape for p in learned),
             )
     finally:
-        base.unet.requires_grad_(False)
-        base.unet.disable_gradient_checkpointing()
+        base.denoiser.requires_grad_(False)
+        base.denoiser.disable_gradient_checkpointing()
         if adapter is not None:
             adapter.detach()
 
@@ -203,10 +205,10 @@ def drawing_memory(base: Base, setting: MemorySetting, count: int = 1, *, offloa
     """Bytes at the peak of drawing `count` pictures at once with guidance, all parts of the base being there, or with
     `offload` the one that computes."""
     precision = setting.precision
-    with _cast_all([base.unet, *base.text_encoders], precision.storage), _cast_all([base.vae], precision.vae):
+    with _cast_all([base.denoiser, *base.text_encoders], precision.storage), _cast_all([base.vae], precision.vae):
         encoders = [_bytes_of(encoder) for encoder in base.text_encoders]
-        unet, vae = _bytes_of(base.unet), _bytes_of(base.vae)
-        with torch.no_grad(), _Alive(base.unet) as drawn, precision.autocast():
+        unet, vae = _bytes_of(base.denoiser), _bytes_of(base.vae)
+        with torch.no_grad(), _Alive(base.denoiser) as drawn, precision.autocast():
             _predict(base, setting, 2 * count, _text(base, setting, 2 * count))
         with torch.no_grad(), _Alive(base.vae) as decoded:
             latents = _latents(base, setting, count).to(precision.vae)
@@ -219,7 +221,7 @@ def drawing_memory(base: Base, setting: MemorySetting, count: int = 1, *, offloa
 def _step(base: Base, way: TrainingTask, setting: MemorySetting, learned: list[nn.Parameter]) -> _Alive:
     count = setting.batch * way.pictures
     leaves: list[Tensor] = []
-    alive = _Alive(base.unet, *base.text_encoders, *learned)
+    alive = _Alive(base.denoiser, *base.text_encoders, *learned)
     with alive:
         with setting.precision.autocast():
             text = _encoded(base, count, leaves) if way.text else _text(base, setting, count)
@@ -246,15 +248,15 @@ def _predict(base: Base, setting: MemorySetting, count: int, text: tuple[Tensor,
     hidden, pooled = text
     added = None if pooled is None else {"time_ids": _zeros(count, 6), "text_embeds": pooled}
     side = setting.side // base.vae_factor
-    latents, times = _zeros(count, base.unet.config.in_channels, side, side), _zeros(count, dtype=torch.long)
-    output: Tensor = base.unet(latents, times, hidden, added_cond_kwargs=added, return_dict=False)[0]
+    latents, times = _zeros(count, base.denoiser.config.in_channels, side, side), _zeros(count, dtype=torch.long)
+    output: Tensor = base.denoiser(latents, times, hidden, added_cond_kwargs=added, return_dict=False)[0]
     return output
 
 
 def _text(base: Base, setting: MemorySetting, count: int) -> tuple[Tensor, Tensor | None]:
     """Embeddings that were computed beforehand."""
     dtype, last = setting.precision.storage, base.text_encoders[-1].config
-    hidden = _zeros(count, base.token_limit + 2, base.unet.config.cross_attention_dim, dtype=dtype)
+    hidden = _zeros(count, base.token_limit + 2, base.denoiser.config.cross_attention_dim, dtype=dtype)
     pooled = _zeros(count, last.projection_dim, dtype=dtype) if len(base.text_encoders) > 1 else None
     return hidden, pooled
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sfumato.data.options import CropMode, MaskSource
 from sfumato.errors import ConfigError, PrecisionError
+from sfumato.files.keys import trained_kinds
 from sfumato.runs.options import FolderOptions
 from sfumato.training.optim.settings import OptimizerName
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:  # help loads no torch
     from sfumato.runs.processes import Processes
     from sfumato.training.loss.objective import LossSettings, NoiseSettings
 
-AlgoName = Literal["lora", "loha", "lokr", "oft"]
+if TYPE_CHECKING:
+    AlgoName = str
+else:
+    AlgoName = Literal[tuple(trained_kinds())]
 ScheduleName = Literal["constant", "cosine", "linear"]
 
 
@@ -257,15 +261,15 @@ class BaseOptions:
             zero_terminal_snr=self.zero_terminal_snr,
             unet=False,
         )
-        if base.unet.config.get("time_cond_proj_dim"):
+        if base.denoiser.config.get("time_cond_proj_dim"):
             raise ConfigError(
                 f"--base {self.base}: distilled for few steps (LCM), its U-Net takes the guidance as an input. Train "
                 "on the base that it was made from; its adapters fit this one."
             )
         # Not the text encoders: what else is in a batch may decide how their products are rounded.
-        precision.prepare_for_training(base.unet)
+        precision.prepare_for_training(base.denoiser)
         if precision.device.type == "cpu":  # its kernels were never run elsewhere
-            save_activation_memory(base.unet)
+            save_activation_memory(base.denoiser)
         return base
 
 
@@ -403,10 +407,8 @@ class KindOptions:
     """The kind of adapter."""
 
     algo: AlgoName = "lora"
-    """Kind of adapter, by LyCORIS's names. lora: the product of two low-rank factors. loha: two such products
-    multiplied element by element; its rank is up to the square of --rank. lokr: the Kronecker product of a small and a
-    large factor; its file is the smallest. oft: rotations of blocks of --rank outputs (orthogonal fine-tuning), which
-    keep the angles between them. diffusers and sd-scripts read only lora, and oft is for ComfyUI and AUTOMATIC1111."""
+    """Kind of adapter, by LyCORIS's names. {kinds} diffusers and sd-scripts read only lora, and oft is for ComfyUI
+    and AUTOMATIC1111."""
     dora: bool = False
     """DoRA (weight decomposition): also learn the length of each column of a weight, separate from its direction. For
     lora, loha and lokr. diffusers and sd-scripts do not read it."""

@@ -57,7 +57,7 @@ def make_sampler(
                 stack.enter_context(_within_span(span, base, adapter.disabled))
             if adapter is not None and strength and (guidance := settings.get("guidance", base.defaults.guidance)) > 1:
                 stack.enter_context(adapter.scaled(strength / guidance))
-                stack.enter_context(unconditional_half(base.unet, adapter.disabled))
+                stack.enter_context(unconditional_half(base.denoiser, adapter.disabled))
             # As they are, with their tags: perhaps captions, which were learned as text.
             if "negative" in said:
                 return list(draw.draw_each(base, prompts, seeds, **settings))
@@ -92,7 +92,7 @@ def _within_span(
             others.enter_context(otherwise())
 
     with (
-        base.unet.register_forward_pre_hook(begin, with_kwargs=True),
-        base.unet.register_forward_hook(lambda *_: others.close(), always_call=True),
+        base.denoiser.register_forward_pre_hook(begin, with_kwargs=True),
+        base.denoiser.register_forward_hook(lambda *_: others.close(), always_call=True),
     ):
         yield

@@ -19,6 +19,7 @@ from torch.nn.functional import conv2d, linear
 from sfumato.compose.layers.fused import Applied, Effect, overflow_message
 from sfumato.compose.layers.lowrank import Scratch
 from sfumato.errors import AdapterError
+from sfumato.files.module_names import DENOISERS
 from sfumato.precision import quantization
 from sfumato.precision.cpu_matmul import exact_matmul
 
@@ -47,7 +48,7 @@ class UnfusedLayer:
         self.other: Applied | None = None
         self._exchanged = False
         # Keys and values of a caption are the same at every step, so what the adapters make of them is, too.
-        self._of_caption = part == "unet" and path.endswith(("attn2.to_k", "attn2.to_v"))
+        self._of_caption = part in DENOISERS and path.endswith(("attn2.to_k", "attn2.to_v"))
 
     @property
     def title(self) -> str:

@@ -20,18 +20,21 @@ from torch import Tensor, nn
 
 from sfumato.adapters.prompt_tags import refuse_tags
 from sfumato.compose.hooks import serialized_calls
+from sfumato.compose.layers.modules import under_masks
 from sfumato.compose.match import (
+    denoiser_of,
+    denoiser_part,
     exclusive_row_split,
     refuse_compiled,
-    unwrapped_parts,
     warn_unknown_words,
     without_peft,
 )
 from sfumato.compose.regions.attention import Attention, check_no_picture_prompt
-from sfumato.compose.regions.layers import RegionChanges, Spans, changes_by_layer, read_region_adapters
+from sfumato.compose.regions.layers import RegionChanges, RegionModules, Spans, changes_by_layer, read_region_adapters
 from sfumato.compose.regions.prompts import RegionPrompts
 from sfumato.compose.regions.region import Box, Masks, Region
 from sfumato.errors import AdapterError
+from sfumato.files.kinds.modules import Call, first_output, with_first
 from sfumato.files.metadata import over_steps_of
 from sfumato.models.prompts.syntax import Syntax, check_syntax
 
@@ -62,9 +65,9 @@ def regions(
     and for prompts in one that guides by a picture, too; ConfigError for a syntax or a prompt that is none.
     """
     _check(pipe, parts, syntax)
-    unet = unwrapped_parts(pipe)["unet"]
+    unet = denoiser_of(pipe)
     check_no_picture_prompt(unet)
-    refuse_compiled(pipe, ["unet"])
+    refuse_compiled(pipe, [denoiser_part(pipe)])
     masks = Masks([region.mask() for region in parts])
     files = read_region_adapters(parts, partial=partial, verify=verify)
     texts = RegionPrompts(pipe, parts, files, syntax, guided=guided, partial=partial)
@@ -73,7 +76,7 @@ def regions(
     spans = Spans(pipe, over_steps, asked)
     if unknown := sorted(over_steps.keys() - labels):
         raise AdapterError(f"over_steps names {unknown[0]!r}, which is in no region; there are {sorted(labels)}.")
-    layers = changes_by_layer(pipe, parts, files, spans, partial=partial)
+    layers, beside = changes_by_layer(pipe, parts, files, spans, partial=partial)
     warn_unknown_words(pipe, files)
 
     with exclusive_row_split(unet), serialized_calls(pipe), ExitStack() as stack:
@@ -92,6 +95,8 @@ def regions(
         for path, paths in layers.items():
             for handle in _hooks(unet, path, paths, masks):
                 stack.enter_context(handle)
+        for path, modules in beside.items():
+            stack.enter_context(_module_hook(unet.get_submodule(path), modules, masks))
         yield
 
 
@@ -137,6 +142,22 @@ def _hooks(unet: nn.Module, path: str, paths: RegionChanges, masks: Masks) -> li
         return output
 
     return [module.register_forward_hook(add)]
+
+
+def _module_hook(module: nn.Module, modules: RegionModules, masks: Masks) -> Any:
+    """The hook that adds what adapters beside a module add, each under its region's mask."""
+
+    def under(output: Tensor) -> Tensor:
+        if output.ndim == 4:
+            return masks.at(output.shape[-2], output.shape[-1], output)
+        return masks.on_tokens(output.shape[1], output)[..., None]
+
+    def answer(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], given: Any) -> Any:
+        if (output := first_output(given)) is None:
+            return given
+        return with_first(given, under_masks(Call(module, args, options, output), modules.now(), under))
+
+    return module.register_forward_hook(answer, with_kwargs=True)
 
 
 def _time_hooks(unet: nn.Module, path: str, paths: RegionChanges, masks: Masks) -> list[Any]:

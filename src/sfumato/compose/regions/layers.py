@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d, linear
 
 from sfumato.adapters.weights import Adapter
 from sfumato.compose.hooks import calling_pipeline
+from sfumato.compose.layers.modules import Placed
 from sfumato.compose.match import PipelineModules, unwrapped_parts, weighted_matches
 from sfumato.compose.regions.region import DeviceCache, Region
 from sfumato.compose.schedules import Ramp, is_pair, progress_of
@@ -19,6 +20,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.kinds.ia3 import extract_command
+from sfumato.files.module_names import DENOISERS
 from sfumato.merging.model_weights import read_adapter_or_model
 from sfumato.models import calls
 from sfumato.precision import quantization
@@ -42,6 +44,10 @@ class Spans:
             now = calls.timestep_of(args, options)
             progress = progress_of(now, calling_pipeline(self._pipe).scheduler)
             self._now = {label: way(progress) for label, way in self._ways.items()}
+
+    def at(self, owner: str) -> float:
+        """How much an adapter counts at this step."""
+        return self._now.get(owner, 1.0)
 
     def gated(self, narrow: Tensor, owners: Sequence[str]) -> Tensor:
         """What `RegionChange.narrow` gave, 0 where its owner does not count at this step."""
@@ -95,21 +101,38 @@ def read_region_adapters(parts: Sequence[Region], *, partial: bool, verify: bool
     return found
 
 
+@dataclass
+class RegionModules:
+    """The adapters beside one module, of kinds that change no weight: (region, weight, label, adapter)."""
+
+    terms: list[tuple[int, float, str, Placed]]
+    spans: Spans
+
+    def now(self) -> list[tuple[int, float, Placed]]:
+        """(region, weight at the current step, adapter)."""
+        return [(place, number * self.spans.at(label), placed) for place, number, label, placed in self.terms]
+
+
 def changes_by_layer(
     pipe: Any, parts: Sequence[Region], files: Mapping[Adapter, AdapterFile], spans: Spans, *, partial: bool
-) -> dict[str, RegionChanges]:
-    """By the path of a layer of the U-Net: what each region changes there."""
+) -> tuple[dict[str, RegionChanges], dict[str, RegionModules]]:
+    """By the path of a layer of the U-Net: what each region changes there, and what stands beside modules there."""
     modules = PipelineModules(unwrapped_parts(pipe))
     layers: dict[str, RegionChanges] = {}
+    beside: dict[str, RegionModules] = {}
     for place, region in enumerate(parts):
         for adapter in region.adapters:
             for number, found in weighted_matches(adapter, files[adapter], modules, partial=partial):
-                if found.part != "unet":
+                if found.part not in DENOISERS:
                     if region.prompt is None:
                         raise AdapterError(
                             f"{adapter.label} changes {found.part}, and its region has no prompt of its own. Give the "
                             "Region a prompt, or the adapter a weight (0.8, 0)."
                         )
+                    continue
+                if found.beside is not None:
+                    there = beside.setdefault(found.path, RegionModules([], spans))
+                    there.terms.append((place, number, adapter.label, Placed(found.beside)))
                     continue
                 low = found.live_form
                 if low is None:
@@ -129,4 +152,4 @@ def changes_by_layer(
                     down, up = torch.cat([before.down, down]), torch.cat([before.up, up], dim=1)
                     owners = before.owners + owners
                 paths[place] = RegionChange(down, up, owners, spans)
-    return layers
+    return layers, beside

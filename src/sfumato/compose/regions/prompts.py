@@ -14,6 +14,7 @@ from sfumato.compose.hooks import calling_pipeline, unconditional_rows
 from sfumato.compose.regions.region import Region
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
+from sfumato.files.module_names import DENOISERS
 from sfumato.models import calls
 from sfumato.models.calls import CURRENT_STEPS
 from sfumato.models.prompts.editing import has_edits
@@ -42,7 +43,7 @@ class RegionPrompts:
     ) -> None:
         self._pipe, self._parts, self._syntax, self._guided, self._partial = pipe, parts, syntax, guided, partial
         # The others are not read again, nor refused beside what diffusers loaded into the U-Net.
-        self._in_text = {each for each, file in files.items() if any(part != "unet" for part, _ in file.changes)}
+        self._in_text = {each for each, file in files.items() if any(part not in DENOISERS for part, _ in file.changes)}
         self._called = pipe
         self._clock = calls.StepClock()
         # Otherwise all pictures are of one step.

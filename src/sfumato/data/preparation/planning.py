@@ -61,7 +61,7 @@ def square_side(base: Base, resolution: int) -> int:
 
 def bucket_step(base: Base, resolution: int) -> int:
     """`side_step` of this base."""
-    return side_step(base.vae_factor, len(base.unet.config.block_out_channels), resolution)
+    return side_step(base.vae_factor, base.levels, resolution)
 
 
 def sizes_of(examples: Iterable[Example], base: Base, *, buckets: bool) -> Sizes:
@@ -147,7 +147,7 @@ def _bytes_of(example: Example, crop: Crop, plan: PreparationPlan, base: Base) -
     pixels = 3 * math.prod(crop.resized)
     if plan.in_loop and crop.positions > 1:
         return pixels + mask
-    numbers: int = 2 * base.unet.config.out_channels * math.prod(crop.size) // plan.vae_factor**2
+    numbers: int = 2 * base.latent_channels * math.prod(crop.size) // plan.vae_factor**2
     latents = crop.variants(example.options.flip) * numbers * torch.float32.itemsize
     return latents + mask + pixels * plan.keeps_pixels
 

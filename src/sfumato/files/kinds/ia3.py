@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.files.kinds.base import Change, ModuleTensors, WithoutLowRank, check_fits, squeeze_kernel
-from sfumato.files.module_names import Target
+from sfumato.files.module_names import DENOISERS, Target
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ _WITHOUT_BIAS = frozenset({"to_q", "to_k", "to_v"})
 def may_have_bias(target: Target) -> bool:
     """Whether a layer may have a bias: in the U-Net's attention, queries, keys and values have none in any family."""
     part, path = target
-    return part != "unet" or path.rpartition(".")[2] not in _WITHOUT_BIAS
+    return part not in DENOISERS or path.rpartition(".")[2] not in _WITHOUT_BIAS
 
 
 def bias_change(change: Change, *, has_bias: bool = True) -> BiasChange | None:

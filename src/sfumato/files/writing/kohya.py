@@ -30,7 +30,7 @@ from sfumato.files.fingerprint import FINGERPRINT_KEY, Row, fingerprint, fingerp
 from sfumato.files.header import checked_path
 from sfumato.files.kinds import LoraModule
 from sfumato.files.metadata import METADATA_LIMIT
-from sfumato.files.module_names import Target, kohya_names
+from sfumato.files.module_names import Target, file_names, kohya_names
 from sfumato.files.save import cast, check_metadata, write_hashed, write_streamed
 from sfumato.files.writing.embedding import bundled_tensors
 from sfumato.utils.formatting import format_number
@@ -66,7 +66,7 @@ def write_lora(
         )
     alpha, modules = unify_alpha({target: module.plain() for target, module in modules.items()})
     tensors: dict[str, Tensor] = {}
-    for target, name in kohya_names(family, modules, path.name).items():
+    for target, name in file_names(family, modules, path.name).items():
         for half, value in zip(("lora_down", "lora_up"), down_and_up(modules[target], dtype), strict=True):
             tensors[f"{name}.{half}.weight"] = cast(value, dtype, f"{name}.{half}", path)
         # fp32 whatever the dtype: a half would round sqrt(rank) and the like.

@@ -20,14 +20,15 @@ from torch import Tensor
 from sfumato.errors import AdapterError
 from sfumato.files.fingerprint import FINGERPRINT_KEY, fingerprint_with_weights
 from sfumato.files.header import checked_path
-from sfumato.files.kinds import Change, LoraModule
+from sfumato.files.kinds import Change, LoraModule, ModuleAdapter
 from sfumato.files.kinds.dora import Dora
 from sfumato.files.kinds.lokr import Loha, Lokr
 from sfumato.files.kinds.oft import OutputOft
-from sfumato.files.module_names import Target, kohya_names
+from sfumato.files.module_names import Target, file_names
 from sfumato.files.save import cast, write_hashed
 from sfumato.files.writing.embedding import bundled_tensors
 from sfumato.files.writing.kohya import down_and_up, rebalance_for_fp16, write_lora
+from sfumato.files.writing.modules import write_modules
 from sfumato.utils.formatting import format_number
 from sfumato.utils.text_files import parse_json_object
 
@@ -42,7 +43,8 @@ def write_adapter(
     metadata: Mapping[str, str] = MappingProxyType({}),
     **written_as: Any,
 ) -> Path:
-    """Write changes of any of these kinds: LoRAs by `write_lora`, else by `write_lycoris`; written_as is of both.
+    """Write changes of any kind: LoRAs by `write_lora`, kinds that change no weight by `write_modules`, others by
+    `write_lycoris`; written_as is of all.
 
     args: what the metadata tell of the network besides, as sd-scripts tells its --network_args.
     """
@@ -50,6 +52,10 @@ def write_adapter(
     modules = {target: change for target, change in changes.items() if isinstance(change, LoraModule)}
     if len(modules) == len(changes):
         return write_lora(path, modules, metadata=metadata, **written_as)
+    beside = {target: change for target, change in changes.items() if isinstance(change, ModuleAdapter)}
+    if len(beside) == len(changes):
+        del written_as["family"]  # which no name in such a file depends on
+        return write_modules(path, beside, network=network, metadata=metadata, **written_as)
     return write_lycoris(path, changes, weights, network=network, metadata=metadata, **written_as)
 
 
@@ -78,7 +84,7 @@ def write_lycoris(
     """
     path = checked_path(path)
     tensors: dict[str, Tensor] = {}
-    for target, name in kohya_names(family, changes, path.name).items():
+    for target, name in file_names(family, changes, path.name).items():
         for suffix, value in _tensors(changes[target], dtype, weights[target]).items():
             key = f"{name}.{suffix}"
             tensors[key] = cast(value, torch.float32 if suffix in _IN_FP32 else dtype, key, path)

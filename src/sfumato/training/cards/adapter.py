@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sfumato.files.keys import KIND_KEYS, kind_named
 from sfumato.models.family import FAMILIES
 from sfumato.models.prompts.syntax import has_phrase, negative_for
 from sfumato.utils.atomic import atomic_path, write_text
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from sfumato.files import Description
 
 
-_TITLES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
-
-
 def is_plain_lora(about: Description) -> bool:
     """Whether it is a LoRA without magnitudes, which all programs read."""
     config = about.config or {}
@@ -37,7 +35,7 @@ def is_plain_lora(about: Description) -> bool:
 def title_of(about: Description) -> str:
     """Its name, as in "A LoKr with weight decomposition (DoRA) for ..."."""
     config = about.config or {}
-    title = _TITLES[config.get("algo", "lora")]
+    title = kind_named(config.get("algo", "lora"))
     return f"{title} with weight decomposition (DoRA)" if config.get("dora") else title
 
 
@@ -45,6 +43,11 @@ def readers_of(about: Description, file: str) -> str:
     """Which other programs read a file that is no plain LoRA, and what to do for those that do not."""
     config = about.config or {}
     algo, dora = config.get("algo", "lora"), bool(config.get("dora"))
+    if KIND_KEYS[kind_named(algo)].module is not None:
+        return (
+            "It changes no weight, so other programs have no place for it, and no LoRA is equal to it: mix it here, "
+            "with `sfumato generate --lora` or `sfumato.compose`."
+        )
     diffusers = "draws with the LoRA alone, without its lengths" if algo == "lora" else "refuses it"
     first, invoke = "ComfyUI, AUTOMATIC1111, Forge and InvokeAI", ""
     if dora and algo != "lora":  # InvokeAI takes whatever has lengths for a LoRA

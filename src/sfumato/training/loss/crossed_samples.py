@@ -125,7 +125,7 @@ class Crossing(Addition):
         for step in range(DDIM_STEPS):
             timesteps = (starts * (1 - step / DDIM_STEPS)).long().to(latents.device)
             now = alpha_bar[timesteps]
-            noisy = diffusion.add_noise(latents, noise, now)
+            noisy = diffusion.add_noise(latents, noise, now, base.prediction_type)
             asked, unasked = (base.predict(noisy, timesteps, *each) for each in told)
             prediction = unasked + base.defaults.guidance * (asked - unasked)
             latents, noise = diffusion.split_prediction(base.prediction_type, noisy, prediction, now)

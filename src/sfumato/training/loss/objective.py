@@ -68,7 +68,7 @@ def _coarser(noise: Tensor, seed: int, step: int, place: int) -> list[Tensor]:
 def predict(base: Base, batch: Batch, noise: Tensor, timesteps: Tensor, text: TextEmbedding) -> Tensor:
     """What the base predicts of the batch's latents with this noise; arguments as of `denoising_errors`."""
     alpha_bar = base.alpha_bar.to(batch.latents.device)[timesteps]
-    noisy = diffusion.add_noise(batch.latents, noise, alpha_bar)
+    noisy = diffusion.add_noise(batch.latents, noise, alpha_bar, base.prediction_type)
     return base.predict(noisy, timesteps, text, batch.added(base, text), batch.known)
 
 

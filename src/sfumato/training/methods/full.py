@@ -90,11 +90,11 @@ def make_inpainting(base: Base) -> None:
     if base.inpaints:
         raise ConfigError(f"--inpainting: {base.name} is an inpainting model already; leave it out.")
     base.lazy_weights.load("unet")
-    layer, channels = base.unet.conv_in, base.vae.config.latent_channels
+    layer, channels = base.denoiser.conv_in, base.vae.config.latent_channels
     new = layer.weight.new_zeros(len(layer.weight), channels + 1, *layer.weight.shape[2:])
     layer.weight = nn.Parameter(torch.cat([layer.weight, new], dim=1), requires_grad=False)
     layer.in_channels += channels + 1
-    base.unet.register_to_config(in_channels=layer.in_channels)
+    base.denoiser.register_to_config(in_channels=layer.in_channels)
 
 
 def write_model(path: Path, base: Base, config: FullOptions, run: Run, about: Description) -> None:
@@ -128,7 +128,7 @@ def write_folder(base: Base, path: Path, dtype: torch.dtype) -> Path:
         raise FileError(f"{path}: holds something that is no base, so it was not replaced. Move it, or give --name.")
     pipe = base.pipeline()
     pipe.scheduler = base.scheduler  # the base's own, not what sfumato draws with
-    for part in (base.unet, base.vae, *base.text_encoders):
+    for part in (base.denoiser, base.vae, *base.text_encoders):
         nn.Module.to(part, dtype)
         _check_finite(part, dtype, path)
     with atomic_model_folder(path) as temporary:

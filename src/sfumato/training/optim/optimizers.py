@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import PrecisionError
+from sfumato.files.module_names import DENOISERS
 from sfumato.training.optim.settings import OptimizerName, settings
 from sfumato.training.options import ScheduleName
 
@@ -101,8 +102,8 @@ def parameter_groups(
     `up_ratio` times their part's, in groups of their own: LoRA+ (Hayou et al. 2024) gives B more than A. factors: what
     else the rate of some is multiplied with; groups of one factor are together, and say it as `factor`.
     """
-    unet = list(parts["unet"])
-    text = [parameter for part, trained in parts.items() if part != "unet" for parameter in trained]
+    unet = [parameter for part in parts.keys() & set(DENOISERS) for parameter in parts[part]]
+    text = [parameter for part, trained in parts.items() if part not in DENOISERS for parameter in trained]
     found: list[dict[str, Any]] = [{"params": unet, "lr": rate}, {"params": text, "lr": text_rate}]
     found = [part for group in found for part in _by_factor(group, factors)]
     if up_ratio != 1:

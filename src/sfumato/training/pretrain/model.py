@@ -149,7 +149,7 @@ def trainable_parts(
     """
     base = load_base(source, precision=fp32_precision(device))
     _refuse_strangers(base, scheduler, f"{option} {source}")
-    unet, text_encoder = base.unet.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
+    unet, text_encoder = base.denoiser.requires_grad_(True), base.text_encoders[0].requires_grad_(True)
     return unet, text_encoder, base.tokenizers[0], base.vae
 
 
