@@ -209,7 +209,7 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> torch.Tensor:
     return values.float()
 
 
-def flow_alpha_bar(config: Mapping[str, Any], name: str) -> torch.Tensor:
+def flow_alphas_cumprod(config: Mapping[str, Any], name: str) -> torch.Tensor:
     """(T,) fp32 of a flow, by its scheduler's config: see `sfumato.models.diffusion`."""
     _check_timesteps(config, name)
     return flow_alpha_bar(int(config.get("num_train_timesteps", 1000)))

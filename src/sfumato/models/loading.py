@@ -15,7 +15,7 @@ from sfumato.files.header import read_header
 from sfumato.models import folder as folders
 from sfumato.models import single_file
 from sfumato.models.base import Base
-from sfumato.models.diffusion import PREDICTION_TYPES, alphas_cumprod, base_scheduler, flow_alpha_bar
+from sfumato.models.diffusion import PREDICTION_TYPES, alphas_cumprod, base_scheduler, flow_alphas_cumprod
 from sfumato.models.family import (
     FAMILIES,
     SD2_EPSILON_SIZE,
@@ -138,7 +138,7 @@ def base_skeleton(
         tokenizers=tuple(parts.tokenizers),
         scheduler=base_scheduler(parts.scheduler, name),
         precision=precision,
-        alpha_bar=(flow_alpha_bar if of_flow else alphas_cumprod)(parts.scheduler, name).to(precision.device),
+        alpha_bar=(flow_alphas_cumprod if of_flow else alphas_cumprod)(parts.scheduler, name).to(precision.device),
         clip_skip=clip_skip,
         max_tokens=max_tokens,
         zeros_for_empty_prompt=parts.zeros_for_empty_prompt,
