@@ -254,8 +254,8 @@ def prepare(config: Config) -> tuple[Training, Wording]:
     run.identify(**facts, base=base.fingerprint())
     size = sum(p.numel() for p in trained.parameters())
     run.say(f"{pluralize(len(dataset), 'image')}, {len(class_set or [])} of the class, {size:,} trained numbers")
-    opened = (config, processes, precision, base, run, batches)
-    training = Training(*opened, dataset, trained, instance, class_set, held_out, prior_name="class_loss")
+    training = Training(config, processes, precision, base, run, batches, dataset, trained, instance)
+    training.class_set, training.held_out, training.prior_name = class_set, held_out, "class_loss"
     training.priors = priors_of(training, preserved)
     return training, Wording(subject, subjects, preserved)
 

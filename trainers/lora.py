@@ -248,8 +248,9 @@ def prepare(config: Config) -> Training:
     pictures, layers = pluralize(len(dataset), "image"), pluralize(len(lora.layers), "adapted layer")
     run.say(f"{pictures}, {beside}{layers}, {lora.count():,} trained numbers")
     priors = priors_of(config, base, dataset, class_set, lora)
-    opened = (config, processes, precision, base, run, batches)
-    return Training(*opened, dataset, lora, subjects, class_set, held_out, words, priors)
+    training = Training(config, processes, precision, base, run, batches, dataset, lora, subjects, words=words)
+    training.class_set, training.held_out, training.priors = class_set, held_out, priors
+    return training
 
 
 def watch(training: Training) -> tuple[TrainedAdapter, Samples]:

@@ -210,8 +210,9 @@ def prepare(config: Config) -> Training:
     run.identify(data=dataset, validation=held_out or "none", base=base.fingerprint())
     pictures = pluralize(len(dataset), "image")
     run.say(f"{pictures}, {words.count():,} trained numbers; captions such as {dataset.captions[0]!r}")
-    opened = (config, processes, precision, base, run, batches)
-    return Training(*opened, dataset, words, learned, held_out=held_out, words=words)
+    training = Training(config, processes, precision, base, run, batches, dataset, words, learned, words=words)
+    training.held_out = held_out
+    return training
 
 
 def watch(training: Training) -> Callable[[dict[str, Path]], None]:

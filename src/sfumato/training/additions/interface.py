@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,6 +189,7 @@ class Training:
     dataset: Dataset
     trained: Any
     subjects: ExampleSet | None = None
+    _: KW_ONLY
     class_set: Dataset | None = None
     class_captions: Sequence[str] = ()
     held_out: Dataset | None = None
