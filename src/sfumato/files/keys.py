@@ -27,6 +27,7 @@ from types import MappingProxyType
 from sfumato.files.header import Header
 from sfumato.files.metadata import family_from_metadata, family_from_widths
 from sfumato.files.module_names import Target, is_sgm, kohya_target, text_path, unet_path
+from sfumato.files.peft import PeftSettings
 
 Shape = tuple[int, ...]
 
@@ -103,6 +104,9 @@ ROLES: Mapping[str, str] = MappingProxyType(
     {suffix: role for keys in KIND_KEYS.values() for suffix, role in keys.roles.items()} | dict(COMMON)
 )
 _KIND_OF = {role: kind for kind, keys in KIND_KEYS.items() for role in keys.roles.values() if role != "bias"}
+
+SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
+"""The kinds whose alpha is divided by a rank. OFT's alpha is a constraint."""
 
 
 def kind_of(roles: Iterable[str], blocks_ndim: int | None = None) -> str:
@@ -377,6 +381,12 @@ def _dotted_target(module: str, said: str | None, attention: str | None = None) 
         if path is not None:
             return part or "text_encoder", path
     return None
+
+
+def lacks_alpha(layout: Layout, settings: PeftSettings) -> bool:
+    """Whether a file with modules that alpha / rank scales says no alpha of any; all readers take the rank then."""
+    scaled = [keys for keys in layout.modules.values() if base_kind(keys.kind) in SCALED]
+    return bool(scaled) and not settings.says_alpha and not any("alpha" in keys.names for keys in scaled)
 
 
 def describe_foreign(names: Iterable[str]) -> str | None:

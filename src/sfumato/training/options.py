@@ -405,8 +405,9 @@ class KindOptions:
     algo: AlgoName = "lora"
     """Kind of adapter, by LyCORIS's names. lora: the product of two low-rank factors. loha: two such products
     multiplied element by element; its rank is up to the square of --rank. lokr: the Kronecker product of a small and a
-    large factor; its file is the smallest. oft: rotations of blocks of --rank outputs (orthogonal fine-tuning), which
-    keep the angles between them. diffusers and sd-scripts read only lora, and oft is for ComfyUI and AUTOMATIC1111."""
+    large factor; its file is the smallest. oft: rotations of blocks of up to --rank outputs (orthogonal fine-tuning),
+    which keep the angles between them. diffusers and sd-scripts read only lora, and oft is for ComfyUI and
+    AUTOMATIC1111."""
     dora: bool = False
     """DoRA (weight decomposition): also learn the length of each column of a weight, separate from its direction. For
     lora, loha and lokr. diffusers and sd-scripts do not read it."""
