@@ -12,12 +12,14 @@ from torch.testing import assert_close
 from sfumato.adapters import ALGOS, Attached, Kind, attach
 from sfumato.adapters.tuners.lokr import factorization
 from sfumato.adapters.tuners.lora import weight_norm
+from sfumato.adapters.tuners.oft import block_size
 from sfumato.errors import AdapterError
 from sfumato.files import read_adapter
 from sfumato.files.fingerprint import FINGERPRINT_KEY, check_rows, probe_rows, verify
 from sfumato.files.keys import KIND_KEYS, kind_named, trained_kinds
 from sfumato.files.kinds.dora import Dora
 from sfumato.precision import cpu_matmul
+from sfumato.training.optim.ema import Ema
 from sfumato.training.options import AlgoName
 from sfumato.utils import randomness
 
@@ -257,9 +259,9 @@ def test_starting_from_another_kind_or_shape_is_refused(kind):
     *_, another = attached(other, "3x3")
     with pytest.raises(AdapterError, match=r"this run trains .* Give the --algo and --dora it was trained with"):
         adapter.load(another.changes(), "a")
-    *_, narrower = attached(kind, "3x3", rank=1)
+    *_, other = attached(kind, "1x1" if kind.algo == "oft" else "3x3", rank=1)  # an OFT takes blocks of any size
     with pytest.raises(AdapterError, match=r"a: unet\.down_blocks.*this run.*Give its own"):
-        adapter.load(narrower.changes(), "a")
+        adapter.load(dict(zip(adapter.changes(), other.changes().values(), strict=True)), "a")
 
 
 def test_lengths_of_outputs_are_not_started_from():
@@ -341,8 +343,9 @@ def test_an_oft_keeps_the_lengths_of_outputs_and_their_angles_within_a_block(nam
         assert_close(new.T @ new, old.T @ old, rtol=1e-4, atol=1e-5)
 
 
-def test_an_ofts_blocks_are_the_largest_that_divide_the_outputs():
+def test_an_ofts_blocks_are_the_largest_that_divide_the_outputs_and_are_no_larger_than_their_number():
     """LyCORIS's `factorization` has the same where the rank is below the root of the outputs."""
+    assert [block_size(outputs, 32) for outputs in (32, 64, 320, 640, 1024, 1280)] == [4, 8, 16, 20, 32, 32]
     hosts = {str(size): nn.Linear(3, size) for size in (320, 640, 768, 96, 9)}
     layers = attach({"unet": hosts}, rank=8, alpha=1.0, kind=Kind("oft")).layers
     assert {path: layer.rank for (_, path), layer in layers.items()} == {"320": 8, "640": 8, "768": 8, "96": 8, "9": 3}
@@ -350,10 +353,29 @@ def test_an_ofts_blocks_are_the_largest_that_divide_the_outputs():
         assert layers["unet", str(size)].rank == factorization(size, 8)[0]
     assert Kind("oft").notes({"unet": hosts}, 8) == [
         "--rank 8: blocks of so many outputs are rotated, which has no scale, whatever the alpha",
-        "--rank 8: in 1 of 5 layers the blocks have 3 outputs, the largest divisor of the layer's",
+        "--rank 8: in 1 of 5 layers the blocks have 3 outputs, which divide the layer's, not more than the root",
     ]
     with pytest.raises(AdapterError, match=r"--rank 8: 11 outputs make blocks of one, which nothing turns; wanted"):
         Kind("oft").notes({"unet": hosts | {"11": nn.Linear(3, 11)}}, 8)
+
+
+def test_what_was_begun_with_larger_blocks_goes_on_with_them():
+    """0.27's blocks could be larger than their number, in files and in checkpoints, with a mean of them."""
+    blocks = torch.randn(2, 9, 9)
+    *_, of_file = attached(Kind("oft"), "linear")
+    ((key, change),) = of_file.changes().items()
+    old = replace(change, blocks=blocks)
+    of_file.load({key: old}, "a")
+    host, _, of_checkpoint = attached(Kind("oft"), "linear")
+    ema = Ema(of_checkpoint.parameters(), 0.9)
+    of_checkpoint.load_state_dict(of_file.state_dict())
+    ema.load_state_dict({"mean": [2 * blocks], "updates": [5]})
+    for adapter in (of_file, of_checkpoint):
+        (layer,) = adapter.layers.values()
+        assert layer.rank == 9
+        assert_close(layer.delta(host.weight, *layer.factors()), old.delta(host.weight), rtol=1e-4, atol=1e-5)
+    ema.swap()
+    assert torch.equal(layer.blocks, 2 * blocks)
 
 
 @pytest.mark.parametrize("other", [{"kohya": True, "alpha": 1.0}, {"alpha": 0.1}, {"rescale": torch.ones(18)}])

@@ -199,7 +199,7 @@ def prepare(config: Config) -> tuple[Training, Preferences, ReferenceAdapter]:
     )
     training = Training(config, processes, precision, base, run, batches, preferred, lora)
     if config.prior_prompts:
-        shared = {"order": config.seed, "pristine": before, "noising": noising}
+        shared: dict[str, Any] = {"order": config.seed, "pristine": before, "noising": noising}
         training.priors.append(BasePrediction(base, preferred, config.prior_prompts, config.seed, **shared))
     run.identify(data=preferred, partners=rejected, **begun, base=base.fingerprint())
     layers = pluralize(len(lora.layers), "adapted layer")

@@ -187,7 +187,7 @@ def watch(training: Training) -> Callable[[Path], None]:
     assert subjects is not None
     watched = {"drift": unrelated_to(captions)} | ({"class_drift": captions} if captions else {})
     # Nothing has been trained yet, so that the base predicts as it did before.
-    shared = {"within": training.added.applied, "modules": [trained], "held_out": training.held_out}
+    shared: dict[str, Any] = {"within": training.added.applied, "modules": [trained], "held_out": training.held_out}
     metrics = Metrics(base, dataset, watched if config.measure_every else {}, **shared)
     limit = DriftLimit(config.drift_limit, run.rows())
     samples = samples_of(config, base, trained, subjects, dataset, run, training.added)

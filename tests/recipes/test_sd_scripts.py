@@ -151,7 +151,7 @@ def test_sdxl_s_script_does_not_look_at_clip_skip(home):
         ("--optimizer_type SGDNesterov", "optimizer SGDNesterov: has no counterpart; adamw takes its place"),
         (
             "--network_module lycoris.kohya --network_dim 32 --network_args algo=diag-oft",
-            "algo=diag-oft: blocks have 32 outputs here; LyCORIS's have fewer in layers of fewer than 1024",
+            "algo=diag-oft: in layers of fewer than 1024 outputs LyCORIS's blocks have other sizes",
         ),
         (
             "--scale_weight_norms 1 --network_module lycoris.kohya --network_args algo=diag-oft",

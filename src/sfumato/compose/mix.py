@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.weights import Adapter, Weight, check_by_label, check_labels, checked_weight, format_weight
-from sfumato.compose import saving
 from sfumato.compose import saving as table
 from sfumato.compose.hooks import change_lock
 from sfumato.compose.layers.fused import Effect, FusedWeight
@@ -50,7 +49,6 @@ from sfumato.compose.sites import (
 )
 from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
-from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.files.module_names import DENOISERS
 from sfumato.merging.model_weights import read_adapter_or_model
@@ -269,8 +267,11 @@ class Mix:
         refuse_taken(self._weights, adapters)
         self._modules.check_blocks({adapter.label: adapter.weight for adapter in adapters})
         files = {adapter.label: read_adapter_or_model(adapter.path, partial=partial) for adapter in adapters}
-        for file in files.values() if verify else ():
-            verify_deltas(file.metadata, file.changes, file.path.name)
+        if verify:
+            from sfumato.files.fingerprint import verify as verify_deltas  # not needed otherwise, as with `save`
+
+            for file in files.values():
+                verify_deltas(file.metadata, file.changes, file.path.name)
         given = {adapter.label: adapter.weight for adapter in adapters}
         matched = {
             label: match_weights(file, label, self._modules, weight=given[label], partial=partial, way=self._way)
@@ -293,6 +294,8 @@ class Mix:
         self._files |= files
         self._skipped |= {label: count_unmatched(file, matched[label]) for label, file in files.items()}
         self._mark_parts()
+        for label in [label for label, file in files.items() if file.without_alpha]:
+            print(f"{label}: the file has no alpha, so the rank is taken for it (a scale of 1)", file=sys.stderr)
         return self
 
     def _place(self, label: str, found: Iterable[MatchedWeight], sites: dict[Place, Site]) -> None:
@@ -452,6 +455,8 @@ class Mix:
         """
         self.check_open()
         numbers = {label: 0.0 if label in self._muted else weight for label, weight in self._weights.items()}
+        from sfumato.compose import saving  # which imports all that merges: most mixes are never saved
+
         return saving.save_mix(path, self.family, self._sites.values(), numbers, self._files, dtype, title)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ from sfumato.files.keys import (
     describe_foreign,
     embedding_key,
     guess_family,
+    lacks_alpha,
     read_layout,
     text_widths,
 )
@@ -158,6 +159,7 @@ class AdapterFile:
     embeddings: textual inversions bundled in the file, {token: {"text_encoder" | "text_encoder_2": (vectors, width)}}.
     family: "sd1", "sd2", "sdxl", "pocket", or None if neither shapes nor metadata say it. text_width: the input width
     of the cross-attention's keys; None without such modules. skipped: keys left out because `partial` allowed it.
+    without_alpha: whether the file says no alpha of any module, so that the rank was taken.
     stamps: they show whether the files that are memory-mapped, and not copied, have changed.
     """
 
@@ -170,6 +172,7 @@ class AdapterFile:
     spellings: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     stamps: Mapping[Path, _Stamp] = field(default_factory=dict)
+    without_alpha: bool = False
 
     def check_unwritten(self) -> None:
         """Raise AdapterError if a file was overwritten since: its changes would be different, or crash the process.
@@ -220,6 +223,7 @@ def read_adapter(path: str | os.PathLike[str], *, partial: bool = False) -> Adap
         tuple(sorted({spelling for file in files for spelling in file.spellings})),
         tuple(key for file in files for key in file.skipped),
         MappingProxyType({path: stamped for file in files for path, stamped in file.stamps.items()}),
+        all(file.without_alpha for file in files),
     )
 
 
@@ -250,6 +254,7 @@ def _read(source: WeightFile, partial: bool) -> AdapterFile:
         layout.spellings,
         (*layout.unknown, *left_out),
         {header.path: stamped},
+        lacks_alpha(layout, source.settings),
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from sfumato.files.header import Header, checked_path
 from sfumato.files.keys import (
     KIND_KEYS,
+    SCALED,
     TRANSFORMER,
     Layout,
     ModuleKeys,
@@ -25,6 +26,7 @@ from sfumato.files.keys import (
     describe_foreign,
     embedding_key,
     guess_family,
+    lacks_alpha,
     rank_of,
     read_layout,
     shapes_of,
@@ -65,6 +67,7 @@ class Block:
 class Inspection:
     """What `sfumato inspect` prints. Counts are by value: {"16": 128} is rank 16 in 128 modules.
 
+    without_alpha: whether the file says none of any module, so that `alphas` are the ranks.
     says: the family in the metadata, if it differs from `family`, which is found by the shapes. nonfinite: tensors with
     NaN or Inf. stored: kinds whose norm is that of the stored tensors, because their update depends on the base model's
     weight, or because they change no weight. embeddings: number of vectors of each token that is bundled in the file.
@@ -100,6 +103,7 @@ class Inspection:
     unknown: list[str]
     incomplete: list[str]
     metadata: dict[str, str]
+    without_alpha: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON, with None for NaN and Inf."""
@@ -160,6 +164,7 @@ def _merge_parts(name: str, parts: Mapping[str, Inspection]) -> Inspection:
         embeddings={token: count for found in some for token, count in found.embeddings.items()},
         unknown=named("unknown"),
         incomplete=union("incomplete"),
+        without_alpha=all(found.without_alpha for found in some),
         **_from_metadata(metadata, family),
     )
 
@@ -211,6 +216,7 @@ def _in_one_file(source: WeightFile) -> Inspection:
         embeddings=_tokens(layout, header),
         unknown=list(layout.unknown) if layout.modules else [],
         incomplete=[".".join(target) for target in layout.incomplete],
+        without_alpha=lacks_alpha(layout, source.settings),
         **_from_metadata(header.metadata, family),
     )
 
@@ -249,11 +255,7 @@ def _alpha(keys: ModuleKeys, header: Header, value: Callable[[str], Array | None
         alpha = value(keys.names["alpha"])
         return None if alpha is None or alpha.size != 1 else float(alpha.reshape(-1)[0])
     rank = rank_of(shapes_of(keys, header))
-    return None if rank is None or base_kind(keys.kind) not in _SCALED else settings(rank)
-
-
-_SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
-"""The kinds whose alpha is divided by a rank. OFT's alpha is a constraint."""
+    return None if rank is None or base_kind(keys.kind) not in SCALED else settings(rank)
 
 
 def _tokens(layout: Layout, header: Header) -> dict[str, int]:
@@ -324,7 +326,7 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         ("modules", str(found.modules)),
         ("targets", counts(found.targets)),
         ("ranks", counts(found.ranks)),
-        ("alphas", counts(found.alphas)),
+        ("alphas", counts(found.alphas) + (", the ranks, as the file has no alpha" if found.without_alpha else "")),
         ("hash", found.hash + holds),
     ]
     if found.norm is not None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from sfumato.files.header import Header
 from sfumato.files.metadata import LABELS, family_from_metadata, family_from_widths
 from sfumato.files.module_names import PARTS, Target, is_sgm, kohya_target, text_path, unet_path
+from sfumato.files.peft import PeftSettings
 
 if TYPE_CHECKING:
     from sfumato.files.kinds.modules import ModuleAdapter
@@ -123,7 +124,7 @@ KIND_KEYS: dict[str, KindKeys] = {
         "oft_r",
         trained=Trained(
             "oft",
-            "rotations of blocks of --rank outputs (orthogonal fine-tuning), which keep the angles between them",
+            "rotations of blocks of up to --rank outputs (orthogonal fine-tuning), which keep the angles between them",
             rate=0.2,
         ),
     ),
@@ -177,6 +178,10 @@ def _tables(rows: tuple[tuple[str, KindKeys], ...]) -> tuple[Mapping[str, str], 
     """(the role by suffix, the kind by role) of these rows of KIND_KEYS."""
     by_suffix = {suffix: role for _, keys in rows for suffix, role in keys.roles.items()} | dict(COMMON)
     return by_suffix, {role: kind for kind, keys in rows for role in keys.roles.values() if role != "bias"}
+
+
+SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
+"""The kinds whose alpha is divided by a rank. OFT's alpha is a constraint."""
 
 
 def kind_of(roles: Iterable[str], blocks_ndim: int | None = None) -> str:
@@ -492,6 +497,12 @@ def _dotted_target(module: str, said: str | None, attention: str | None = None) 
         if path is not None:
             return part or "text_encoder", path
     return None
+
+
+def lacks_alpha(layout: Layout, settings: PeftSettings) -> bool:
+    """Whether a file with modules that alpha / rank scales says no alpha of any; all readers take the rank then."""
+    scaled = [keys for keys in layout.modules.values() if base_kind(keys.kind) in SCALED]
+    return bool(scaled) and not settings.says_alpha and not any("alpha" in keys.names for keys in scaled)
 
 
 def describe_foreign(names: Iterable[str]) -> str | None:

@@ -23,6 +23,8 @@ _UNUSUAL = (
     *("arrow_config", "megatron_config", "fan_in_fan_out"),
 )
 
+_ALPHAS = ("alpha", "lora_alpha", "alpha_pattern")
+
 
 @dataclass(frozen=True)
 class PeftSettings:
@@ -44,6 +46,11 @@ class PeftSettings:
         if pattern is not None:
             alpha = self._number(f"{part}.alpha_pattern", rank, pattern)
         return alpha * rank**0.5 if self.values.get(f"{part}.use_rslora") is True else alpha
+
+    @property
+    def says_alpha(self) -> bool:
+        """Whether an alpha is said of any module; by a folder always, if need be by peft's default."""
+        return self.folder or any(key.rpartition(".")[2] in _ALPHAS for key in self.values)
 
     def rank(self, target: Target, default: int) -> int:
         """The rank that peft divides alpha by, where the tensors do not show it."""

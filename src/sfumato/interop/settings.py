@@ -222,7 +222,7 @@ def without_scale(recipe: Recipe) -> None:
             recipe.notes.append("scale_weight_norms: rotations have no such limit, so it is left out")
     if (rank := recipe.values["rank"]) ** 2 > _NARROWEST:
         recipe.notes.append(
-            f"algo=diag-oft: blocks have {rank} outputs here; LyCORIS's have fewer in layers of fewer than {rank**2}"
+            f"algo=diag-oft: in layers of fewer than {rank**2} outputs LyCORIS's blocks have other sizes"
         )
 
 

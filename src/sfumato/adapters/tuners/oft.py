@@ -6,6 +6,9 @@ between them.
 
 from __future__ import annotations
 
+from math import isqrt, prod
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +21,11 @@ from sfumato.utils.formatting import pluralize
 
 
 def block_size(outputs: int, rank: int) -> int:
-    """The largest divisor of the outputs up to the rank; LyCORIS's, too, where the rank is at most their root."""
-    return max(size for size in range(1, min(outputs, rank) + 1) if outputs % size == 0)
+    """The largest divisor of the outputs up to the rank and to their root.
+
+    lycoris-lora takes the smaller of a file's (blocks, size) for the size: it refuses blocks larger than their number.
+    """
+    return max(size for size in range(1, min(isqrt(outputs), rank) + 1) if outputs % size == 0)
 
 
 class OftLayer(UpdateLayer):
@@ -54,13 +60,25 @@ class OftLayer(UpdateLayer):
                 f"{where} rotates inputs, is constrained, or rescales outputs, none of which is trained. Take another "
                 "adapter."
             )
-        if change.blocks.shape != self.blocks.shape:
+        if len(change.blocks) * change.blocks.shape[1] != prod(self.blocks.shape[:2]):
             raise AdapterError(
                 f"{where} has blocks {tuple(change.blocks.shape)}, this run {tuple(self.blocks.shape)}. Give its own "
                 "rank, and its own base."
             )
+        self._resize(change.blocks)
         with torch.no_grad():
             self.blocks.copy_(change.blocks)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self._resize(state_dict.get(f"{prefix}blocks"))
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+
+    def _resize(self, blocks: Tensor | None) -> None:
+        """Take the block size of what 0.27 began, whose blocks could be larger than the outputs' root."""
+        if blocks is None or prod(blocks.shape[:2]) != prod(self.blocks.shape[:2]):
+            return
+        self.rank = blocks.shape[1]
+        self.blocks.data = self.blocks.data.new_zeros(blocks.shape)
 
 
 def block_notes(some: RankGroup) -> list[str]:
@@ -81,5 +99,5 @@ def block_notes(some: RankGroup) -> list[str]:
     return [
         *notes,
         f"{some.given}: in {count} of {pluralize(len(sizes), some.what)} the blocks have "
-        f"{', '.join(map(str, other))} outputs, the largest divisor of the layer's",
+        f"{', '.join(map(str, other))} outputs, which divide the layer's, not more than the root",
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,6 @@ from sfumato.files.read import read_tensors
 
 Place = tuple[str, str, str]
 """(part, path of the module, "weight" or "bias")."""
-
-_HUGE = 2 << 20
-"""Bytes of a huge page: the system hands out a thousand times fewer of them than of small ones."""
 
 
 class OriginalWeights:
@@ -94,28 +90,9 @@ def _copies(weights: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the weights. Those of weights on a GPU are on the CPU, too, where they would take much of what is free
     there."""
     have_room = _fit_on_gpu(weights)
-
-    def stays(weight: Tensor) -> bool:
-        return have_room and weight.device.type != "cpu"
-
-    packed = iter(_copy_in_one_block([weight for weight in weights if not stays(weight) and weight.is_contiguous()]))
     return [
-        weight.clone() if stays(weight) else next(packed) if weight.is_contiguous() else weight.to("cpu", copy=True)
+        weight.clone() if have_room and weight.device.type != "cpu" else weight.to("cpu", copy=True)
         for weight in weights
-    ]
-
-
-def _copy_in_one_block(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Copies on the CPU of contiguous weights: in one piece of memory with huge pages, where the system has them."""
-    sizes = [-(-weight.nbytes // 64) * 64 for weight in weights]
-    if sum(sizes) < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return [weight.to("cpu", copy=True) for weight in weights]
-    arena = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    arena.madvise(mmap.MADV_HUGEPAGE)
-    pieces = torch.split(torch.frombuffer(arena, dtype=torch.uint8), sizes)
-    return [
-        piece[: weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
-        for piece, weight in zip(pieces, weights, strict=True)
     ]
 
 
