@@ -181,18 +181,8 @@ def draw_run(
 
     The split depends on the seed alone, so that the base draws the same pictures for all styles, once.
     """
-    order = [pictures.concepts[i] for i in randomness.permutation(len(pictures.concepts), seed, "split")]
-    taught, asked = order[: config.images], order[config.images : config.images + config.concepts]
-    files = [f"{concept.replace(' ', '-')}.png" for concept in taught]
-    learned = workshop.learn(
-        f"{style}-{seed}",
-        "lora",
-        "lora-style.toml",
-        {file: config.data / style / file for file in files},
-        {},
-        ["--seed", str(seed), *words(config.style_options)],
-    )
-    adapter = adapter_of(learned)
+    taught, asked = split(config, pictures, seed)
+    adapter = learn_style(config, workshop, style, taught, seed)
     seeds = [1000 * seed + place for place in range(len(asked))]
     prompts = [config.prompt.replace("{concept}", concept) for concept in asked]
     syntax: Syntax = "plain" if prompts == asked else "a1111"
@@ -211,6 +201,20 @@ def draw_run(
         }
     print(json.dumps({"drawn": style, "seed": seed}), file=sys.stderr, flush=True)
     return Drawn(style, seed, pictures.cells([(concept, style) for concept in asked]), before, after, mix)
+
+
+def split(config: Config, pictures: Pictures, seed: int) -> tuple[list[str], list[str]]:
+    """The concepts that are taught with a seed, and those that are drawn."""
+    order = [pictures.concepts[i] for i in randomness.permutation(len(pictures.concepts), seed, "split")]
+    return order[: config.images], order[config.images : config.images + config.concepts]
+
+
+def learn_style(config: Config, workshop: Workshop, style: str, taught: Sequence[str], seed: int) -> Path:
+    """A style, from its pictures of the taught concepts, by the shipped recipe."""
+    files = [f"{concept.replace(' ', '-')}.png" for concept in taught]
+    pictures = {file: config.data / style / file for file in files}
+    options = ["--seed", str(seed), *words(config.style_options)]
+    return adapter_of(workshop.learn(f"{style}-{seed}", "lora", "lora-style.toml", pictures, {}, options))
 
 
 def chosen_subjects(config: Config) -> tuple[str, ...]:
