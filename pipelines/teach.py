@@ -248,7 +248,10 @@ def plan_of(config: Config, report: Report, pictures: Sequence[Named]) -> Plan:
     file = cli.source(f"sfumato.trainers.{recipe[0]}").parent / "configs" / recipe[1]
     words, told = plans.training_words(lesson, shown(file), images, output, captions, options_of(config))
     kept = [str(each) for each in read_toml(file).get("prior_prompts", [])]  # which training sees, too
-    prompts = lessons.unseen_prompts(lesson, [each.text for each in pictures], config.base, kept)
+    trained = [each.text if lesson.kind == "style" else each.caption or lesson.trigger for each in pictures]
+    prompts = lessons.unseen_prompts(lesson, trained, config.base, kept)
+    if lesson.kind == "word":  # which changes no other prompt
+        prompts = [prompt for prompt in prompts if lesson.trigger in prompt]
     record = plans.Record.of(config.name, words, report)
     return Plan(config, lesson, recipe, output, by + told, captioner, tuple(words), tuple(prompts), record)
 

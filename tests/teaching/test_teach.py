@@ -109,7 +109,7 @@ def test_a_style_called_by_numbers_wants_a_captioner_which_writes_into_the_outpu
 
 
 def test_an_interrupted_one_goes_on_to_the_same_bytes(here):
-    call = [sys.executable, "-P", "-m", "sfumato", "teach", "line", "ink", "--steps", "8", "--no-sheet", "--no-measure"]
+    call = [sys.executable, "-P", "-m", "sfumato", "teach", "line", "ink", "--steps", "4", "--no-sheet", "--no-measure"]
     whole = subprocess.run([*call, "--output", "whole/ink"], capture_output=True, text=True, check=True)
     assert "taught already" not in whole.stdout
     piped = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

@@ -90,8 +90,7 @@ def sheet_words(lesson: Lesson, learned: Path, prompts: Sequence[str], base: Seq
     """The words of the command that draws the sheet. base: the options that name the base model."""
     seed = ["--seed", str(SHEET_SEED)]
     if lesson.kind == "word":  # which has no weight: beside each prompt stands what the base makes of plain words
-        own = [prompt for prompt in prompts if lesson.trigger in prompt]
-        pairs = [form for prompt in own for form in (prompt.replace(lesson.trigger, lesson.of_class), prompt)]
+        pairs = [form for prompt in prompts for form in (prompt.replace(lesson.trigger, lesson.of_class), prompt)]
         seeds = ",".join(str(SHEET_SEED + place) for place in range(3))
         axes = ["--x", f"prompt={'|'.join(pairs)}", "--y", f"seed={seeds}"]
         return ["grid", *axes, "--embedding", str(learned), *base, "-o", str(sheet.with_suffix(""))]
