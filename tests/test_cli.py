@@ -399,7 +399,7 @@ def test_help_ends_in_a_terminal_without_a_width(columns, shown_in):
 def test_help_shows_new_words_as_they_are_spelt(capsys):
     for program, wanted in (("lora", "such as <otter>"), ("textual_inversion", "such as <otter>")):
         with pytest.raises(SystemExit):
-            cli.main(["train", program, "--help"])
+            cli.main(["train", program, "--help-all"])
         assert wanted in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 

@@ -12,7 +12,7 @@ import pytest
 from cyclopts import Parameter
 from sfumato.trainers import lora
 
-from sfumato.config import _panels, expand_home, fill_unset, parse, to_dict, to_toml
+from sfumato.config import expand_home, fill_unset, panels_of, parse, to_dict, to_toml
 from sfumato.errors import ConfigError
 from sfumato.generation.arguments.base import DrawingBaseOptions
 
@@ -179,7 +179,7 @@ class Inheriting(Drawing, Config):
 
 def test_headings_of_the_trainers_fit_a_narrow_terminal():
     for program in ("lora", "dreambooth", "finetune", "textual_inversion"):
-        panels = _panels(import_module(f"sfumato.trainers.{program}").Config, program)
+        panels = panels_of(import_module(f"sfumato.trainers.{program}").Config, f"train {program}")
         assert max(map(len, panels.values())) <= 58
 
 

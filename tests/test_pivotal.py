@@ -32,7 +32,7 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
     words += ["--steps", str(STEPS), "--seed", str(SEED), "--clip", str(CLIP), "--learning-rate", str(RATE)]
     words += ["--word-learning-rate", str(WORD_RATE), "--sample-every", "0", "--measure-every", "0"]
     words += ["--precision", "fp32"]
-    assert cli.main(["train", "lora", *words]) == 0
+    assert cli.main(["train", "lora", "--learn", "plain", *words]) == 0
 
     base = load_base(str(pocket_folder), precision=CPU)
     folder = data.read_folder(pictures, caption_template="a {caption}, <x>")
@@ -95,7 +95,18 @@ def test_equal_to_a_plain_loop_over_peft_and_the_whole_table(pocket_folder, pict
 @pytest.mark.slow
 def test_a_lora_learns_beside_the_words_that_are_saved(pocket_folder, pictures, tmp_path):
     """With a running mean, which is what the words' file holds, and exactly so where the run was cut between."""
-    words = ["train", "lora", "--images", str(pictures), "--base", str(pocket_folder), "--caption", "<x> {caption}"]
+    words = [
+        "train",
+        "lora",
+        "--learn",
+        "plain",
+        "--images",
+        str(pictures),
+        "--base",
+        str(pocket_folder),
+        "--caption",
+        "<x> {caption}",
+    ]
     words += [
         "--train-words",
         "<x>",
@@ -133,7 +144,18 @@ def test_a_lora_learns_beside_the_words_that_are_saved(pocket_folder, pictures, 
 @pytest.mark.slow
 def test_words_and_crossed_samples_go_on_with_what_they_began_from(pocket_folder, pictures, tmp_path, capsys):
     """Their crossed samples are drawn with the words as they were at the start, which no checkpoint holds."""
-    words = ["train", "lora", "--images", str(pictures), "--base", str(pocket_folder), "--caption", "<x> {caption}"]
+    words = [
+        "train",
+        "lora",
+        "--learn",
+        "plain",
+        "--images",
+        str(pictures),
+        "--base",
+        str(pocket_folder),
+        "--caption",
+        "<x> {caption}",
+    ]
     words += ["--train-words", "<x>", "--batch", "1", "--rank", "1", "--sample-every", "0", "--measure-every", "0"]
     assert cli.main([*words, "--steps", "2", "--bundle", "--output", str(tmp_path / "first")]) == 0
     begin = ["--init-from", str(tmp_path / "first/first.safetensors"), "--crossed-share", "0.5", "--steps", "2"]
@@ -149,7 +171,18 @@ def test_words_and_crossed_samples_go_on_with_what_they_began_from(pocket_folder
 def test_a_card_that_lacks_the_words_is_written_by_going_on(pocket_folder, pictures, tmp_path, monkeypatch, capsys):
     """The adapter's own end is not the run's: the words come after it."""
     folder = tmp_path / "run"
-    words = ["train", "lora", "--images", str(pictures), "--output", str(folder), "--base", str(pocket_folder)]
+    words = [
+        "train",
+        "lora",
+        "--learn",
+        "plain",
+        "--images",
+        str(pictures),
+        "--output",
+        str(folder),
+        "--base",
+        str(pocket_folder),
+    ]
     words += ["--caption", "<x>", "--train-words", "<x>", "--steps", "1", "--batch", "1", "--rank", "1"]
     words += ["--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
 

@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_elsewhere_and_with_pictures_that_were_moved(inputs, 
     monkeypatch.chdir(tmp_path / "a")
     words = ["--images", "pictures", "--base", "base", "--caption", "{caption}", "--steps", "1", "--device", "cpu"]
     quiet = ["--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "1"]
-    assert cli.main(["train", "lora", *words, *quiet, "--output", "run"]) == 0
+    assert cli.main(["train", "lora", "--learn", "plain", *words, *quiet, "--output", "run"]) == 0
     monkeypatch.chdir(tmp_path / "b")
     assert cli.main(["resume", "../a/run"]) == 0
     (tmp_path / "a/pictures").rename(tmp_path / "b/moved")

@@ -34,8 +34,10 @@ def train(pocket_folder, pictures, tmp_path):
     def run(name="run", *options, program="finetune", status=0):
         words = {"--images": pictures, "--output": tmp_path / name, "--base": pocket_folder, "--caption": "{caption}"}
         words |= {"--steps": STEPS, "--batch": 2, "--learning-rate": "1e-3", "--precision": "fp32"}
+        words |= {} if program == "finetune" else {"--method": "full", "--prior-prompts": ""}
         words |= {"--sample-every": 0, "--measure-every": 0, "--checkpoint-every": 0}
         flags = [option for option in options if option in FLAGS]
+        flags += ["--no-flip"] if program == "finetune" else []
         given = [option for option in options if option not in FLAGS]
         words |= dict(zip(given[::2], given[1::2], strict=True))
         shown = [str(word) for pair in words.items() if pair[1] is not None for word in pair]

@@ -198,7 +198,7 @@ def write_words(folder, pictures, output, *more):
 
 def test_an_adapter_draws_in_diffusers_inpainting_pipeline_as_here(inpainting_folder, base, pictures, tmp_path):
     words = write_words(inpainting_folder, pictures, tmp_path / "run", "--learning-rate", "0.1", "--seed", 1)
-    assert cli.main(["train", "lora", *words]) == 0
+    assert cli.main(["train", "lora", "--learn", "plain", *words]) == 0
     file = tmp_path / "run/run.safetensors"
     card = (tmp_path / "run/README.md").read_text()
     assert re.search(
@@ -325,7 +325,7 @@ def test_memory_counts_the_vae_that_stays(inpainting_folder, pocket_folder):
 def test_a_dry_run_shows_what_is_hidden(inpainting_folder, pictures, tmp_path):
     def sheet(share):
         words = write_words(inpainting_folder, pictures, tmp_path / "run", "--inpaint-whole-share", share, "--dry-run")
-        assert cli.main(["train", "lora", *words]) == 0
+        assert cli.main(["train", "lora", "--learn", "plain", *words]) == 0
         return np.asarray(Image.open(tmp_path / "run.dry-run.png").convert("RGB"), dtype=int)
 
     whole, partly = sheet(1), sheet(0)

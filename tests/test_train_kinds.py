@@ -339,7 +339,7 @@ def test_each_kind_has_its_default_rate(tmp_path):
     base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
     rates = {}
     for algo in ("lora", "loha", "lokr", "oft"):
-        config = Config(images=tmp_path, output=tmp_path, algo=algo)
+        config = Config(images=tmp_path, output=tmp_path, learn="plain", algo=algo)
         config, filled = resolve(config, base, data.ExampleSet(()), 1, kinds=1)
         rates[algo] = config.learning_rate
         assert "learning_rate" in filled

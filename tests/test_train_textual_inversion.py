@@ -388,7 +388,10 @@ def pivotal(pocket_folder, pictures, tmp_path):
         given = [option for option in options if option not in ("--bundle", "--resume")]
         words |= dict(zip(given[::2], given[1::2], strict=True))
         flags = [option for option in options if option in ("--bundle", "--resume")]
-        assert cli.main(["train", "lora", *(word for pair in words.items() for word in pair), *flags]) == code
+        assert (
+            cli.main(["train", "lora", "--learn", "plain", *(word for pair in words.items() for word in pair), *flags])
+            == code
+        )
         return tmp_path / name / f"{name}.safetensors", tmp_path / name / f"{name}-x.safetensors"
 
     return run

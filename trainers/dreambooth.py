@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sfumato.config import parse
 from sfumato.errors import ConfigError
 from sfumato.models.prompts.syntax import has_phrase
-from sfumato.training import checks, config_defaults
+from sfumato.training import checks, config_defaults, recipe_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.methods.subject import PreservedPrompts, Subject, read_subject, with_caption
 from sfumato.training.options import FullOptions, KindOptions
@@ -62,13 +62,13 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Config(KindOptions, FullOptions):
-    """Bind a subject to a word by fine-tuning the whole U-Net, or a LoRA on it.
+    """Bind a subject to a word, in a LoRA or in the whole U-Net, and preserve its class.
 
-    Example: `sfumato train dreambooth --method lora --images datasets/flamingo --class-name flamingo --output runs/me`
+    Example: `sfumato train dreambooth --images datasets/flamingo --class-name flamingo --output runs/me`
     """
 
-    method: Literal["full", "lora"] = "full"
-    """What to train: the U-Net's own weights (full), or an adapter beside them (lora)."""
+    method: Literal["full", "lora"] = "lora"
+    """What to train: an adapter (lora), or the U-Net's own weights (full)."""
     identifier: str = "sks"
     """Word that will mean this one subject. Choose a rare word, so that there is no meaning to unlearn. If the images
     have captions, these must contain it. If they have another word before the class (such as "zwx dog"), leave this
@@ -87,10 +87,10 @@ class Config(KindOptions, FullOptions):
     prior_weight: float = 1.0
     """Weight of the class in the loss; the subject has weight 1. With 0 the class is generated and measured, but not
     trained on."""
-    prior_prompts: tuple[str, ...] = ()
+    prior_prompts: tuple[str, ...] | None = None
     """Further prompts, besides the class, whose images should stay as before; the class keeps half of --class-count.
-    Repeat the option for several. If class images are given, the base model generates --class-count images of these
-    prompts."""
+    Repeat the option for several; "" is none. If class images are given, the base model generates --class-count images
+    of these prompts. Unset: a dozen everyday things with --method lora, none with --method full."""
     class_images: Path | None = None
     """Folder of class images. Unset: the base model generates them."""
     class_count: int | None = None
@@ -123,6 +123,11 @@ class Config(KindOptions, FullOptions):
     save_every: int = 0
     """With --method lora: steps between adapters that are kept besides the last, to choose from, as
     OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        """An empty prompt is none: with it alone the class is all that is held."""
+        super().__post_init__()
+        object.__setattr__(self, "prior_prompts", recipe_defaults.without_empty(self.prior_prompts))
 
 
 @training_entry_point
@@ -340,7 +345,7 @@ def refuse_idle(config: Config) -> None:
         checks.only_with(config, needed, "class_images", "prior_weight")
     if config.prior != "pictures":
         checks.only_with(config, "--prior pictures", "class_count")
-    elif config.class_images is not None and not config.prior_prompts:
+    elif config.class_images is not None and not preserved_things(config):
         checks.only_with(config, "--prior-prompts beside --class-images", "class_count")
     if config.instance_prompt and config.identifier not in config.instance_prompt:
         checks.only_with(config, "it in --instance-prompt", "identifier")
@@ -350,6 +355,15 @@ def refuse_idle(config: Config) -> None:
         checks.only_with(config, "--method lora", *of_lora, "save_every", "quantize", *of_kind)
         if config.save != "lora":
             checks.only_with(config, "--method lora or --save lora", "rank")
+
+
+def preserved_things(config: Config) -> tuple[str, ...]:
+    """The further prompts whose images stay as before: those that are named, or of a LoRA everyday things."""
+    if config.prior_prompts is not None:
+        return config.prior_prompts
+    if (run := recipe_defaults.of_run(config)) is not None:
+        return tuple(run.get("prior_prompts", ()))
+    return recipe_defaults.EVERYDAY_THINGS if config.method == "lora" and config.prior != "none" else ()
 
 
 def check_words(config: Config) -> None:
@@ -386,7 +400,8 @@ def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) ->
     if config.method == "full" and (config.save != "lora" or config.keep_energy is not None):
         unused.add("rank")
     given = {name: getattr(config, name) for name in unused}
-    config, filled = config_defaults.resolve(config, base, examples, processes, **defaults)
+    things = preserved_things(config)
+    config, filled = config_defaults.resolve(config, base, examples, processes, prior_prompts=things, **defaults)
     values = given | {"save": config.save or ("folder" if config.method == "full" else "lora")}
     if config.method == "lora":
         values |= config_defaults.scale_defaults(config)
@@ -413,7 +428,7 @@ def read_examples(config: Config, subject: Subject) -> ExampleSet:
             f"--class-images and the sources of {config.images} with class = true are both images of the class; give "
             "one of them."
         )
-    if folder.in_group("class") and config.prior == "pictures" and not config.prior_prompts:
+    if folder.in_group("class") and config.prior == "pictures" and not preserved_things(config):
         checks.only_with(config, "--prior-prompts beside images of the class", "class_count")
     if config.instance_prompt:
         return with_caption(folder, config.instance_prompt)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.training import checks, config_defaults
+from sfumato.training import checks, config_defaults, recipe_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import FullOptions
 from sfumato.utils.formatting import pluralize
@@ -51,8 +51,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class Config(FullOptions):
     """Fine-tune the whole U-Net on images and their captions: a style, or a domain of hundreds of images.
 
-    Example: `sfumato train finetune trainers/configs/finetune-style.toml --images datasets/line-style --output runs/me`
+    Example: `sfumato train finetune --images datasets/line-style --output runs/me`
     """
+
+    caption: str | None = None
+    """Template for captions, such as "{caption}, {trigger} style"; {caption} is the image's own caption, or its file
+    name. Unset: "{caption}"."""
+    flip: bool | None = None
+    """Mirror half of the samples. Not for faces, letters, or anything else with a left and a right. Unset: they are
+    mirrored."""
 
     inpainting: bool = False
     """Make an inpainting model of the base model: its U-Net gets inputs for the mask and for what the mask leaves of an
@@ -220,7 +227,9 @@ def check(config: Config) -> None:
 
 def read_examples(config: Config) -> ExampleSet:
     """Read the images and captions. Raises ConfigError for a --prior-weight of no class."""
-    examples = config.read_examples()
+    run = recipe_defaults.of_run(config)
+    is_named = config.caption is None and (run is None or run.get("caption") == recipe_defaults.NAMED)
+    examples = recipe_defaults.read_named(config) if is_named else config.read_examples()
     if config.prior_weight is not None and not examples.in_group("class"):
         raise ConfigError(
             "--prior-weight is for images of a class; give these in a dataset.toml, with class = true, or leave it out."
@@ -236,6 +245,8 @@ def resolve(config: Config, base: Base, examples: ExampleSet, processes: int) ->
         defaults["batch"] = max(1, defaults["batch"] // 2)
     extracts_by_rank = config.save == "lora" and config.keep_energy is None
     rank = config.rank
+    run = recipe_defaults.of_run(config) or {"caption": recipe_defaults.NAMED, "flip": True}
+    defaults |= {"caption": run.get("caption"), "flip": run.get("flip")}
     config, filled = config_defaults.resolve(config, base, examples, processes, **defaults)
     values: dict[str, Any] = {"save": config.save or "folder"}
     if not extracts_by_rank:

@@ -29,9 +29,10 @@ from sfumato.adapters.embeddings.tokens import (
 )
 from sfumato.config import parse
 from sfumato.errors import ConfigError
-from sfumato.training import checks, config_defaults
+from sfumato.training import checks, config_defaults, recipe_defaults
 from sfumato.training.entry_point import training_entry_point
 from sfumato.training.options import KindOptions, TrainerOptions
+from sfumato.training.recipe_defaults import Learned
 from sfumato.utils.formatting import pluralize
 from sfumato.utils.limits import checked_adapter_guidance
 
@@ -49,17 +50,31 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(KindOptions, TrainerOptions):
-    """Train a LoRA on the cross-attention of the U-Net, or on more of it.
+    """Train a LoRA: a style, a subject or a new word, in a file of a few megabytes.
 
-    Example: `sfumato train lora trainers/configs/lora-style.toml --images datasets/line-style --output runs/line`
+    A style: `sfumato train lora --images datasets/line-style --output runs/line`
+
+    A subject: `sfumato train lora --images datasets/flamingo --trigger "sks flamingo" --output runs/flamingo`
     """
+
+    learn: Learned | None = None
+    """What is learned, and so what the options that are unset become: style, subject, word, or plain (cross-attention
+    alone, and no further choices). Unset: word with --train-words, subject with --trigger or --prior-prompts, else
+    style."""
+    caption: str | None = None
+    """Template for captions, such as "{caption}, {trigger} style"; {caption} is the image's own caption, or its file
+    name. Unset: of a style "{caption}", else the image's own caption alone."""
+    flip: bool | None = None
+    """Mirror half of the samples. Not for faces, letters, or anything else with a left and a right. Unset: a style is
+    mirrored."""
 
     rank: int | None = None
     """LoRA rank: the inner dimension of each update B A. A higher rank holds more. With --algo lokr it is the rank of
-    the large factor, which becomes a full matrix from half of its longer side on. Unset: the base family's default."""
+    the large factor, which becomes a full matrix from half of its longer side on. Unset: 16, or 32 for a style on
+    pocket."""
     alpha: float | None = None
-    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1; with --rank-stabilised, the
-    value that gives a scale of 1 at the base family's default rank."""
+    """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1, or twice the rank for a
+    style on pocket; with --rank-stabilised, the value that gives that scale at the base family's default rank."""
     conv_rank: int | None = None
     """Rank for convolutions larger than 1x1, where --conv or --targets adapts them; sd-scripts calls it conv_dim.
     Unset: --rank."""
@@ -71,10 +86,10 @@ class Config(KindOptions, TrainerOptions):
     loraplus_ratio: float = 1.0
     """LoRA+ (Hayou et al. 2024), for --algo lora: B's learning rate divided by A's. B starts at zero. 2 to 16 learns
     sooner and wants a lower --learning-rate; 1 turns it off."""
-    targets: str = "cross-attention"
+    targets: str | None = None
     """Layers to adapt: cross-attention, attention, attention+mlp, transformers (attention, MLP and the projections
     around them, as in sd-scripts), everything (all layers of the U-Net's blocks), or a regular expression over module
-    names."""
+    names. Unset: everything on pocket, transformers elsewhere."""
     conv: bool = False
     """Also adapt the convolutions of the U-Net's blocks. --targets everything includes them already."""
     train_text_encoder: bool = False
@@ -100,7 +115,7 @@ class Config(KindOptions, TrainerOptions):
     bundle: bool = False
     """Save new words in the adapter's file instead of in files beside it. A1111 finds them there; ComfyUI finds them if
     a copy of the file is among its embeddings. Forge generates without them, and diffusers refuses the file."""
-    prior_prompts: tuple[str, ...] = ()
+    prior_prompts: tuple[str, ...] | None = None
     """Prior preservation, as in DreamBooth: prompts whose images should stay as the base model generates them. Each
     training batch is joined by one of the same size for these prompts, whose target is the frozen base model's
     prediction. Repeat the option for several. It helps a subject, not a style. An unset --batch is then half of its
@@ -109,7 +124,7 @@ class Config(KindOptions, TrainerOptions):
     prior_weight: float | None = None
     """Weight of the prior-preservation samples in the loss; the training images have weight 1. If there are both
     prompts and class images, each kind has half of it. Unset: 1."""
-    crossed_share: float = 0.0
+    crossed_share: float | None = None
     """For a style: blend the noisy input of this share of the samples with the base model's own version of the image,
     while the target stays the image. The adapter meets such inputs when it generates something it was not trained on.
     Only samples at the noisier seven tenths of the timesteps take part, and the share is of these. The base model
@@ -117,14 +132,14 @@ class Config(KindOptions, TrainerOptions):
     init_from: Path | None = None
     """Start from this adapter instead of from scratch. It must have the same targets and ranks. If its file has new
     words that --train-words names, these start from there, too."""
-    adapter_guidance: float = 0.0
+    adapter_guidance: float | None = None
     """Adapter guidance: how often the adapter's change of the U-Net counts when generating. Sample images use it, and
     the file asks for it (see sfumato generate --adapter-guidance). A style gains by 2; 0 suits a subject."""
     over_steps: str | None = None
     """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
     Sample images use it, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base model alone
     takes the last steps, in the style that the prompt names. Unset: the steps that were trained, see --min-timestep."""
-    own_negative: bool = False
+    own_negative: bool | None = None
     """For a subject: if a prompt contains the trigger or new words and more, use these words as its negative prompt.
     Sample images use it, and the file asks for it (see sfumato generate --negative). Guidance then amplifies what the
     prompt says besides the subject, such as a style that no training image shows. The subject itself looks a little
@@ -134,6 +149,11 @@ class Config(KindOptions, TrainerOptions):
     its new words; 0 keeps only the last."""
     save_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Number format of the adapter's file. Unset: fp32 on pocket, fp16 elsewhere."""
+
+    def __post_init__(self) -> None:
+        """An empty prompt is none: with it alone nothing is held."""
+        super().__post_init__()
+        object.__setattr__(self, "prior_prompts", recipe_defaults.without_empty(self.prior_prompts))
 
 
 @training_entry_point
@@ -279,16 +299,18 @@ def check(config: Config) -> None:
     checks.check_kind(config)
     if not config.train_text_encoder:
         checks.only_with(config, "--train-text-encoder", "text_learning_rate")
-    checked_adapter_guidance(config.adapter_guidance)
+    checked_adapter_guidance(config.adapter_guidance or 0.0)
     check_words(config)
 
 
 def check_words(config: Config) -> None:
     """Refuse new words, or options of new words, that make no sense."""
-    for prompt in config.prior_prompts:
+    for prompt in config.prior_prompts or ():
         if new := [word for word in config.train_words if contains_placeholder(word, prompt)]:
             raise ConfigError(f"--prior-prompts {prompt!r} holds {new[0]}, which the base does not know; leave it out.")
     count = len(config.train_words)
+    if config.learn == "word" and not count:
+        raise ConfigError("--learn word wants the new word; name it with --train-words, such as <otter>.")
     if not count:
         of_words = ("stands_for", "initial_words", "word_vectors", "word_learning_rate", "words_first", "bundle")
         checks.only_with(config, "--train-words", *of_words)
@@ -318,8 +340,17 @@ def resolve(
 
     kinds: number of kinds of samples that share a step: the training images, class images, prior prompts.
     """
+    family, learned = base.family.name, recipe_defaults.learned_by(config)
+    recipe = recipe_defaults.lora_defaults(learned, family)
+    if recipe["crossed_share"] and not _may_cross(config, base, examples):
+        recipe["crossed_share"] = 0.0
+    if config.prior_prompts is None and recipe["prior_prompts"]:
+        kinds += 1
     share = {"batch": max(1, base.defaults.batch // kinds)} if kinds > 1 else {}
-    config, filled = config_defaults.resolve(config, base, examples, processes, **share)
+    config, filled = config_defaults.resolve(config, base, examples, processes, **recipe, **share)
+    if config.learn is None and learned:
+        config = dataclasses.replace(config, learn=learned)
+        filled = ["learn", *(name for name in filled if not recipe_defaults.is_plain(config, name))]
     if config.crossed_share and not config.resume:
         from sfumato.training.loss.crossed_samples import first_timestep
 
@@ -329,7 +360,8 @@ def resolve(
                 f"--crossed-share {config.crossed_share:g}: samples are crossed from timestep {first} on, and "
                 f"--max-timestep {timesteps.stop} leaves none; give --crossed-share 0, or more timesteps."
             )
-    alpha = math.sqrt(base.defaults.rank) if config.rank_stabilised else None
+    scale = recipe_defaults.style_scale(learned, family)
+    alpha = scale * (math.sqrt(base.defaults.rank) if config.rank_stabilised else config.rank)
     values = config_defaults.scale_defaults(config, alpha, rank_stabilised=config.rank_stabilised)
     if kinds > 1:
         values["prior_weight"] = 1.0 if config.prior_weight is None else config.prior_weight
@@ -352,6 +384,16 @@ def resolve(
     return dataclasses.replace(config, **values), filled
 
 
+def _may_cross(config: Config, base: Base, examples: ExampleSet) -> bool:
+    """Whether samples can be crossed where nobody asked for it: the base draws each view once, and some timesteps are
+    noisy enough."""
+    from sfumato.training.loss.crossed_samples import first_timestep
+
+    crops = {config.crop, *(example.options.crop for example in examples)}
+    stop = config.max_timestep
+    return "random" not in crops and (stop is None or stop > first_timestep(base)) and not base.inpaints
+
+
 def written(config: Config) -> list[str]:
     """The names of what is written into the run's folder, besides what every run writes."""
     words = () if config.bundle else config.train_words
@@ -364,8 +406,13 @@ def read_examples(config: Config) -> ExampleSet:
     from sfumato.data.folder import unused_trigger_note
     from sfumato.data.placeholder_captions import insert_placeholders
 
-    examples = config.read_examples(words=config.stands_for or config.train_words)
-    if config.prior_weight is not None and not (config.prior_prompts or examples.in_group("class")):
+    learned, words = recipe_defaults.learned_by(config), config.stands_for or config.train_words
+    if learned == "style" and config.caption is None:
+        examples = recipe_defaults.read_named(config, words=words)
+    else:
+        examples = config.read_examples(words=words)
+    held = config.prior_prompts or (config.prior_prompts is None and learned == "subject")
+    if config.prior_weight is not None and not (held or examples.in_group("class")):
         raise ConfigError(
             "--prior-weight is for what shall draw as before; name it with --prior-prompts, or give images of it in "
             "a dataset.toml, with class = true."

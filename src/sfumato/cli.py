@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
@@ -27,10 +28,10 @@ from sfumato.utils.processes import ignore_broken_pipes
 from sfumato.utils.text_files import read_json_object
 
 TRAINERS = {
-    "dreambooth": "a subject bound to a rare word, in the whole U-Net or a LoRA; the class is preserved",
-    "finetune": "a style or a domain in all weights of the U-Net, from images and their captions",
+    "lora": "a style or a subject as a LoRA: a file of a few megabytes",
+    "dreambooth": "a subject bound to a rare word, as a LoRA or in the whole U-Net; its class is preserved",
     "textual_inversion": "a new word of one to sixteen embedding vectors, and nothing else",
-    "lora": "a style or a subject as a LoRA on the U-Net's cross-attention, or on more: a few megabytes",
+    "finetune": "a style or a domain in all weights of the U-Net, from images and their captions",
     "slider": "a LoRA whose weight moves images between two ends, which prompts or pairs of images give",
     "lcm": "an adapter with which a base model draws in four steps instead of 30 or so (LCM-LoRA)",
     "dpo": "an adapter that draws more like the preferred ones of pairs of images (Diffusion-DPO)",
@@ -39,26 +40,40 @@ TRAINERS = {
     "self_play": "the U-Net of a small base model, to tell real images from its own",
 }
 PIPELINES = {
-    "teach": ("sfumato.pipelines.teach", "learn a style, a subject or a word from pictures and a name; begin here"),
-    "check": ("sfumato.pipelines.check", "report what training will see in a folder of images, and what is wrong"),
-    "memory": ("sfumato.pipelines.memory", "how much memory training and generating take, before anything is loaded"),
+    "teach": ("sfumato.pipelines.teach", "learn a style, a subject or a word from pictures and a name"),
+    "quickstart": ("sfumato.pipelines.quickstart", "learn a style and a subject, mix them, make a sheet"),
+    "check": ("sfumato.pipelines.check", "what training will see in a folder of images, and what is wrong"),
+    "memory": ("sfumato.pipelines.memory", "how much memory training and generating take"),
     "caption": ("sfumato.pipelines.caption", "write captions for images that have none"),
-    "dataset": ("sfumato.pipelines.dataset_config", "convert another tool's data set config to a dataset.toml"),
-    "recipe": ("sfumato.pipelines.recipe", "convert another tool's training to a config of a trainer"),
+    "runs": ("sfumato.pipelines.runs", "compare trainings: steps, measurements, settings, samples"),
+    "ask": ("sfumato.pipelines.ask", "ask a training under way for samples, its adapter so far, or to end"),
     "generate": ("sfumato.pipelines.generate", "make images with any base model and any mix of adapters"),
-    "grid": ("sfumato.pipelines.grid", "make an XY plot over weights, prompts, adapters or seeds, to compare images"),
-    "inspect": ("sfumato.pipelines.inspect_file", "show what a weight file contains, without loading it"),
-    "verify": ("sfumato.pipelines.verify", "verify that a file is complete, or the same adapter as another"),
-    "convert": ("sfumato.pipelines.convert", "rewrite an adapter in another tool's file format"),
+    "grid": ("sfumato.pipelines.grid", "compare images in an XY plot over weights, prompts, adapters or seeds"),
     "merge": ("sfumato.pipelines.merge", "combine adapters into one file, or bake them into a checkpoint"),
     "clash": ("sfumato.pipelines.clash", "show where adapters conflict, from their files alone"),
     "extract": ("sfumato.pipelines.extract", "make an adapter from a fine-tuned model and its base model"),
     "resize": ("sfumato.pipelines.resize", "reduce the rank of a LoRA"),
-    "ask": ("sfumato.pipelines.ask", "ask a training under way for samples, its adapter so far, or to end"),
-    "runs": ("sfumato.pipelines.runs", "compare trainings: steps, measurements, settings, and what they draw"),
-    "env": ("sfumato.pipelines.env", "show versions, extras, devices, and the precision that follows from them"),
-    "quickstart": ("sfumato.pipelines.quickstart", "the main job: learn a style and a subject, mix them, make a sheet"),
+    "inspect": ("sfumato.pipelines.inspect_file", "show what a weight file contains, without loading it"),
+    "verify": ("sfumato.pipelines.verify", "whether a file is complete, or the same adapter as another"),
+    "env": ("sfumato.pipelines.env", "show versions, extras, devices and the precision that follows"),
+    "convert": ("sfumato.pipelines.convert", "rewrite an adapter in another tool's file format"),
+    "dataset": ("sfumato.pipelines.dataset_config", "convert another tool's data set config"),
+    "recipe": ("sfumato.pipelines.recipe", "convert another tool's training config"),
 }
+"""Command -> (module, what it does). The help has them in the groups of `GROUPS`."""
+_OTHERS = {
+    "resume": "go on with a training that was stopped",
+    "ls, cp": "where the programs' files are; copy one, to change it (sfumato cp lora mine.py)",
+}
+GROUPS = {
+    "teach": ("teach", "quickstart"),
+    "train": ("resume", "check", "memory", "caption", "runs", "ask", "ls, cp"),
+    "draw": ("generate", "grid"),
+    "mix": ("merge", "clash", "extract", "resize"),
+    "look": ("inspect", "verify", "env"),
+    "convert": ("convert", "dataset", "recipe"),
+}
+"""What one wants -> the commands for it. A command that is not there yet is left out."""
 
 Main = Callable[[Sequence[str]], object]
 _SHORT = {
@@ -70,25 +85,34 @@ _SHORT = {
 
 
 def usage() -> str:
-    """The text of `sfumato --help`."""
+    """The text of `sfumato --help`, which fits a screen of 25 lines."""
     lines = [
         "Teach a Stable Diffusion model a style or a subject from a dozen images, and mix what was learned.",
-        "",
-        "Usage: sfumato COMMAND [OPTIONS]          every command answers --help",
-        "",
-        "  train NAME    train; NAME is one of",
-        *(f"    {name:<19}{text}" for name, text in TRAINERS.items()),
-        *(f"  {name:<14}{text}" for name, (_, text) in PIPELINES.items()),
-        "  resume RUN    go on with a training that was stopped",
-        "  ls            the programs and where their files are",
-        "  cp NAME FILE  copy a program, to change it; the copy runs",
-        "",
-        "Examples:",
-        "  sfumato quickstart",
-        "  sfumato train lora trainers/configs/lora-style.toml --images datasets/line-style --output runs/line",
-        "  sfumato generate crab --lora runs/line/line.safetensors:0.8 --seed 7 -o crab.png",
+        "Usage: sfumato COMMAND [OPTIONS]; every COMMAND answers --help, as does sfumato train NAME.",
     ]
+    texts = _OTHERS | {name: text for name, (_, text) in PIPELINES.items()}
+    for title, names in GROUPS.items():
+        rows = [(name, texts[name]) for name in names if name in texts]
+        if title == "train":
+            trainers = textwrap.wrap(", ".join(TRAINERS), 78)
+            rows = [*zip(["train NAME", *[""] * (len(trainers) - 1)], trainers, strict=True), *rows]
+        lines += [
+            f"{title if not place else '':<8} {name:<11} {text}".rstrip() for place, (name, text) in enumerate(rows)
+        ]
     return "\n".join(lines)
+
+
+def usage_of_train() -> str:
+    """The text of `sfumato train --help`."""
+    return "\n".join(
+        [
+            "Usage: sfumato train NAME [CONFIG.toml] [OPTIONS]     sfumato train NAME --help has the options",
+            "",
+            *(f"  {name:<19}{text}" for name, text in TRAINERS.items()),
+            "",
+            "Example: sfumato train lora --images datasets/line-style --output runs/line",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,7 +303,7 @@ def _on_file(error: OSError) -> str:
 
 def _dispatch(words: Sequence[str]) -> object:
     command, rest = (words[0], list(words[1:])) if words else ("help", [])
-    if command in ("--help", "-h", "help"):
+    if command in ("--help", "-h", "help", "--help-all"):
         return _say(usage())
     if command == "--version":
         return _say(sfumato.__version__)
@@ -303,8 +327,8 @@ def _train(words: list[str]) -> object:
     """Run a trainer by its name."""
     if not words:
         raise ConfigError(f"train wants a trainer: {', '.join(TRAINERS)}. sfumato train lora --help has its options.")
-    if words[0] in ("--help", "-h"):
-        return _say(usage())
+    if words[0] in ("--help", "-h", "--help-all"):
+        return _say(usage_of_train())
     return _load(find(words[0], TRAINERS))(words[1:])
 
 

@@ -24,6 +24,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from sfumato.errors import ConfigError, did_you_mean
+from sfumato.utils import option_groups
 from sfumato.utils.formatting import option_flag, quote_argument, truncate_text
 from sfumato.utils.option_names import suggest_option, suggest_value
 from sfumato.utils.text_files import check_toml_path, read_toml
@@ -44,10 +45,13 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
 
     program: the words after `sfumato`; or a module, told by the dot in its name, which is run by `python -m`.
     first_may_be_config: not where a first argument that ends in .toml is a data set.
-    `--help` prints the fields and raises SystemExit(0). Raises ConfigError, one line, for anything that does not fit.
+    `--help` prints the fields that most need, `--help-all` all of them; both raise SystemExit(0). Raises ConfigError,
+    one line, for anything that does not fit.
     """
     import cyclopts
 
+    is_full = "--help-all" in argv
+    argv = ["--help"] if is_full else argv
     file, rest = split_off_file(list(argv), first_may_be_config=first_may_be_config)
     file = _shipped_instead(file)
     called = f"python -m {program}" if "." in program else f"sfumato {program}"
@@ -58,7 +62,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, program: str, first
             in_file.pop(other, None)
     _refuse_fractions(config_type, rest, called)
     _refuse_empty_paths(config_type, rest, called)
-    app = _app(config_type, called, in_file, first_may_be_config=first_may_be_config)
+    app = _app(config_type, called, in_file, first_may_be_config=first_may_be_config, is_full=is_full)
     try:
         config = app(rest, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
@@ -80,13 +84,23 @@ def _refuse_config_of_others(config_type: type[DataclassInstance], first: str) -
 
 
 def _app(
-    config_type: type[DataclassInstance], called: str, in_file: dict[str, Any], *, first_may_be_config: bool
+    config_type: type[DataclassInstance],
+    called: str,
+    in_file: dict[str, Any],
+    *,
+    first_may_be_config: bool,
+    is_full: bool = False,
 ) -> cyclopts.App:
-    """What reads options into the config. in_file: the values that a TOML file gives."""
+    """What reads options into the config. in_file: the values that a TOML file gives. is_full: whether `--help` shows
+    all options."""
     import cyclopts
 
-    panels = _panels(config_type, called.split()[-1])
+    program = called.removeprefix("sfumato ")
+    names = [field.name for field in dataclasses.fields(config_type)]
+    panels = panels_of(config_type, program)
+    places = {name: place for place, name in enumerate(panels)}
     titles = list(dict.fromkeys(panels.values()))
+    shown = names if is_full else option_groups.shown(program, names)
     positional = [field.name for field in dataclasses.fields(config_type) if not field.kw_only]
 
     class App(cyclopts.App):
@@ -102,16 +116,22 @@ def _app(
                 if title := panels.get(name):
                     group = cyclopts.Group(title, sort_key=titles.index(title))
                     more = cyclopts.Parameter.combine(more, cyclopts.Parameter(group=group))
+                if name in names and name not in shown:
+                    more = cyclopts.Parameter.combine(more, cyclopts.Parameter(show=False))
                 argument.parameter = cyclopts.Parameter.combine(argument.parameter, more)
                 if _KINDS_OF_ADAPTER in (text := argument.parameter.help or ""):
                     filled = cyclopts.Parameter(help=text.replace(_KINDS_OF_ADAPTER, _about_kinds()))
                     argument.parameter = cyclopts.Parameter.combine(argument.parameter, filled)
+            if options:  # for --help, in the order of the panels
+                last = len(places)
+                arguments.sort(key=lambda each: places.get(each.name.removeprefix("--").replace("-", "_"), last))
             return arguments
 
     app = App(
         name=called,
         help=config_type.__doc__,
         help_format="markdown",
+        help_epilogue=_epilogue(program, is_short=len(shown) < len(names)),
         version_flags=[],
         default_parameter=cyclopts.Parameter(negative_iterable=()),
         result_action="return_value",
@@ -142,11 +162,14 @@ def _about_kinds() -> str:
     return " ".join(f"{algo}: {kind.about}." for algo, kind in trained_kinds().items())
 
 
-def _panels(config_type: type[DataclassInstance], program: str) -> dict[str, str]:
-    """Field -> the heading under which `--help` has it, in order: what must be given, what is the program's own, and
-    the groups of options that it inherits, each under its docstring. Empty where nothing is inherited."""
-    groups = [group for group in config_type.__mro__[:-1] if dataclasses.is_dataclass(group)]
+def panels_of(config_type: type[DataclassInstance], program: str) -> dict[str, str]:
+    """Field -> the heading under which `--help` has it, in order: by the tables of `option_groups`; where these lack
+    the program, what must be given, the program's own, and the groups of options that it inherits, each under its
+    docstring. Empty where nothing is inherited."""
     fields = {field.name: field for field in dataclasses.fields(config_type)}
+    if found := option_groups.grouped(program, list(fields)):
+        return {name: title for title, names in found.items() for name in names}
+    groups = [group for group in config_type.__mro__[:-1] if dataclasses.is_dataclass(group)]
     own: dict[type, list[str]] = {}
     for group in reversed(groups):  # an inherited field is that of the first that has it
         known = {name for names in own.values() for name in names}
@@ -156,9 +179,59 @@ def _panels(config_type: type[DataclassInstance], program: str) -> dict[str, str
     panels = {name: "Needed" for name, field in fields.items() if not _has_default(field)}
     for group in groups:
         names = own[group]
-        title = f"Of {program}" if group is config_type else (group.__doc__ or group.__name__).partition("\n")[0]
+        title = f"Of {program.split()[-1]}" if group is config_type else (group.__doc__ or "").partition("\n")[0]
         panels |= {name: title.rstrip(".") for name in names if name not in panels}
     return panels
+
+
+@dataclass(frozen=True)
+class Described:
+    """An option for its page. name: as it is typed. group: its heading. kind: what it takes."""
+
+    name: str
+    group: str
+    kind: str
+    default: Any
+    text: str
+
+
+def described(config_type: type[DataclassInstance], program: str) -> list[Described]:
+    """The options of a program with the texts of `--help-all`, in its order."""
+    app = _app(config_type, f"sfumato {program}", {}, first_may_be_config=True, is_full=True)
+    panels = panels_of(config_type, program)
+    hints, fields = _hints(config_type), {field.name: field for field in dataclasses.fields(config_type)}
+    found = []
+    for argument in app.assemble_argument_collection(parse_docstring=True):
+        name = argument.name.removeprefix("--").replace("-", "_")
+        if (field := fields.get(name)) is None:  # the config itself
+            continue
+        default = None if field.default is dataclasses.MISSING else _plain(field.default)
+        kind = ("" if _has_default(field) else "required, ") + _named(hints[name])
+        found.append(
+            Described(argument.name, panels.get(name, "Options"), kind, default, argument.parameter.help or "")
+        )
+    return found
+
+
+def _named(hint: Any) -> str:
+    """What a field takes, for people."""
+    inner = [each for each in typing.get_args(hint) if each not in (type(None), ...)]
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if origin is tuple:
+        return f"{_named(inner[0])}, several"
+    if inner:
+        return _named(inner[0])
+    return {bool: "flag", int: "whole number", float: "number", str: "text", Path: "path"}.get(hint, str(hint))
+
+
+def _epilogue(program: str, *, is_short: bool) -> str | None:
+    """What a help ends with; nothing for a program of another's."""
+    if program.startswith("python "):
+        return None
+    page = f"{option_groups.DOCS}/{option_groups.page(program)}"
+    return f"All options: sfumato {program} --help-all, or {page}" if is_short else f"As a page: {page}"
 
 
 _WANTED: Mapping[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false"}

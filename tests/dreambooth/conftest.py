@@ -11,7 +11,14 @@ def train(pocket_folder, pictures, tmp_path):
     """Train with these options on the tiny base; returns what was learned."""
 
     def run(name="run", *options, base=pocket_folder, status=0):
-        words = {"--images": pictures, "--output": tmp_path / name, "--base": base, "--class-name": CLASS}
+        words = {
+            "--method": "full",
+            "--prior-prompts": "",
+            "--images": pictures,
+            "--output": tmp_path / name,
+            "--base": base,
+            "--class-name": CLASS,
+        }
         words |= {"--instance-prompt": PROMPT, "--steps": STEPS, "--batch": 2, "--learning-rate": "1e-3", "--rank": 2}
         words |= {"--sample-every": 0, "--measure-every": 0, "--checkpoint-every": 0}
         words |= {"--class-count": 3, "--class-cache": tmp_path / "class"}

@@ -68,7 +68,7 @@ def train(pocket_folder, pictures, tmp_path):
         words += ["--identifier", "zwx", "--method", "lora", "--rank", "2", "--steps", STEPS, "--batch", BATCH]
         words += ["--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0"]
         words += ["--shuffle-tags", "--keep-tags", "1", "--tag-dropout", "0.4", "--caption-dropout", "0.3", *options]
-        assert cli.main(["train", "dreambooth", *map(str, words)]) == 0
+        assert cli.main(["train", "dreambooth", "--prior-prompts", "", *map(str, words)]) == 0
 
     return run
 
@@ -141,6 +141,6 @@ def test_sdxls_zeros_for_no_prompt_are_learned_with_and_without_the_text_encoder
         words += ["--prior", "none", "--method", "lora", "--rank", "1", "--targets", "cross-attention", "--steps", "1"]
         words += ["--batch", "2", "--resolution", "64", "--caption-dropout", "0.99", "--sample-every", "0"]
         words += ["--measure-every", "0", "--checkpoint-every", "0", "--precision", "fp32", *more]
-        assert cli.main(["train", "dreambooth", *map(str, words)]) == 0
+        assert cli.main(["train", "dreambooth", "--prior-prompts", "", *map(str, words)]) == 0
         losses.append(log_in(tmp_path / name)[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -23,7 +23,7 @@ def train(pocket_folder, pictures, tmp_path):
 
     def run(*options, images=pictures, status=0, quiet=QUIET):
         words = ["--images", images, "--output", tmp_path / "run", "--base", pocket_folder, "--class-name", "square"]
-        words += ["--batch", "2", *quiet, *options]
+        words += ["--prior-prompts", "", "--batch", "2", *quiet, *options]
         assert cli.main(["train", "dreambooth", *map(str, words)]) == status
         return tmp_path / "run"
 

@@ -106,7 +106,7 @@ def test_the_mean_of_the_weights_is_what_is_saved(train):
 def test_two_processes_draw_one_class_and_give_the_result_of_one(train, pocket_folder, pictures, tmp_path):
     """Two CPU processes: one global batch of 4, to rounding."""
     one = train("one", "--batch", "4", "--method", "lora", "--save", "lora", "--precision", "fp32")
-    words = ["train", "dreambooth", "--images", str(pictures), "--output", str(tmp_path / "two")]
+    words = ["train", "dreambooth", "--prior-prompts", "", "--images", str(pictures), "--output", str(tmp_path / "two")]
     words += ["--base", str(pocket_folder), "--class-name", CLASS, "--instance-prompt", PROMPT, "--steps", str(STEPS)]
     words += ["--batch", "2", "--learning-rate", "1e-3", "--rank", "2", "--method", "lora", "--class-count", "3"]
     words += ["--sample-every", "0", "--measure-every", "2", "--precision", "fp32"]

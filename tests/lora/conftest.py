@@ -11,7 +11,14 @@ def train(pocket_folder, pictures, tmp_path):
 
     def run(name="run", *options, base=pocket_folder):
         words = {"--images": str(pictures), "--output": str(tmp_path / name), "--base": str(base)}
-        words |= {"--caption": "{caption}", "--steps": "4", "--batch": "2", "--rank": "2", "--learning-rate": "1e-2"}
+        words |= {
+            "--caption": "{caption}",
+            "--learn": "plain",
+            "--steps": "4",
+            "--batch": "2",
+            "--rank": "2",
+            "--learning-rate": "1e-2",
+        }
         words |= {"--sample-every": "0", "--measure-every": "0", "--checkpoint-every": "0"}
         given = list(options)
         known = ("--train-text-encoder", "--overwrite", "--gradient-checkpointing", "--own-negative")

@@ -22,7 +22,7 @@ def test_a_rank_stabilised_scale_is_1_at_the_familys_rank(tmp_path):
     family = FAMILIES["sd1"]
     base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
     for rank, stabilised, alpha in ((None, True, 4), (64, True, 4), (64, False, 64)):
-        config = Config(images=tmp_path, output=tmp_path, rank=rank, rank_stabilised=stabilised)
+        config = Config(images=tmp_path, output=tmp_path, learn="plain", rank=rank, rank_stabilised=stabilised)
         assert resolve(config, base, data.ExampleSet(()), 1, kinds=1)[0].alpha == alpha
 
 
@@ -37,7 +37,7 @@ def test_unset_convolutions_have_the_rank_and_the_scale_of_the_other_layers(tmp_
         ({"conv_alpha": 1.0}, (16, 1.0)),
         ({"conv_rank": 4, "rank_stabilised": True}, (4, 8.0)),
     ):
-        config = Config(images=tmp_path, output=tmp_path, alpha=8.0, **options)
+        config = Config(images=tmp_path, output=tmp_path, learn="plain", alpha=8.0, **options)
         config = resolve(config, base, data.ExampleSet(()), 1, kinds=1)[0]
         assert (config.conv_rank, config.conv_alpha) == wanted
 

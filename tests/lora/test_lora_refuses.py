@@ -64,7 +64,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 )
 def test_wrong_use_is_one_line_and_leaves_no_adapter(options, said, pocket_folder, pictures, tmp_path, capsys):
     words = {"--images": str(pictures), "--output": str(tmp_path / "run"), "--base": str(pocket_folder)}
-    words |= {"--caption": "{caption}", "--steps": "2", "--sample-every": "0"}
+    words |= {"--learn": "plain", "--caption": "{caption}", "--steps": "2", "--sample-every": "0"}
     words |= dict(zip(options[::2], options[1::2], strict=True))
     capsys.readouterr()
     assert cli.main(["train", "lora", *(word for pair in words.items() for word in pair)]) == 2
@@ -80,7 +80,7 @@ def test_a_crossing_of_no_sample_is_refused(tmp_path):
 
     family = FAMILIES["sd1"]
     base = SimpleNamespace(family=family, defaults=family.defaults, alpha_bar=range(1000))
-    config = Config(images=tmp_path, output=tmp_path, crossed_share=0.5, max_timestep=301)
+    config = Config(images=tmp_path, output=tmp_path, learn="plain", crossed_share=0.5, max_timestep=301)
     assert resolve(config, base, data.ExampleSet(()), 1, kinds=1)
     with pytest.raises(ConfigError, match="samples are crossed from timestep 300 on, and --max-timestep 300 leaves"):
         resolve(dataclasses.replace(config, max_timestep=300), base, data.ExampleSet(()), 1, kinds=1)

@@ -177,7 +177,7 @@ def test_two_processes_give_the_result_of_one(further, train, pocket_folder, pic
         with log.open("w") as said:
             code = subprocess.run(command, stdout=said, stderr=said, env=environment, timeout=300).returncode
     else:  # the same processes, which load torch once
-        code = run(["train", "lora", *words], log=log, processes=2)
+        code = run(["train", "lora", "--learn", "plain", *words], log=log, processes=2)
     assert code == 0, log.read_text()[-2000:]
     two = read_tensors(tmp_path / "two" / "two.safetensors")
     assert read_header(tmp_path / "two" / "two.safetensors").metadata["ss_total_batch_size"] == "4"
@@ -229,9 +229,12 @@ def test_with_a_prior_other_prompts_move_less(options, train):
 def test_the_priors_samples_take_half_of_the_default_batch(pocket_folder, pictures, tmp_path, capsys):
     words = ["--images", str(pictures), "--output", str(tmp_path / "run"), "--base", str(pocket_folder), "--steps", "1"]
     words += ["--sample-every", "0", "--measure-every", "0", "--checkpoint-every", "0"]
-    assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--prior-prompts", "a cat"]) == 0
+    assert (
+        cli.main(["train", "lora", "--learn", "plain", *words, "--caption", "{caption}", "--prior-prompts", "a cat"])
+        == 0
+    )
     assert "batch 4," in capsys.readouterr().err
-    assert cli.main(["train", "lora", *words, "--caption", "{caption}", "--overwrite"]) == 0
+    assert cli.main(["train", "lora", "--learn", "plain", *words, "--caption", "{caption}", "--overwrite"]) == 0
     assert "batch 8," in capsys.readouterr().err
 
 

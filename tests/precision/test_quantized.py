@@ -184,7 +184,7 @@ def asked(pocket_folder, pictures, tmp_path):
 @pytest.mark.parametrize(("name", "least", "size"), [("int8", 0.98, "one byte"), ("nf4", 0.75, "half a byte")])
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"algo": "lokr"}, {"algo": "loha"}, {"algo": "oft", "rank": 4}])
 def test_adapters_of_every_kind_learn_nearly_the_same_beside_it(kind, name, least, size, asked, tmp_path, capsys):
-    plain = lora.Config(**asked | {"rank": 2} | kind)
+    plain = lora.Config(**asked | {"learn": "plain", "rank": 2} | kind)
     ours = replace(plain, quantize=name, output=tmp_path / "ours", sample_every=3)
     whole, beside = (read_tensors(lora.train(config)) for config in (plain, ours))
     said = next(line for line in lines(capsys) if line.startswith(f"large weights    {name}"))
@@ -198,7 +198,7 @@ def test_adapters_of_every_kind_learn_nearly_the_same_beside_it(kind, name, leas
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_run_that_goes_on_has_the_same_bits_and_needs_the_same_weights(name, asked, tmp_path):
-    config = lora.Config(**asked | {"rank": 2, "quantize": name, "checkpoint_every": 1})
+    config = lora.Config(**asked | {"learn": "plain", "rank": 2, "quantize": name, "checkpoint_every": 1})
     whole = read_tensors(lora.train(config))
     again = read_tensors(lora.train(replace(config, resume=True)))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
@@ -219,7 +219,7 @@ def test_where_all_weights_learn_it_is_refused(asked):
         finetune.train(finetune.Config(**asked, quantize="int8"))
     assert str(ended.value) == said
     with pytest.raises(ConfigError, match="--quantize has no effect without --method lora"):
-        dreambooth.train(dreambooth.Config(**asked, class_name="square", quantize="int8"))
+        dreambooth.train(dreambooth.Config(**asked, class_name="square", method="full", quantize="int8"))
 
 
 # Drawing, and mixing
@@ -250,7 +250,7 @@ def test_an_image_is_drawn_nearly_as_before_and_says_so(name, most, drawn_by, tm
 @pytest.fixture
 def adapter(asked, tmp_path):
     """One of all layers, strong enough to be seen."""
-    config = lora.Config(**asked | {"rank": 2, "targets": "everything", "learning_rate": 0.05})
+    config = lora.Config(**asked | {"learn": "plain", "rank": 2, "targets": "everything", "learning_rate": 0.05})
     return lora.train(config)
 
 

@@ -21,7 +21,7 @@ def learn(pocket_folder, pictures, tmp_path, quick):
     def run(*options, status=0):
         words = ["--images", pictures, "--output", tmp_path / "run", "--base", pocket_folder, "--rank", "1"]
         words += ["--batch", "2", "--steps", "2", "--measure-every", "0", *options]
-        assert cli.main(["train", "lora", *map(str, words)]) == status
+        assert cli.main(["train", "lora", "--learn", "plain", *map(str, words)]) == status
         return tmp_path / "run"
 
     return run

@@ -46,7 +46,7 @@ def tried(config, monkeypatch, count=1, error=FULL):
         (lora.Config(**IMAGES, micro_batch=9), [CHECKPOINTED, "--micro-batch 2", "--micro-batch 1"]),
         (lora.Config(**IMAGES | {"batch": 1}), [CHECKPOINTED]),
         (dreambooth.Config(**IMAGES, method="lora"), [CHECKPOINTED, "--micro-batch 2", "--micro-batch 1"]),
-        (dreambooth.Config(**IMAGES), [CHECKPOINTED, "--fused"]),
+        (dreambooth.Config(**IMAGES, method="full"), [CHECKPOINTED, "--fused"]),
         (finetune.Config(**IMAGES), [CHECKPOINTED, "--fused"]),
         (finetune.Config(**IMAGES, fused=True), [CHECKPOINTED]),
         (finetune.Config(**IMAGES, accumulate=2), [CHECKPOINTED, "--micro-batch 2", "--micro-batch 1"]),

@@ -195,7 +195,7 @@ def test_nothing_is_learned_of_pictures_held_out(pictures, tmp_path, pocket_fold
     def train(images, name, *more):
         words = ["--images", images, "--output", tmp_path / name, "--base", pocket_folder, "--caption", "{caption}"]
         words += ["--batch", "2", "--steps", "20", "--rank", "2", "--learning-rate", "1e-2", *QUIET, *more]
-        assert cli.main(["train", "lora", *map(str, words)]) == 0
+        assert cli.main(["train", "lora", "--learn", "plain", *map(str, words)]) == 0
         return log_in(tmp_path / name)
 
     rows = train(pictures, "held", "--validation-split", "0.34")
@@ -216,16 +216,16 @@ def test_a_run_knows_the_pictures_held_out_again(pictures, tmp_path, pocket_fold
     (tmp_path / "a.toml").write_text(f'{text}[[source]]\npath = "new"\nvalidation = true\n')
     words = ["--images", tmp_path / "a.toml", "--output", tmp_path / "run", "--base", pocket_folder, "--rank", "2"]
     words += ["--batch", "2", "--steps", "2", *QUIET]
-    assert cli.main(["train", "lora", *map(str, words)]) == 0
-    assert cli.main(["train", "lora", *map(str, words), "--resume"]) == 0
+    assert cli.main(["train", "lora", "--learn", "plain", *map(str, words)]) == 0
+    assert cli.main(["train", "lora", "--learn", "plain", *map(str, words), "--resume"]) == 0
     Image.new("RGB", (64, 64), "olive").save(tmp_path / "new" / "olive-square.png")
-    assert cli.main(["train", "lora", *map(str, words), "--resume"]) == 2
+    assert cli.main(["train", "lora", "--learn", "plain", *map(str, words), "--resume"]) == 2
     assert "validation: olive-square.png is new" in capsys.readouterr().err
 
 
 def test_what_is_held_out_is_measured(pictures, tmp_path, capsys):
     words = ["--images", pictures, "--output", tmp_path / "run", "--validation-split", "0.2", "--measure-every", "0"]
-    assert cli.main(["train", "lora", *map(str, words)]) == 2
+    assert cli.main(["train", "lora", "--learn", "plain", *map(str, words)]) == 2
     assert "--validation-split holds images out to be measured, and --measure-every 0" in capsys.readouterr().err
 
 

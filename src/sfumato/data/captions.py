@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from charset_normalizer import from_bytes
 
 from sfumato.errors import ConfigError, DataError
+from sfumato.utils.formatting import quote_argument
 from sfumato.utils.text_files import bom_encoding, decode_text
 
 Alternatives = tuple["Parts", ...]
@@ -152,6 +153,11 @@ _WESTERN_SIGNS = frozenset(
 _FREQUENT = {"euc_kr": range(0xB0, 0xC9), "gb18030": range(0xB0, 0xD8), "big5": range(0xA4, 0xC7)}
 """First bytes of the letters in everyday use, which these standards sort before the rare ones: 2,350 of Korean, 3,755
 of simplified and 5,401 of traditional Chinese, the fewest first."""
+
+
+def caption_command(folder: Path) -> str:
+    """The command that writes captions into a folder of images that have none."""
+    return f"sfumato caption {quote_argument(str(folder))} --model florence-community/Florence-2-base --write"
 
 
 def read_text(path: Path, likely: str | None = None) -> tuple[str, str | None]:

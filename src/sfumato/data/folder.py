@@ -15,6 +15,7 @@ from typing import Literal, overload
 from sfumato.data import captions as wildcards
 from sfumato.data.captions import (
     METADATA_FILE,
+    caption_command,
     check_template,
     fill_template,
     first_template,
@@ -351,12 +352,13 @@ def _check_captions(examples: Sequence[Example], template: str | None, words: st
     if template is not None:
         raise DataError(f"{shown}: the caption is empty once put into {template!r}. Put words into the template.")
     own = own_name_note(folder) if folder == examples[0].path.parent else ""
-    ways = ["Write NAME.txt beside each", f'list them as "text" in {METADATA_FILE}']
+    ways = ["write NAME.txt beside each", f'list them as "text" in {METADATA_FILE}']
     ways += [f'give their source words = "{words or "a dog"}"']
     ways += [] if words is None else [f"pass {template_note(missing, examples[0].trigger, words)}"]
+    at = next(example.path.parent for example in examples if not example.caption)
     raise DataError(
-        f"{len(missing)} of {len(examples)} images have no caption: {shown}. {', '.join(ways[:-1])}, or {ways[-1]}."
-        + (f" {own}." if own else "")
+        f"{len(missing)} of {len(examples)} images have no caption: {shown}. {caption_command(at)} writes them; or "
+        f"{', '.join(ways[:-1])}, or {ways[-1]}." + (f" {own}." if own else "")
     )
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sfumato.errors import ConfigError
@@ -135,6 +136,12 @@ def _is_in(key: str, names: Mapping[str, str]) -> bool:
     return any(key in several.split() for several in names)
 
 
+_NOTHING_CHOSEN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"lora": {"learn": "plain"}, "finetune": {"flip": False}, "dreambooth": {"prior_prompts": []}}
+)
+"""What keeps our trainers from choosing what the other tool does not do."""
+
+
 @dataclass
 class Recipe:
     """told: options of our trainer that the other tool's settings say. usual: those that say what it does where
@@ -156,7 +163,7 @@ class Recipe:
     @property
     def values(self) -> dict[str, Any]:
         """All of its options."""
-        return {**self.usual, **self.told}
+        return {**_NOTHING_CHOSEN.get(self.program, {}), **self.usual, **self.told}
 
 
 def text_of(path: Path) -> str:

@@ -180,6 +180,7 @@ NEW_NAMES = {
     "merging.stored": "merging.model_weights",
     "merging.whole_model": "merging.model_weights",
     "numerals": "utils.formatting",
+    "option_groups": "utils.option_groups",
     "pocket": "models.pocket",
     "pocket.captions": "training.pretrain.dataset",
     "pocket.checks": "training.pretrain.checks",

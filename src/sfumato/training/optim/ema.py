@@ -90,7 +90,7 @@ class Ema(Addition):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's mean."""
         for place, (mean, saved) in enumerate(zip(self.mean, state["mean"], strict=True)):
-            if mean.shape != saved.shape == self.parameters[place].shape:  # an OFT's blocks, of the size that they had
+            if mean.shape != saved.shape == self.averaged[place].shape:  # an OFT's blocks, of the size that they had
                 mean = self.mean[place] = mean.new_empty(saved.shape)
             mean.copy_(saved)
         made = state.get("updates", _MANY)  # older checkpoints do not count: they go on at the whole decay
