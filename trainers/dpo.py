@@ -145,14 +145,8 @@ def train(config: Config) -> Path:
         told = reward_figures(sums, batches.global_batch)
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **told, **added.figures())
 
-    added.finish()
     path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        finish_adapter(run, config, path, learned, samples)
-    added.close()
-    run.close()
-    processes.wait()
-    return path
+    return training.end(path, lambda: finish_adapter(run, config, path, learned, samples))
 
 
 def prepare(config: Config) -> tuple[Training, Preferences, ReferenceAdapter]:
@@ -199,7 +193,7 @@ def prepare(config: Config) -> tuple[Training, Preferences, ReferenceAdapter]:
     )
     training = Training(config, processes, precision, base, run, batches, preferred, lora)
     if config.prior_prompts:
-        shared = {"order": config.seed, "pristine": before, "noising": noising}
+        shared: dict[str, Any] = {"order": config.seed, "pristine": before, "noising": noising}
         training.priors.append(BasePrediction(base, preferred, config.prior_prompts, config.seed, **shared))
     run.identify(data=preferred, partners=rejected, **begun, base=base.fingerprint())
     layers = pluralize(len(lora.layers), "adapted layer")

@@ -125,14 +125,8 @@ def train(config: Config) -> Path:
         scaler.update()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
 
-    added.finish()
     path = config.result_path()
-    if processes.is_main:
-        finish(path)
-    added.close()
-    run.close()
-    processes.wait()
-    return path
+    return training.end(path, lambda: finish(path))
 
 
 def prepare(config: Config) -> Training:
@@ -187,7 +181,7 @@ def watch(training: Training) -> Callable[[Path], None]:
     assert subjects is not None
     watched = {"drift": unrelated_to(captions)} | ({"class_drift": captions} if captions else {})
     # Nothing has been trained yet, so that the base predicts as it did before.
-    shared = {"within": training.added.applied, "modules": [trained], "held_out": training.held_out}
+    shared: dict[str, Any] = {"within": training.added.applied, "modules": [trained], "held_out": training.held_out}
     metrics = Metrics(base, dataset, watched if config.measure_every else {}, **shared)
     limit = DriftLimit(config.drift_limit, run.rows())
     samples = samples_of(config, base, trained, subjects, dataset, run, training.added)

@@ -163,14 +163,8 @@ def train(config: Config) -> Path:
         optimizer.zero_grad()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
 
-    added.finish()
     path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        save(path, config, learned, samples, run)
-    added.close()
-    run.close()
-    processes.wait()
-    return path
+    return training.end(path, lambda: save(path, config, learned, samples, run))
 
 
 def prepare(config: Config, ends: Sequence[SliderPrompts]) -> tuple[Training, SliderObjective]:
@@ -208,7 +202,7 @@ def prepare(config: Config, ends: Sequence[SliderPrompts]) -> tuple[Training, Sl
     way = way_of(config, base, ends, sets, lora)
     training = Training(config, processes, precision, base, run, batches, sets[0], lora)
     if config.prior_prompts:
-        shared = {"order": config.seed, "pristine": lora.disabled, "noising": config.noising(base)}
+        shared: dict[str, Any] = {"order": config.seed, "pristine": lora.disabled, "noising": config.noising(base)}
         training.priors.append(BasePrediction(base, sets[0], config.prior_prompts, config.seed, **shared))
     facts = {"data": sets[0], "partners": sets[1] if sets[1:] else "none"}
     run.identify(**facts, **init_from_file(config.init_from, run, base, lora), base=base.fingerprint())
