@@ -85,8 +85,8 @@ CASES: Mapping[str, Sequence[str]] = {
     ],
     "pretrain vae": [*_PRETRAIN, "--stage", "vae", "--hands-share", "0.5"],
     "pretrain unet muon": [*_PRETRAIN, "--stage", "unet", "--optimizer", "muon", "--hands-share", "0.5"],
-    "style_emphasis": _PRETRAIN,
-    "self_play": _PRETRAIN,
+    "pretrain style_emphasis": [*_PRETRAIN, "--stage", "style_emphasis"],
+    "pretrain self_play": [*_PRETRAIN, "--stage", "self_play"],
 }  # fmt: skip
 
 
@@ -138,8 +138,8 @@ def make_inputs(folder: Path) -> dict[str, list[str]]:
         "dpo": preferences,
         "dpo from an adapter": [*preferences, "--init-from", str(folder / "start.safetensors")],
         "pretrain": ["--data", str(folder / "data")],
-        "style_emphasis": ["--data", str(folder / "data"), "--base", str(base)],
-        "self_play": ["--data", str(folder / "data"), "--base", str(base)],
+        "pretrain style_emphasis": ["--data", str(folder / "data"), "--base", str(base)],
+        "pretrain self_play": ["--data", str(folder / "data"), "--base", str(base)],
         "vae": ["--vae", str(folder / "vae")],
     }
 
@@ -169,7 +169,7 @@ def command(case: str, inputs: Mapping[str, list[str]], output: Path, *more: str
             at = words.index(option)
             del words[at : at + 2]
     vae = inputs["vae"] if "unet" in case.split() else []
-    makes_a_base = program in ("pretrain", "style_emphasis", "self_play")
+    makes_a_base = program == "pretrain"
     name = [] if makes_a_base else ["--name", "out"]
     if not makes_a_base and program != "slider" and "--caption" not in words:
         name += ["--caption", "{caption}"]

@@ -1,12 +1,17 @@
 """What 0.27 wrote, kept in fixtures/0.27: its files load, and a run that it began goes on as it would have there."""
 
+import json
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 import sfumato
+from bench.runs_resume import command, make_inputs, results, run
 from sfumato import cli
 from sfumato.files import read_adapter, read_tensors
 from tests.logged import log_in
@@ -46,3 +51,36 @@ def test_its_adapter_and_its_word_load_and_change_what_is_drawn(tmp_path):
         assert cli.main(words) == 0
         drawn.append(file.read_bytes())
     assert len(set(drawn)) == 3
+
+
+OF_ALL = (
+    *("output", "checkpoint_every", "keep", "resume", "finish", "force", "overwrite", "dry_run", "tensorboard"),
+    *("data", "steps", "batch", "learning_rate", "warmup", "fall_at", "optimizer", "weight_decay", "clip", "ema"),
+    *("seed", "device", "precision", "sample_every", "base"),
+)
+STAGES = {
+    "style_emphasis": (*OF_ALL, "style_emphasis", "style_together"),
+    "self_play": (*OF_ALL, "empty_share", "others_share", "guidance", "sharpness"),
+}
+"""By program of 0.27 the fields that its config.toml had."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL and no fork")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_of_a_program_that_is_now_a_stage_goes_on(stage, tmp_path):
+    inputs, case = make_inputs(tmp_path / "inputs"), f"pretrain {stage}"
+    more = ["--checkpoint-every", "1", *(["--style-together", "1.0"] if stage == "style_emphasis" else [])]
+    assert cli.main(command(case, inputs, tmp_path / "whole", *more)) == 0
+    words = [word for word in command(case, inputs, tmp_path / "run", *more) if word not in ("--stage", stage)]
+    words[1] = stage  # the name that the program had
+    assert run(words, log=tmp_path / "log", kill_at=2) == -signal.SIGKILL
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(facts | {"program": stage, "sfumato": "0.27.0"}))
+    config = tmp_path / "run/config.toml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if line.partition(" = ")[0] in STAGES[stage]))
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    whole, found = results(tmp_path / "whole"), results(tmp_path / "run")
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(whole[name], found[name]) for name in whole)

@@ -23,8 +23,7 @@ PROGRAMS = {
     "word": "textual_inversion",
     "pocket": "pretrain",
 }
-"""By the first word of a config's name, but for those of LAST."""
-LAST = {"pocket-style-emphasis": "style_emphasis", "pocket-self-play": "self_play"}
+"""By the first word of a config's name."""
 POCKET = CONFIGS.parents[1] / "src/sfumato/pocket"
 
 
@@ -84,5 +83,5 @@ def test_a_recipe_of_the_base_takes_a_step(name, tmp_path):
     words += ["--vae", str(POCKET / "vae")] if "vae" in settings else []
     words += [word for name in ("init", "base") if name in settings for word in (f"--{name}", str(POCKET))]
     words += ["--no-compile"] if "compile" in settings else []  # a minute, and a compiler
-    assert cli.main(["train", LAST.get(name, "pretrain"), str(FILES[name]), *words]) == 0
+    assert cli.main(["train", "pretrain", str(FILES[name]), *words]) == 0
     assert list((tmp_path / "run/model").rglob("*.safetensors"))

@@ -232,7 +232,7 @@ def inputs(tmp_path_factory):
 
 
 ON_BASES = {case.split()[0]: case for case in reversed(CASES)}
-ON_BASES = [case for name, case in ON_BASES.items() if name not in ("pretrain", "style_emphasis", "self_play")]
+ON_BASES = [case for name, case in ON_BASES.items() if name != "pretrain"]
 
 
 @pytest.mark.slow

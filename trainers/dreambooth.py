@@ -193,14 +193,8 @@ def train(config: Config) -> Path:
         scaler.update()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
 
-    added.finish()
     path = config.result_path()
-    if processes.is_main:
-        finish(path)
-    added.close()
-    run.close()
-    processes.wait()
-    return path
+    return training.end(path, lambda: finish(path))
 
 
 @dataclass(frozen=True)

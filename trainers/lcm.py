@@ -162,14 +162,8 @@ def train(config: Config) -> Path:
         optimizer.zero_grad()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
 
-    added.finish()
     path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        finish_adapter(run, config, path, learned, samples)
-    added.close()
-    run.close()
-    processes.wait()
-    return path
+    return training.end(path, lambda: finish_adapter(run, config, path, learned, samples))
 
 
 def prepare(config: Config) -> Training:

@@ -1,13 +1,17 @@
 """Pre-train a small Stable Diffusion from scratch: the VAE, then the U-Net with its text encoder. Or continue either.
 
+Two more stages train a base model that is there: style_emphasis its text encoder, so that a prompt's style counts more,
+without images; self_play its U-Net, to tell real images from its own (Zheng et al. 2025).
+
 Made for the pocket base model, whose images `bench/pocket_data.py` builds. Each stage is a run of its own. On a resume
 with `--force`, `--steps` and `--fall-at` may differ, so that the decay of the learning rate can be timed by the clock.
 
     python trainers/pretrain.py trainers/configs/pocket-vae-cpu.toml
     python trainers/pretrain.py trainers/configs/pocket-unet-cpu.toml
+    python trainers/pretrain.py trainers/configs/pocket-style-emphasis.toml
+    python trainers/pretrain.py trainers/configs/pocket-self-play.toml
 
-`style_emphasis.py` and `self_play.py` train the resulting base model further. docs/pocket.md has the recipe of the
-shipped weights, which has more parts.
+docs/pocket.md has the recipe of the shipped weights, which has more parts.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from sfumato.training.pretrain.options import PretrainOptions, learning_rate_at,
 
 if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that its --help is there at once
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -34,18 +38,23 @@ if TYPE_CHECKING:  # a program imports what is heavy only when it runs, so that 
     from sfumato.training.pretrain.batches import Latents, PretrainBatch, Shares
     from sfumato.training.pretrain.dataset import Pictures
     from sfumato.training.pretrain.outputs import PretrainState
+    from sfumato.training.pretrain.self_play import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PretrainOptions):
     """Pre-train the VAE, or the U-Net with its text encoder, from scratch; or train either of a base model further."""
 
-    stage: Literal["vae", "unet"] = "vae"
-    """What to train: the VAE, or the U-Net with its text encoder. The U-Net needs a trained VAE."""
+    stage: Literal["vae", "unet", "style_emphasis", "self_play"] = "vae"
+    """What to train: the VAE, or the U-Net with its text encoder, which needs a trained VAE. Of a base model that is
+    there: the text encoder, so that a prompt's style counts more (style_emphasis), or the U-Net, to tell real images
+    from those that it generates itself (self_play)."""
     output: Path = Path("runs/pocket-vae")
     """Folder of the run: checkpoints, log, plot, samples, and at the end `model/`."""
     vae: Path | None = None
     """Folder of the trained VAE, for --stage unet."""
+    base: str = "pocket"
+    """style_emphasis, self_play: base model to train, pocket or the folder of one that pretrain made."""
     init: str | None = None
     """Start from this base model instead of from random weights; name it as for --base of the other trainers. With
     --vae the U-Net gets that VAE instead of the base model's own."""
@@ -80,11 +89,11 @@ class Config(PretrainOptions):
     """U-Net: the style that is generated for a concept's name alone. Unset: all styles, which a small model generates
     as a blend."""
     empty_share: float = 0.1
-    """U-Net: share of empty captions, for classifier-free guidance. If an image is by another hand or varied, its
-    caption still says so."""
+    """U-Net, self_play: share of empty captions, for classifier-free guidance. If an image is by another hand or
+    varied, its caption still says so."""
     others_share: float = 0.0
-    """U-Net: share of the images that are the sets' other drawings. These teach the styles on more than the
-    concepts."""
+    """U-Net, self_play: share of the images that are the sets' other drawings. These teach the styles on more than the
+    concepts. self_play takes as many as there are; all images of the concepts take part in any case."""
     varied_share: float = 0.0
     """U-Net: share of the images that are mirrored, have their color channels swapped, or both. They show more of a
     style. Their captions name the change, so that it is never generated unasked."""
@@ -106,7 +115,16 @@ class Config(PretrainOptions):
     """U-Net, with --no-train-text-encoder: limit how much a prompt's embedding says about this thing in this style,
     beyond the thing and the style by themselves. This is the largest share of that part to keep; each image's share is
     drawn at random from 0 up to it. The part is a guess where the thing has not been seen in the style. Images by other
-    hands and varied images keep all of it. Unset: keep all of it, always."""
+    hands and varied images keep all of it. Unset: keep all of it, always. With --stage style_emphasis it is the share
+    that the text encoder keeps."""
+    style_emphasis: float = 0.5
+    """style_emphasis: how much of a style's own direction to add to a prompt's embedding. The direction is what the
+    style adds to all things."""
+    guidance: float | None = None
+    """self_play: guidance scale of the model's own images and of the samples. Take the scale that the base model is to
+    generate with. Unset: the base model's usual."""
+    sharpness: float = 100.0
+    """self_play: beta of the loss: how sure a difference in the error makes that an image is real or generated."""
     compile: bool = False
     """Compile the U-Net with torch.compile. It needs a C++ compiler and takes a minute, and saves a fifth of each
     step."""
@@ -120,6 +138,32 @@ class Config(PretrainOptions):
         return Shares(
             **values, crossed_from=self.crossed_from, moved_below=self.moved_below, plain_style=self.plain_style
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleEmphasisConfig(Config):
+    """Train the text encoder of a base model so that a prompt's style counts more. It uses no images. The same as
+    `pretrain --stage style_emphasis`."""
+
+    stage: Literal["vae", "unet", "style_emphasis", "self_play"] = "style_emphasis"
+    """The stage of pretrain."""
+    output: Path = Path("runs/pocket-style-emphasis")
+    """Folder of the run: checkpoints, log, plot, samples, and at the end `model/`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfPlayConfig(Config):
+    """Train the U-Net of a base model to tell real images from those that it generates itself. The same as
+    `pretrain --stage self_play`."""
+
+    stage: Literal["vae", "unet", "style_emphasis", "self_play"] = "self_play"
+    """The stage of pretrain."""
+    output: Path = Path("runs/pocket-self-play")
+    """Folder of the run: the model's own images, checkpoints, log, plot, samples, and at the end `model/`."""
+
+
+STAGE_CONFIGS: Mapping[str, type[Config]] = {"style_emphasis": StyleEmphasisConfig, "self_play": SelfPlayConfig}
+"""By the name of a trainer up to 0.27, the config of the stage that it is now."""
 
 
 def vae_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: Config) -> Tensor:
@@ -371,18 +415,177 @@ def caption_states(
     return PairDropout(directions, most=config.style_together, seed=config.seed).states
 
 
+def train_style_emphasis(config: Config, precision: Precision) -> Path:
+    """Train the text encoder so that a prompt's style counts more. Returns the folder of a pipeline with the averaged
+    weights, fp32."""
+    import copy
+
+    from sfumato.runs.run import Run
+    from sfumato.training.pretrain.model import base_fingerprint, build_scheduler, trainable_parts
+    from sfumato.training.pretrain.outputs import assemble, draw_samples, make_pretrain_state, save_model
+    from sfumato.training.pretrain.text import Emphasis, Things, directions_of, encode_text
+
+    things = Things.read(config.data)
+    run = Run.start(config, program="pretrain", writes=["model"])
+    run.say(precision.table())
+    scheduler, device = build_scheduler(), precision.device
+    unet, text_encoder, tokenizer, vae = trainable_parts(config.base, config.device, scheduler)
+    precision.prepare_for_training(text_encoder)
+    taught = copy.deepcopy(text_encoder).requires_grad_(False)
+    directions = directions_of(taught, tokenizer, things, config.seed, device)
+    together = 1.0 if config.style_together is None else config.style_together
+    emphasis = Emphasis(directions, strength=config.style_emphasis, together=together, seed=config.seed)
+    trained = make_pretrain_state({"text_encoder": text_encoder}, config, device)
+    run.keep(**trained.parts())
+    run.identify(things=things.fingerprint(), base=base_fingerprint(config.base, config.device))
+
+    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+    draw_samples(run, config.sample_every, trained, precision, pipeline, things.styles, things.concepts)
+    for step in run.steps(config.steps):
+        trained.set_rate(learning_rate_at(step, config))
+        texts, wanted = emphasis.lesson(step.number, config.batch)
+        with precision.autocast():
+            said = encode_text(text_encoder, tokenizer, texts, device)
+        trained.learn(step, (said.float() - wanted).square().mean())
+    with trained.result():
+        path = save_model(pipeline, config.output / "model")
+    run.plot()
+    run.close()
+    return path
+
+
+def train_self_play(config: Config, precision: Precision) -> Path:
+    """Train the U-Net alone to tell real images from its own, by direct discriminative optimization. Returns the folder
+    of a pipeline with the averaged weights, fp32."""
+    import copy
+
+    from sfumato.data.preparation.cache import weights_digest
+    from sfumato.models import FAMILIES, diffusion
+    from sfumato.runs.run import Run
+    from sfumato.training.pretrain.batches import Latents
+    from sfumato.training.pretrain.dataset import VARIANTS, read_manifest
+    from sfumato.training.pretrain.model import base_fingerprint, build_scheduler, trainable_parts
+    from sfumato.training.pretrain.outputs import assemble, draw_samples, make_pretrain_state, save_model
+    from sfumato.training.pretrain.self_play import discriminative_loss, error_increase
+    from sfumato.utils import randomness
+
+    manifest = read_manifest(config.data)
+    pictures = played_pictures(config)
+    run = Run.start(config, program="pretrain", writes=["model", "own-drawings.safetensors"])
+    run.say(precision.table())
+    scheduler, device = build_scheduler(), precision.device
+    unet, text_encoder, tokenizer, vae = trainable_parts(config.base, config.device, scheduler)
+    text_encoder.requires_grad_(False)
+    cache = Latents(vae, pictures, VARIANTS[:1], device)
+    unet.register_to_config(sample_size=cache.means.shape[-1])
+    first = copy.deepcopy(unet).requires_grad_(False)
+    precision.prepare_for_training(unet)
+    trained = make_pretrain_state({"unet": unet}, config, device)
+    run.keep(**trained.parts())
+    fingerprint = base_fingerprint(config.base, config.device)
+    run.identify(data=pictures.fingerprint(), vae=weights_digest([vae]), base=fingerprint)
+    guidance = FAMILIES["pocket"].defaults.guidance if config.guidance is None else config.guidance
+    drawn_by = (text_encoder, tokenizer, first, guidance, fingerprint)
+    pairs = draw_pairs(config, precision, run, pictures, cache, *drawn_by)
+
+    pipeline = assemble(vae, unet, text_encoder, tokenizer, scheduler)
+    told = manifest["styles"], manifest["concepts"], guidance
+    draw_samples(run, config.sample_every, trained, precision, pipeline, *told)
+    every_timestep = range(scheduler.config.num_train_timesteps)
+    for step in run.steps(config.steps):
+        trained.set_rate(learning_rate_at(step, config))
+        latents, hidden = pairs.at(step.number, config.batch, config.seed, config.empty_share)
+        timesteps = diffusion.stratified_timesteps(config.batch, every_timestep, config.seed, step.number)
+        noise = randomness.normal((config.batch, *pairs.own.shape[1:]), config.seed, "noise", step.number)
+        real, of_own = error_increase(unet, first, latents, hidden, timesteps, noise, scheduler, precision)
+        trained.learn(step, discriminative_loss(real, of_own, config.sharpness))
+    with trained.result():
+        path = save_model(pipeline, config.output / "model")
+    run.plot()
+    run.close()
+    return path
+
+
+def draw_pairs(
+    config: Config,
+    precision: Precision,
+    run: Run,
+    pictures: Pictures,
+    cache: Latents,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    first: UNet2DConditionModel,
+    guidance: float,
+    fingerprint: str,
+) -> Pairs:
+    """The images, each with what the first U-Net draws of its caption; the run's folder keeps the drawings."""
+    import torch
+
+    from sfumato.training.pretrain.model import build_scheduler
+    from sfumato.training.pretrain.self_play import Pairs, own_drawings
+    from sfumato.training.pretrain.text import encode_text
+
+    device = precision.device
+    captions = [f"{what}, {style} style" for what, style in pictures.names]
+    with torch.no_grad():
+        parts = [captions[start : start + 64] for start in range(0, len(captions), 64)]
+        states = torch.cat([encode_text(text_encoder, tokenizer, texts, device) for texts in parts])
+        empty = encode_text(text_encoder, tokenizer, [""], device)
+    run.begin()
+    try:
+        own = own_drawings(
+            first,
+            states,
+            empty,
+            build_scheduler(),
+            precision,
+            guidance=guidance,
+            seed=config.seed,
+            kept=run.folder / "own-drawings.safetensors",
+            unet_fingerprint=fingerprint,
+        )
+    except BaseException as error:  # minutes in which a run may be stopped: the folder is let go, as the steps do
+        if isinstance(error, KeyboardInterrupt):
+            run.say(f"stopped among the own drawings. Go on with: {run.resume_command()}")
+        run.close()
+        raise
+    return Pairs(cache.means[0], own, states, empty)
+
+
+def played_pictures(config: Config) -> Pictures:
+    """The images that the base model generates again and is trained on: all of the concepts, and others by their
+    share."""
+    from sfumato.training.pretrain.dataset import seen_pictures
+    from sfumato.training.pretrain.self_play import select_pictures
+
+    pictures, named = seen_pictures(config.data, config.others_share)
+    chosen = select_pictures(len(pictures.names), named, config.others_share, config.seed)
+    if config.others_share and len(chosen) == named:
+        raise ConfigError(
+            f"--others-share {config.others_share} beside {named} images is no other drawing; raise it to "
+            f"{1 / (named + 1):.2g} or more, or leave it out."
+        )
+    return pictures.some(chosen)
+
+
 @training_entry_point
 def train(config: Config) -> Path:
     """Run the stage that `config` names; returns the folder of what was trained."""
     check(config)
-    config, precision = resolve_for_device(config)
-    stages = {"vae": train_vae, "unet": train_unet}
+    config, precision = resolve_for_device(config, learning_rate=3e-5 if config.stage == "self_play" else 1e-3)
+    stages = {
+        "vae": train_vae,
+        "unet": train_unet,
+        "style_emphasis": train_style_emphasis,
+        "self_play": train_self_play,
+    }
     return stages[config.stage](config, precision)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the program; prints the folder of what was trained."""
-    print(train(parse(Config, argv, program="train pretrain")))
+def main(argv: Sequence[str], stage: str | None = None) -> int:
+    """Run the program; prints the folder of what was trained. stage: where it is called by the name of a stage."""
+    program = f"train {stage or 'pretrain'}"
+    print(train(parse(STAGE_CONFIGS.get(stage or "", Config), argv, program=program)))
     return 0
 
 

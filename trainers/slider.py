@@ -163,14 +163,8 @@ def train(config: Config) -> Path:
         optimizer.zero_grad()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
 
-    added.finish()
     path = config.output / f"{config.name}.safetensors"
-    if processes.is_main:
-        save(path, config, learned, samples, run)
-    added.close()
-    run.close()
-    processes.wait()
-    return path
+    return training.end(path, lambda: save(path, config, learned, samples, run))
 
 
 def prepare(config: Config, ends: Sequence[SliderPrompts]) -> tuple[Training, SliderObjective]:

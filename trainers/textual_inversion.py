@@ -155,14 +155,8 @@ def train(config: Config) -> Path:
         optimizer.zero_grad()
         step.done(loss=loss, rate=schedule.rate, gradient_norm=norm, **added.figures())
 
-    added.finish()
     paths = embedding_files(config.output, config.name, config.placeholder, alone=True)
-    if processes.is_main:
-        finish(paths)
-    added.close()
-    run.close()
-    processes.wait()
-    return next(iter(paths.values()))
+    return training.end(next(iter(paths.values())), lambda: finish(paths))
 
 
 def prepare(config: Config) -> Training:

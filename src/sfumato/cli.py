@@ -17,6 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -36,9 +37,9 @@ TRAINERS = {
     "lcm": "an adapter with which a base model draws in four steps instead of 30 or so (LCM-LoRA)",
     "dpo": "an adapter that draws more like the preferred ones of pairs of images (Diffusion-DPO)",
     "pretrain": "a small base model from scratch: first its VAE, then its U-Net and text encoder",
-    "style_emphasis": "the text encoder of a small base model, so that a prompt's style counts more",
-    "self_play": "the U-Net of a small base model, to tell real images from its own",
 }
+STAGES = {"style_emphasis": "pretrain", "self_play": "pretrain"}
+"""By its name up to 0.27, each trainer that is now a stage of another: the name goes on working."""
 PIPELINES = {
     "teach": ("sfumato.pipelines.teach", "learn a style, a subject or a word from pictures and a name"),
     "quickstart": ("sfumato.pipelines.quickstart", "learn a style and a subject, mix them, make a sheet"),
@@ -329,7 +330,7 @@ def _train(words: list[str]) -> object:
         raise ConfigError(f"train wants a trainer: {', '.join(TRAINERS)}. sfumato train lora --help has its options.")
     if words[0] in ("--help", "-h", "--help-all"):
         return _say(usage_of_train())
-    return _load(find(words[0], TRAINERS))(words[1:])
+    return _trainer(words[0])(words[1:])
 
 
 def _resume(words: list[str]) -> object:
@@ -348,13 +349,13 @@ def _resume(words: list[str]) -> object:
             f"{quote_argument(copy)} {quote_argument(str(config))} --output "
             f"{quote_argument(str(folder))} --resume"
         )
-    trainer = find(str(facts["program"]), TRAINERS)
+    trainer = _trainer(str(facts["program"]))
     if not config.is_file():
         raise ConfigError(
             f"{config} is gone, and with it the options of the run. Give the same again: sfumato train "
             f"{facts['program']} [OPTIONS] --output {quote_argument(str(folder))} --resume --force"
         )
-    return _load(trainer)([str(config), "--output", str(folder), "--resume", *words[1:]])
+    return trainer([str(config), "--output", str(folder), "--resume", *words[1:]])
 
 
 def _runs_near(folder: Path) -> str:
@@ -373,6 +374,14 @@ def find(name: str, among: dict[str, str]) -> str:
     if name not in among:
         raise ConfigError(f"there is no trainer {name!r}; {did_you_mean(name, among)} See sfumato --help.")
     return f"sfumato.trainers.{name}"
+
+
+def _trainer(name: str) -> Main:
+    """What runs the trainer called `name`, or the stage of a trainer."""
+    if name not in STAGES:
+        return _load(find(name, TRAINERS))
+    main_of: Callable[..., object] = _load(find(STAGES[name], TRAINERS))
+    return partial(main_of, stage=name)
 
 
 def _load(module: str) -> Main:

@@ -15,7 +15,8 @@ from sfumato.training.pretrain.text import FORMS, Directions, Emphasis, PairDrop
 from tests.logged import log_in
 from tests.tiny import CPU
 from trainers import pretrain
-from trainers.style_emphasis import Config, train
+from trainers.pretrain import StyleEmphasisConfig as Config
+from trainers.pretrain import train
 
 STYLES = ["noto", "flat", "blob"]
 CONCEPTS = {"red apple": "a fruit", "crab": "a sea animal", "key": "a tool"}

@@ -27,7 +27,8 @@ from sfumato.training.pretrain.self_play import (
 from sfumato.training.pretrain.text import encode_text
 from sfumato.utils import randomness, schedulers
 from tests.tiny import CPU
-from trainers.self_play import Config, train
+from trainers.pretrain import SelfPlayConfig as Config
+from trainers.pretrain import train
 
 SETTINGS = {"batch": 2, "sample_every": 0, "device": "cpu", "precision": "fp32", "fall_at": 1, "warmup": 0}
 

@@ -71,7 +71,7 @@ def test_a_checkpoint_of_it_goes_on_where_it_was():
     second.load_state_dict(first.state_dict())
     assert_close(second.mean[0], torch.full((2,), 2.8))
     for average in (first, second):
-        average.parameters[0].data.fill_(7.0)
+        average.averaged[0].data.fill_(7.0)
         average.update()
     assert_close(second.mean[0], first.mean[0])
 

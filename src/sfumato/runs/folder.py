@@ -43,6 +43,8 @@ CHECKPOINT_OPTIONS = frozenset(
 """Fields that decide which numbers a checkpoint holds: of another value none fits."""
 GOES_ON = ("0.27.",)
 """How the versions of sfumato begin whose runs go on in this one as they would have in theirs, to the bit."""
+STAGES: Mapping[str, str] = {"style_emphasis": "pretrain", "self_play": "pretrain"}
+"""By its name up to 0.27, each program that is now a stage of another."""
 COMPARED_BY_CONTENT: Mapping[str, tuple[str, ...]] = {
     "images": ("data",),
     "preferred": ("data",),
@@ -140,6 +142,9 @@ def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:
     changed = []
     facts = read_facts(folder)
     saved_program = facts.get("program")
+    stage = {"stage": saved_program} if saved_program in STAGES else {}
+    if stage and saved_program is not None:
+        saved_program = STAGES[saved_program]
     if saved_program not in (None, program):
         changed.append(f"program {saved_program} -> {program}")
     copy = copied_program(program)
@@ -150,7 +155,7 @@ def differences(folder: Path, config: FolderOptions, program: str) -> list[str]:
     except (OSError, ConfigError):
         return [*changed, "config.toml is missing or broken"]
     now = tomllib.loads(configs.to_toml(with_absolute_paths(config)))
-    before = _defaults(config) | before  # of a field that is newer than the folder
+    before = _defaults(config) | stage | before  # of a field that is newer than the folder
     for name, value in before.items():
         if isinstance(value, str) and isinstance(getattr(config, name, None), Path):  # older runs kept them as given
             before[name] = Path(value).absolute().as_posix()

@@ -6,9 +6,10 @@ calls the hooks of all of them at once, by `Additions`, and names none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class Addition:
         """Called after the optimizer's step; not after one that was skipped because of NaN or infinity."""
 
     def figures(self) -> Mapping[str, float | Tensor]:
-        """Numbers of the step for the log, by name."""
+        """Numbers of the step for the log, by name; tensors that no later step changes, for they are read later."""
         return {}
 
     def applied(self) -> AbstractContextManager[None]:
@@ -201,6 +202,16 @@ class Training:
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained, that of the additions so far last."""
         return [*self.trained.parameters(), *self.added.parameters()]
+
+    def end(self, path: Path, write: Callable[[], None]) -> Path:
+        """After the last step: have one process write what was learned, let the run's folder go, and return `path`."""
+        self.added.finish()
+        if self.processes.is_main:
+            write()
+        self.added.close()
+        self.run.close()
+        self.processes.wait()
+        return path
 
 
 def backward(scaler: torch.amp.GradScaler, loss: Tensor) -> None:

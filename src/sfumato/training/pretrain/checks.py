@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import ConfigError
-from sfumato.training.checks import check_run, only_with
+from sfumato.training.checks import check_run, only_with, refuse_given
+from sfumato.training.pretrain.options import PretrainOptions
 from sfumato.utils.formatting import option_flag
 
 if TYPE_CHECKING:
     import torch
-
-    from sfumato.training.pretrain.options import PretrainOptions
 
 _NOT_NEGATIVE = ("kl", "gradient_difference", "snr_gamma", "flat_weight", "crossed_from", "moved_below")
 
@@ -45,6 +45,9 @@ def check(config: Any) -> None:
     config: the `Config` of `trainers/pretrain.py`, or of a copy of it.
     """
     check_pretraining(config)
+    if config.stage in ("style_emphasis", "self_play"):
+        _check_of_base(config)
+        return
     shares = ("flip", "hands", "init", "group", "empty", "others", "varied", "crossed", "moved")
     check_shares(config, *(f"{name}_share" for name in shares), "crossed_overlap", "style_together")
     if not 0 <= config.plain_share <= 0.5:
@@ -57,6 +60,32 @@ def check(config: Any) -> None:
     _check_sources(config)
 
 
+def _check_of_base(config: Any) -> None:
+    """Refuse what makes no sense in a stage that trains a base which is there."""
+    of_emphasis, of_play = (
+        ("style_together", "style_emphasis"),
+        ("empty_share", "others_share", "guidance", "sharpness"),
+    )
+    own = of_emphasis if config.stage == "style_emphasis" else of_play
+    shared = {field.name for field in dataclasses.fields(PretrainOptions)} | {"stage", "output", "base", *own}
+    others = [field.name for field in dataclasses.fields(config) if field.name not in shared]
+    refuse_given(config, f"has no effect with --stage {config.stage}; leave it out", *others)
+    if config.stage == "style_emphasis":
+        check_shares(config, "style_together")
+        _check_not_negative(config, "style_emphasis")
+        if not config.style_emphasis and config.style_together in (None, 1):
+            raise ConfigError(
+                "--style-emphasis is 0 and all of --style-together stays, so that nothing would be learned; change "
+                "either."
+            )
+        return
+    check_shares(config, "empty_share", "others_share")
+    if config.guidance is not None and not 0 <= config.guidance <= 100:
+        raise ConfigError(f"--guidance is {config.guidance}; it must be 0 to 100; 1 to 3 is usual.")
+    if not 0 < config.sharpness < float("inf"):
+        raise ConfigError(f"--sharpness is {config.sharpness}; it must be a positive number, such as 100.")
+
+
 def _check_not_negative(config: PretrainOptions, name: str) -> None:
     value = getattr(config, name)
     if value is not None and not 0 <= value < float("inf"):
@@ -65,6 +94,9 @@ def _check_not_negative(config: PretrainOptions, name: str) -> None:
 
 def _check_effects(config: Any) -> None:
     """Refuse options that have no effect beside the others."""
+    only_with(config, "--stage style_emphasis", "style_emphasis")
+    only_with(config, "--stage self_play", "guidance", "sharpness")
+    only_with(config, "--stage style_emphasis or self_play", "base")
     if config.stage != "vae":
         only_with(config, "--stage vae", "kl", "gradient_difference")
     if config.stage != "unet":
