@@ -56,11 +56,11 @@ RUN = [name for name, text in PAGES.items() if commands_of(text)]
 def test_a_page_has_at_most_200_lines_and_opens_with_a_command(name):
     text = PAGES[name]
     assert len(text.splitlines()) <= 200
-    _, _, body = text.partition("\n\n")
     assert text.startswith("# ")
-    assert body.startswith(("```", "    "))
-    first = body.removeprefix("```").lstrip("shpyton").strip().splitlines()[0]
-    assert first.startswith(("sfumato ", "python -m bench.", "python -m pytest tests/", "from ", "import ")), first
+    opening = "\n".join(text.splitlines()[:8]) + "\n"
+    first = re.search(r"^(?:```\w*\n| {4})(\S.*)$", opening, re.MULTILINE)
+    assert first, opening
+    assert first[1].startswith(("sfumato ", "python -m bench.", "python -m pytest tests/", "from ", "import "))
 
 
 def test_the_tests_that_pages_name_are_there():
