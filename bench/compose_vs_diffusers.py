@@ -4,10 +4,12 @@
 
 Prints JSON. For each case and number of files, CPU seconds of this process (the least of the rounds, all sides in
 turns), until every touched weight is final: to load, weigh and merge the files; to give them new weights; to take them
-out again. "sfumato" has its originals in the base's file, "sfumato copy" has no such file and copies them. Then what is
-left in the base after removal, the error of a merged weight over that of rounding the exact sum once, and the anonymous
-memory that a mix adds. Apart from the cases: what is left in fp16, dispatched operations and CPU seconds of a call of
-the U-Net with eight live adapters over those of one without, and the import of the composition path over that of torch.
+out again. "sfumato" has its originals in the base's file, "sfumato copy" has no such file and copies them. "cold" is
+the first mix of a process, each in one of its own, also over the floor of reading each file and adding each product
+once. Then what is left in the base after removal, the error of a merged weight over that of rounding the exact sum
+once, and the anonymous memory that a mix adds. Apart from the cases: what is left in fp16, dispatched operations and
+CPU seconds of a call of the U-Net with eight live adapters over those of one without, and the import of the composition
+path over that of torch.
 """
 
 import argparse
@@ -239,6 +241,32 @@ def added_memory(unet: Any, files: list[Path], base_files: tuple[Path, ...]) -> 
     return {"peak": round(max(seen) - before, 1), "stays": round(stays - before, 1)}
 
 
+COLD = ("sfumato", "sfumato copy", "diffusers", "diffusers, loading alone", "floor")
+
+
+def cold(unet: Any, base: Path, files: list[Path], rounds: int) -> dict[str, Any]:
+    """The least CPU and wall seconds of loading and merging in a fresh process, by way, the ways in turns."""
+    asked: dict[str, Any] = {"config": dict(unet.config), "dtype": str(unet.dtype).removeprefix("torch.")}
+    asked |= {"base": str(base), "files": [str(file) for file in files], "threads": torch.get_num_threads()}
+    least: dict[str, tuple[float, float]] = {}
+    for _ in range(rounds):
+        for way in COLD:
+            command = [
+                sys.executable,
+                str(Path(__file__).with_name("compose_cold.py")),
+                json.dumps(asked | {"way": way}),
+            ]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+            cpu, wall = json.loads(done.stdout.splitlines()[-1])
+            before = least.get(way, (cpu, wall))
+            least[way] = min(cpu, before[0]), min(wall, before[1])
+    return {
+        "cpu_seconds": {way: round(seconds[0], 3) for way, seconds in least.items()},
+        "wall_seconds": {way: round(seconds[1], 3) for way, seconds in least.items()},
+        "cpu_over_floor": {way: round(seconds[0] / least["floor"][0], 2) for way, seconds in least.items()},
+    }
+
+
 def measure(case: Case, counts: list[int], rounds: int) -> dict[str, Any]:
     pipe = build(case.family, case.dtype)
     report: dict[str, Any] = {
@@ -264,6 +292,7 @@ def measure(case: Case, counts: list[int], rounds: int) -> dict[str, Any]:
                     merged[way] = work(files[:count], clocks[way])
                     left[way] = residue(pipe.unet, base)
             report["files"][count] = {
+                "cold": cold(pipe.unet, base, files[:count], rounds),
                 "cpu_seconds": {w: {s: round(t[0], 3) for s, t in c.least.items()} for w, c in clocks.items()},
                 "wall_seconds": {w: {s: round(t[1], 3) for s, t in c.least.items()} for w, c in clocks.items()},
                 "diffusers_over": {

@@ -48,13 +48,16 @@ def test_where_there_is_no_room_for_copies_originals_are_on_the_cpu(monkeypatch)
     assert_close(copies[0], torch.ones(2, 3))
 
 
-def test_originals_in_main_memory_keep_their_layout(monkeypatch):
+def test_originals_in_main_memory_lie_in_one_piece_where_their_layout_allows_it(monkeypatch):
+    monkeypatch.setattr(original_weights, "_LARGE", 1)
     with gpu():
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**33))
-        weights = [torch.randn(2, 3, 4, 4, device="cuda") for _ in range(2)]
+        weights = [torch.randn(2, 3, 4, 4, device="cuda") for _ in range(3)]
         weights[1] = weights[1].to(memory_format=torch.channels_last)
         copies, wanted = original_weights._copies(weights), [weight.cpu() for weight in weights]
     assert [each.stride() for each in copies] == [each.stride() for each in weights]
+    assert copies[0].untyped_storage().data_ptr() == copies[2].untyped_storage().data_ptr()
+    assert copies[0].untyped_storage().data_ptr() != copies[1].untyped_storage().data_ptr()
     for copy, weight in zip(copies, wanted, strict=True):
         assert torch.equal(copy, weight)
 

@@ -181,7 +181,7 @@ def _bf16_factors(
     if original.dtype != weight.dtype or not scratch.bf16_ranks or not _takes_bf16(weight):
         return None
     rank = stacked.up.shape[1]
-    if rank <= _SPLIT_RANK and _is_slight(stacked, original):
+    if rank <= _SPLIT_RANK and _is_slight(stacked, original, scratch):
         return _rounded(stacked, scratch)
     return _split(stacked, scratch) if rank <= scratch.bf16_ranks else None
 
@@ -226,15 +226,17 @@ def _takes_bf16(weight: Tensor) -> bool:
     )
 
 
-def _is_slight(stacked: FactorPair, original: Tensor) -> bool:
+def _is_slight(stacked: FactorPair, original: Tensor, scratch: Scratch) -> bool:
     """Whether |up down| is so small a share of |original| that its factors' rounding is lost in the sum's.
 
     Frobenius norms: of the product exactly, from the factors' r x r products; of the original from every 16th row.
     """
     gram = torch.mm(stacked.up.t(), stacked.up)
     change = torch.dot(gram.view(-1), torch.mm(stacked.down, stacked.down.t()).view(-1))
-    some = original[::_ROWS].float()
-    return bool(change < _SLIGHT**2 * _ROWS * some.square_().sum())  # NaN compares as false
+    rows = original[::_ROWS]
+    some = scratch.take("some rows", 1, rows.numel(), original.device)[0]
+    some.view(rows.shape).copy_(rows)
+    return bool(change < _SLIGHT**2 * _ROWS * torch.dot(some, some))  # NaN compares as false
 
 
 def _rounded(stacked: FactorPair, scratch: Scratch) -> tuple[Tensor, Tensor]:
