@@ -151,7 +151,7 @@ def measure(config: Config) -> dict[str, Any]:
         before = drawn(base, things, 100_000, folder / "before.pt")
         ways: dict[str, list[str]] = {"dpo": [word for each in config.options for word in _words(each)]}
         if config.lora:
-            ways["lora"] = []
+            ways["lora"] = ["--learn", "plain"]
         for taste in config.taste:
             write_pairs(shown, taught, TASTES[taste], folder / taste)
             question = Question(judge, places, TASTES[taste], before)

@@ -67,7 +67,15 @@ def measure(config: Config) -> dict[str, Any]:
         raise ConfigError(f"--only {unknown[0]!r}: wanted one of {'; '.join(COMBINATIONS)}.")
     base = build(config.work / "sd15-random")
     pictures = photographs(config.work / "photographs", 4, 2 * config.resolution)
-    shared = {"images": pictures, "base": base, "class-name": "thing", "prior": "none", "resolution": config.resolution}
+    shared = {
+        "images": pictures,
+        "base": base,
+        "class-name": "thing",
+        "prior": "none",
+        "prior-prompts": "",
+        "method": "full",
+        "resolution": config.resolution,
+    }
     shared |= {"steps": config.steps, "batch": 1, "sample-every": 0, "measure-every": 0, "checkpoint-every": 0}
     shared |= {"precision": "fp32"}
     rows = []

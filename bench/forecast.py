@@ -25,8 +25,12 @@ from sfumato.training import memory
 
 OF_METHOD: dict[str, dict[str, Any]] = {
     "textual_inversion": {"placeholder": "<thing>", "vectors": 1},
-    "lora": {"caption": "a thing"},
-    "lora --train-words": {"caption": "a <thing>", "train-words": "<thing>"},
+    "lora": {"caption": "a thing", "learn": "plain"},
+    "lora --targets cross-attention --train-words": {
+        "caption": "a <thing>",
+        "train-words": "<thing>",
+        "learn": "plain",
+    },
     "dreambooth": {"class-name": "thing", "prior": "none"},
     "finetune": {"caption": "a thing"},
 }

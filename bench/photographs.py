@@ -59,12 +59,12 @@ def methods_of(subject: str, others: Path | None) -> dict[str, tuple[str, dict[s
     """method -> (program, its options). others: photographs in place of the class; without, no prior."""
     said = f"sks {subject}"
     prior: dict[str, Any] = {"prior": "none"} if others is None else {"class-images": others}
-    booth = {"class-name": subject, "identifier": "sks"} | prior
+    booth = {"class-name": subject, "identifier": "sks", "prior-prompts": ""} | prior
     placeholder = f"<{subject.replace(' ', '-')}>"
     return {
-        "lora": ("lora", {"caption": said, "targets": "attention"}),
-        "pivotal": ("lora", {"caption": f"a photo of {placeholder}", "train-words": placeholder}),
-        "dreambooth-full": ("dreambooth", booth | {"fused": True, "clip": 0, "save": "difference"}),
+        "lora": ("lora", {"learn": "plain", "caption": said, "targets": "attention"}),
+        "pivotal": ("lora", {"caption": f"a photo of {placeholder}", "train-words": placeholder, "learn": "plain"}),
+        "dreambooth-full": ("dreambooth", booth | {"method": "full", "fused": True, "clip": 0, "save": "difference"}),
         "dreambooth-lora": ("dreambooth", booth | {"method": "lora"}),
         "words": ("textual_inversion", {"placeholder": placeholder}),
     }

@@ -30,23 +30,24 @@ _SHARED = ["--steps", str(STEPS), "--batch", "2", "--resolution", "64", "--preci
 _SHARED += ["--sample-every", "0", "--measure-every", "0", "--device", "cpu"]
 _PRETRAIN = ["--steps", str(STEPS), "--fall-at", "3", "--warmup", "2", "--batch", "2", "--precision", "fp32"]
 _PRETRAIN += ["--sample-every", "0", "--device", "cpu"]
+_PLAIN = [*_SHARED, "--learn", "plain"]
 CASES: Mapping[str, Sequence[str]] = {
     "lora": [*_SHARED, "--rank", "2"],
     "lora accumulated, averaged, dropped out": [
-        *_SHARED, "--rank", "2", "--accumulate", "2", "--ema", "0.9", "--dropout", "0.3", "--caption-dropout", "0.4",
+        *_PLAIN, "--rank", "2", "--accumulate", "2", "--ema", "0.9", "--dropout", "0.3", "--caption-dropout", "0.4",
         "--flip", "--noise-offset", "0.1", "--warmup", "2", "--crossed-share", "0.5", "--rank-dropout", "0.2",
         "--module-dropout", "0.3",
     ],
     "lora with text encoder": [
-        *_SHARED, "--rank", "2", "--train-text-encoder", "--rank-of", "mid,te=1", "--rank-of", "to_k=0", "--rate-of",
+        *_PLAIN, "--rank", "2", "--train-text-encoder", "--rank-of", "mid,te=1", "--rank-of", "to_k=0", "--rate-of",
         "up.0=0.5",
     ],
-    "lora prodigy": [*_SHARED, "--rank", "2", "--optimizer", "prodigy"],
-    "lora muon": [*_SHARED, "--rank", "2", "--optimizer", "muon"],
-    "lora int8": [*_SHARED, "--rank", "2", "--quantize", "int8"],
-    "lora nf4": [*_SHARED, "--rank", "2", "--quantize", "nf4"],
-    "lora lion": [*_SHARED, "--rank", "2", "--optimizer", "lion"],
-    "dreambooth": [*_SHARED, "--class-name", "square", "--prior", "none", "--ema", "0.9"],
+    "lora prodigy": [*_PLAIN, "--rank", "2", "--optimizer", "prodigy"],
+    "lora muon": [*_PLAIN, "--rank", "2", "--optimizer", "muon"],
+    "lora int8": [*_PLAIN, "--rank", "2", "--quantize", "int8"],
+    "lora nf4": [*_PLAIN, "--rank", "2", "--quantize", "nf4"],
+    "lora lion": [*_PLAIN, "--rank", "2", "--optimizer", "lion"],
+    "dreambooth": [*_SHARED, "--method", "full", "--class-name", "square", "--prior", "none", "--ema", "0.9"],
     "dreambooth lora": [
         *_SHARED, "--class-name", "square", "--prior", "none", "--method", "lora", "--rank", "2", "--accumulate", "2",
     ],
@@ -56,8 +57,10 @@ CASES: Mapping[str, Sequence[str]] = {
         # So few samples have gradients that are rounding, of which AdamW makes steps like any other.
         "--optimizer-args", "eps=1e-5",
     ],
-    "dreambooth 8-bit": [*_SHARED, "--class-name", "square", "--prior", "none", "--optimizer", "adamw8bit"],
-    "dreambooth fused, prior": [*_SHARED, "--class-name", "square", "--prior", "base", "--fused"],
+    "dreambooth 8-bit": [
+        *_SHARED, "--method", "full", "--class-name", "square", "--prior", "none", "--optimizer", "adamw8bit",
+    ],
+    "dreambooth fused, prior": [*_SHARED, "--method", "full", "--class-name", "square", "--prior", "base", "--fused"],
     "finetune": [*_SHARED, "--ema", "0.9", "--ema-on-cpu", "--accumulate", "2", "--caption-dropout", "0.4", "--flip"],
     "finetune fused with text encoder": [*_SHARED, "--train-text-encoder", "--fused", "--noise-offset", "0.1"],
     "textual_inversion": [

@@ -103,14 +103,14 @@ def ours(method: str, base: str, pictures: Path, output: Path, px: int, steps: i
         "learning-rate": 1e-5, "schedule": "constant", "seed": 0, "precision": "fp32", "sample-every": 0,
         "measure-every": 0, "checkpoint-every": 0, "overwrite": True,
     }  # fmt: skip
-    subject = {"class-name": "thing", "prior": "none"}
+    subject = {"method": "full", "class-name": "thing", "prior": "none"}
     own: dict[str, dict[str, Any]] = {
         "dreambooth": subject,
         "dreambooth-fused": subject | {"fused": True},
         "dreambooth-unclipped": subject | {"fused": True, "clip": 0},
         PRECOMPUTED: subject,
         "textual_inversion": {"placeholder": "<thing>", "initial-words": "dog", "vectors": 1},
-        "lora": {"rank": 16, "targets": "attention", "caption": "a thing"},
+        "lora": {"learn": "plain", "rank": 16, "targets": "attention", "caption": "a thing"},
     }
     return options(shared | own[method])
 

@@ -27,6 +27,7 @@ from sfumato.training.memory import (
 
 ON_CPU = MemorySetting("cpu", forecast_precision("auto", "cpu", adapting=False), 64, 1, 4)
 BY_OPTIONS = {way.options: way for way in TRAININGS}
+LORA = "lora --targets cross-attention"
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_ways_of_every_family(family, device, family_folder):
     base = fake_base(family_folder(family), device)
     setting = MemorySetting(device, forecast_precision("auto", device, adapting=False), 64, 1, 4)
     before = state_of(base)
-    names = ("textual_inversion", "lora --targets everything", "lora --train-words", "dreambooth --method full")
+    names = ("textual_inversion", "lora --targets everything", f"{LORA} --train-words", "dreambooth --method full")
     for way in (BY_OPTIONS[name] for name in names):
         one = step_memory(base, way, setting)
         two = step_memory(base, way, replace(setting, batch=2))
@@ -115,7 +116,7 @@ def test_ways_of_every_family(family, device, family_folder):
 @pytest.mark.slow
 def test_a_gpu_in_half_precision_keeps_less_than_in_fp32():
     base = fake_base("pocket", "gpu")
-    way = BY_OPTIONS["lora"]
+    way = BY_OPTIONS[LORA]
     half, full = (
         step_memory(base, way, MemorySetting("gpu", forecast_precision(name, "gpu", adapting=True), 64, 4, 4))
         for name in ("fp16", "fp32")
@@ -163,7 +164,7 @@ def test_other_kinds_keep_no_matrix_between_the_passes(kind, shapes):
 
 @pytest.mark.slow
 def test_the_kind_of_the_adapters_is_told_and_checked(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS["lora"]])
+    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS[LORA]])
     assert (
         cli.main(["memory", "--device", "cpu", "--algo", "lokr", "--factor", "8", "--dora", "--precision", "fp32"]) == 0
     )
@@ -181,7 +182,7 @@ def test_of_each_large_weight_its_format_s_bytes_are_counted_instead_of_two(shap
     frozen = copy.deepcopy(shapes)
     quantize(frozen.unet, name)
     setting = replace(ON_CPU, precision=forecast_precision("bf16", "gpu", adapting=True))
-    plain, ours = (step_memory(base, BY_OPTIONS["lora"], setting) for base in (shapes, frozen))
+    plain, ours = (step_memory(base, BY_OPTIONS[LORA], setting) for base in (shapes, frozen))
     layers = [each for each in frozen.unet.modules() if hasattr(each, "codes")]
     held = sum(tensor.nbytes for each in layers for tensor in each.held)
     assert plain.weights - ours.weights == sum(2 * each.shape.numel() for each in layers) - held
@@ -202,7 +203,7 @@ def noted(work, formats):
 @pytest.mark.slow
 def test_the_table_beside_a_quantized_u_net_tells_what_it_takes(pocket_folder, monkeypatch, capsys):
     full, drawing = "finetune --fused --optimizer adafactor", "drawing an image"
-    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS["lora"], BY_OPTIONS[full]])
+    monkeypatch.setattr(memory, "TRAININGS", [BY_OPTIONS[LORA], BY_OPTIONS[full]])
     monkeypatch.setattr(memory, "step_memory", noted(memory.step_memory, frozen := []))
     monkeypatch.setattr(memory, "drawing_memory", noted(memory.drawing_memory, drawn := []))
     words = ["memory", "--base", str(pocket_folder), "--device", "cpu", "--precision", "fp32", "--json"]
@@ -211,7 +212,7 @@ def test_the_table_beside_a_quantized_u_net_tells_what_it_takes(pocket_folder, m
         assert cli.main([*words, *more]) == 0
         found.append(json.loads(capsys.readouterr().out)["gib"])
     plain, eight, four = found
-    assert plain.keys() == eight.keys() == four.keys() >= {"lora", full, drawing}
+    assert plain.keys() == eight.keys() == four.keys() >= {LORA, full, drawing}
     assert frozen == [None] * 4 + ["int8", "int8", None, None] + ["nf4", "nf4", None, None]
     assert drawn == [None, None, "int8", "int8", "nf4", "nf4"]
 
@@ -263,7 +264,10 @@ def test_a_family_by_its_name_has_its_published_shapes(name, numbers, texts):
         (["--batch", "0"], "--batch 0: must be a number above 0."),
         (["--conv-rank", "0"], "--conv-rank 0: must be a number above 0."),
         (["--rank-of", "te=4"], "--rank-of te=4: names none of the"),
-        (["--rank-of", "attn2=0"], "--rank-of leaves out all that lora adapts (cross-attention); leave fewer out."),
+        (
+            ["--rank-of", "attn2=0"],
+            "--rank-of leaves out all that lora --targets cross-attention adapts (cross-attention); leave fewer out.",
+        ),
         (["--within", "-1"], "--within -1: must be a number above 0."),
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16: is for GPUs."),
         (["--base", "sd1", "--vae", "pocket"], "--vae pocket: --base sd1 names no model"),

@@ -34,6 +34,7 @@ def train(pocket_folder, pictures, tmp_path):
         words |= {"--measure-every": "0", "--checkpoint-every": "0"}
         words |= {"--caption": "{caption}"} if program == "lora" else {"--method": "lora", "--class-name": "square"}
         words |= dict(zip(options[::2], options[1::2], strict=True))
+        words |= {"--learn": "plain"} if program == "lora" else {}
         assert cli.main(["train", program, *(word for pair in words.items() for word in pair), *flags]) == 0
         return tmp_path / name / f"{name}.safetensors"
 
@@ -292,10 +293,10 @@ def test_in_half_precision_and_with_checkpointing_nearly_the_same_is_learned(tra
         ("lora", ["--algo", "oft", "--rank-stabilised"], "--rank-stabilised has no effect without --algo lora, loha"),
         ("lora", ["--algo", "oft", "--rank-of", "up=4:2"], "--rank-of up=4:2: --algo oft has no scale; give the rank"),
         ("lora", ["--algo", "oft", "--rank", "1"], "--rank 1: 32 outputs make blocks of one, which nothing turns"),
-        ("dreambooth", ["--algo", "loha"], "--algo has no effect without --method lora"),
-        ("dreambooth", ["--dora"], "--dora has no effect without --method lora"),
+        ("dreambooth", ["--method", "full", "--algo", "loha"], "--algo has no effect without --method lora"),
+        ("dreambooth", ["--method", "full", "--dora"], "--dora has no effect without --method lora"),
         ("dreambooth", ["--factor", "4"], "--factor has no effect without"),
-        ("dreambooth", ["--max-norm", "1"], "--max-norm has no effect without --method lora"),
+        ("dreambooth", ["--method", "full", "--max-norm", "1"], "--max-norm has no effect without --method lora"),
         ("lora", ["--max-norm", "-1"], "--max-norm is -1.0; it must not be negative"),
     ],
 )

@@ -69,9 +69,8 @@ class Config(KindOptions, TrainerOptions):
     mirrored."""
 
     rank: int | None = None
-    """LoRA rank: the inner dimension of each update B A. A higher rank holds more. With --algo lokr it is the rank of
-    the large factor, which becomes a full matrix from half of its longer side on. Unset: 16, or 32 for a style on
-    pocket."""
+    """LoRA rank: a higher rank holds more, and its file is larger. With --algo lokr it is the rank of the large
+    factor. Unset: 16, or 32 for a style on pocket."""
     alpha: float | None = None
     """LoRA alpha: the update is scaled by alpha / rank. Unset: the rank, for a scale of 1, or twice the rank for a
     style on pocket; with --rank-stabilised, the value that gives that scale at the base family's default rank."""
@@ -116,25 +115,25 @@ class Config(KindOptions, TrainerOptions):
     """Save new words in the adapter's file instead of in files beside it. A1111 finds them there; ComfyUI finds them if
     a copy of the file is among its embeddings. Forge generates without them, and diffusers refuses the file."""
     prior_prompts: tuple[str, ...] | None = None
-    """Prior preservation, as in DreamBooth: prompts whose images should stay as the base model generates them. Each
-    training batch is joined by one of the same size for these prompts, whose target is the frozen base model's
-    prediction. Repeat the option for several. It helps a subject, not a style. An unset --batch is then half of its
-    default, because the prompts take the other half of each step. Images with `class = true` in a dataset.toml join
-    each batch, too; if there are both, each kind has a third of a step."""
+    """Prompts whose images should stay as the base model generates them (prior preservation, as in DreamBooth); repeat
+    the option for several, "" is none. They take half of each step, so that an unset --batch is half of its default;
+    images with `class = true` in a dataset.toml take a share of their own. Unset: a dozen everyday things for a
+    subject, else none."""
     prior_weight: float | None = None
     """Weight of the prior-preservation samples in the loss; the training images have weight 1. If there are both
     prompts and class images, each kind has half of it. Unset: 1."""
     crossed_share: float | None = None
     """For a style: blend the noisy input of this share of the samples with the base model's own version of the image,
     while the target stays the image. The adapter meets such inputs when it generates something it was not trained on.
-    Only samples at the noisier seven tenths of the timesteps take part, and the share is of these. The base model
-    generates its version of each image once, before training."""
+    Only the noisier seven tenths of the timesteps take part; the base model draws its version of each image once,
+    before training. Unset: 0.5 for a style on pocket, else 0."""
     init_from: Path | None = None
     """Start from this adapter instead of from scratch. It must have the same targets and ranks. If its file has new
     words that --train-words names, these start from there, too."""
     adapter_guidance: float | None = None
     """Adapter guidance: how often the adapter's change of the U-Net counts when generating. Sample images use it, and
-    the file asks for it (see sfumato generate --adapter-guidance). A style gains by 2; 0 suits a subject."""
+    the file asks for it (see sfumato generate --adapter-guidance). Unset: 2 for a style on pocket,
+    else 0."""
     over_steps: str | None = None
     """START-END: the part of the sampling steps in which the adapter is active, from 0 (noise) to 1 (finished image).
     Sample images use it, and the file asks for it (see sfumato generate --over-steps). With 0-0.8 the base model alone
@@ -143,7 +142,7 @@ class Config(KindOptions, TrainerOptions):
     """For a subject: if a prompt contains the trigger or new words and more, use these words as its negative prompt.
     Sample images use it, and the file asks for it (see sfumato generate --negative). Guidance then amplifies what the
     prompt says besides the subject, such as a style that no training image shows. The subject itself looks a little
-    less like its images."""
+    less like its images. Unset: only for a new word on pocket."""
     save_every: int = 0
     """Steps between adapters that are kept to choose from, as OUTPUT/adapters/NAME-step00000500.safetensors, each with
     its new words; 0 keeps only the last."""
@@ -343,8 +342,8 @@ def resolve(
     share = {"batch": max(1, base.defaults.batch // kinds)} if kinds > 1 else {}
     config, filled = config_defaults.resolve(config, base, examples, processes, **recipe, **share)
     if config.learn is None and learned:
-        config = dataclasses.replace(config, learn=learned)
-        filled = ["learn", *(name for name in filled if not recipe_defaults.is_plain(config, name))]
+        config, filled = dataclasses.replace(config, learn=learned), ["learn", *filled]
+    filled = [name for name in filled if not recipe_defaults.is_plain(config, name)]
     if config.crossed_share and not config.resume:
         from sfumato.training.loss.crossed_samples import first_timestep
 

@@ -338,7 +338,8 @@ def coerce_fields(config: DataclassInstance) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kind = Path if field.name in paths else str if field.name in texts else None
-        several = typing.get_origin(_hints(type(config))[field.name]) is tuple
+        hint = _hints(type(config))[field.name]
+        several = any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
         if several and isinstance(value, str | Path | Number):
             value = (value,)
         if several and isinstance(value, list | tuple | range):

@@ -11,6 +11,7 @@ from sfumato.trainers import dpo, dreambooth, finetune, lcm, lora, slider, textu
 
 from sfumato.errors import ConfigError
 from sfumato.files import Description, Sampling
+from sfumato.training import recipe_defaults
 from sfumato.training.cards.adapter import _USUAL, code, training_table, write_card
 from sfumato.training.cards.methods import add_words_section, write_embedding_card, write_fast_card, write_model_card
 from sfumato.training.finish import push
@@ -540,15 +541,17 @@ WHERE_AND_HOW = {
 
 @pytest.mark.parametrize("trainer", [lora, dreambooth, finetune, textual_inversion, slider, lcm, dpo])
 def test_a_card_tells_every_setting_that_is_not_as_usual(trainer):
-    """What is usual is the trainer's own default."""
+    """What is usual is the trainer's own default, or what no recipe chooses."""
     defaults = {field.name: field.default for field in dataclasses.fields(trainer.Config)}
     told = {name for name in defaults if name in _USUAL}
     always = {"steps", "batch", "learning_rate", "min_snr", "seed", "resolution", "rank", "alpha", "targets", "method"}
     always |= {"conv_rank", "conv_alpha", "prior", "vectors", "start", "templates", "guidance", "solver_steps"}
     always |= {"concept", "more", "less", "strength", "drawn", "beta"}
     assert defaults.keys() - told - WHERE_AND_HOW - always == set()
+    plain = {**recipe_defaults.PLAIN, "learn": "plain"}
     for name in told:
-        usual = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
+        default = plain.get(name) if defaults[name] is None else defaults[name]
+        usual = list(default) if isinstance(default, tuple) else default
         assert _USUAL[name] == (1.0 if name == "prior_weight" else usual), name
 
 

@@ -131,12 +131,12 @@ def test_a_file_says_how_many_steps_made_it(train):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--name", "class"], "--name 'class': it is what a run calls"),
-        (["--name", "Images"], "--name 'Images': it is what a run calls"),
+        (["--method", "full", "--name", "class"], "--name 'class': it is what a run calls"),
+        (["--method", "full", "--name", "Images"], "--name 'Images': it is what a run calls"),
         (["--text-learning-rate", "1e-5"], "--text-learning-rate has no effect without --train-text-encoder"),
-        (["--rank", "4"], "--rank has no effect without --method lora or --save lora"),
-        (["--alpha", "4"], "--alpha has no effect without --method lora"),
-        (["--targets", "attention"], "--targets has no effect without --method lora"),
+        (["--method", "full", "--rank", "4"], "--rank has no effect without --method lora or --save lora"),
+        (["--method", "full", "--alpha", "4"], "--alpha has no effect without --method lora"),
+        (["--method", "full", "--targets", "attention"], "--targets has no effect without --method lora"),
         (["--prior", "none", "--class-images", "."], "--class-images has no effect without --prior pictures"),
         (["--prior", "none", "--class-count", "3"], "--class-count has no effect without --prior pictures"),
         (["--prior", "base", "--class-count", "3"], "--class-count has no effect without --prior pictures"),

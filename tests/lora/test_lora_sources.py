@@ -33,6 +33,7 @@ def train(pocket_folder, tmp_path):
         path.write_text(toml)
         words = ["--images", path, "--output", tmp_path / name, "--base", pocket_folder, "--batch", "2"]
         words += [] if program == "textual_inversion" else ["--rank", "2"]
+        words += {"lora": ["--learn", "plain"], "dreambooth": ["--prior-prompts", ""]}.get(program, [])
         assert cli.main(["train", program, *map(str, [*words, *quiet, *options])]) == status
         return tmp_path / name / f"{name}.safetensors"
 

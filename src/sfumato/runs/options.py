@@ -22,7 +22,7 @@ class FolderOptions(TypedConfig):
     """The run's folder, checkpoints and resuming."""
 
     output: Path
-    """Folder of the run: what is learned, its model card, checkpoints, samples, log and plot."""
+    """Folder for what is learned, its model card, samples, checkpoints, log and plot."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, besides those at the start and the end. 0 saves only the last one, and one at an
     interruption. Unset: a quarter of the run, at most 1000."""
@@ -37,9 +37,9 @@ class FolderOptions(TypedConfig):
     overwrite: bool = False
     """Replace the run in the output folder. The old run stays until the new one takes its first step."""
     dry_run: bool = False
-    """Make only the first four steps, keep nothing of them, and tell what the whole run takes: time, memory and disk.
-    OUTPUT.dry-run.png shows what these steps learned from: images as cropped, mirrored, masked and encoded, each with
-    its caption as drawn. Images that the base model generates beforehand, as of a class, stay for the run."""
+    """Make four steps, keep nothing of them, and print what the whole run takes: time, memory and disk.
+    OUTPUT.dry-run.png shows the images that these steps saw, with their captions. Images that the base model generates
+    beforehand, such as of a class, stay for the run."""
     tensorboard: bool = False
     """Also write the log for TensorBoard (pip install "sfumato[tensorboard]")."""
     wandb: str | None = None

@@ -75,9 +75,9 @@ def _of_all_weights(options: str, pictures: int) -> tuple[TrainingTask, ...]:
 
 TRAININGS = (
     TrainingTask("textual_inversion", "words", text=True),
-    TrainingTask("lora", "lora"),
+    TrainingTask("lora --targets cross-attention", "lora"),
     TrainingTask("lora --targets everything", "lora", targets="everything"),
-    TrainingTask("lora --train-words", "lora", text=True),
+    TrainingTask("lora --targets cross-attention --train-words", "lora", text=True),
     TrainingTask("dreambooth --method lora", "lora", targets="everything", pictures=2),
     *_of_all_weights("dreambooth --method full", pictures=2),
     *_of_all_weights("finetune", pictures=1),

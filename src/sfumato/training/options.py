@@ -36,8 +36,8 @@ class SizeOptions:
     """The size of images, and a cache of what they become."""
 
     resolution: int | None = None
-    """Side in pixels of a square training image; images of other shapes have about as many pixels. Sample images are
-    generated at this size. Unset: the base model's own resolution."""
+    """Side in pixels of a square training image; other shapes have about as many pixels. Unset: the base model's own
+    resolution."""
     cache: Path | None = None
     """Folder that keeps latents and text embeddings, by content, for other runs. Unset: they stay in memory."""
 
@@ -64,8 +64,8 @@ class DataOptions(SizeOptions):
     images: Path
     """Folder of training images, or a dataset.toml that names several folders (see datasets/README.md)."""
     trigger: str | None = None
-    """Trigger word: the word in a prompt that calls up what was learned. Put it into the captions yourself, or add it
-    with --caption."""
+    """Trigger word: what a prompt says to call up what was learned. The captions must contain it; --caption can add
+    it."""
     caption: str | None = None
     """Template for captions, such as "{caption}, {trigger} style". {caption} stands for the image's own caption, or for
     its file name."""
@@ -278,7 +278,7 @@ class StepOptions:
     """Steps, optimizer, learning rate, noise and loss."""
 
     steps: int | None = None
-    """Number of optimizer steps. Unset: the default of the method and the base family."""
+    """Number of optimizer steps. Unset: the default of the method and the base family, which is printed."""
     epochs: int | None = None
     """Number of passes over the images, instead of --steps."""
     batch: int | None = None
@@ -289,10 +289,10 @@ class StepOptions:
     """Most images of a batch that are computed at once: less memory, more time, the same result. Unset: all, or fewer
     if a step does not fit into memory."""
     seed: int = 0
-    """Seed of everything random: initial weights, order, noise, timesteps, caption dropout."""
+    """Seed of everything random. The same seed gives the same result."""
     learning_rate: float | None = None
-    """Peak learning rate. Unset: the default of the method, the base family and the kind of adapter (loha: a tenth of
-    lora's; oft: a fifth; lokr: three times). With muon it is three times that, with lion a quarter, with prodigy 1."""
+    """Peak learning rate. Unset: the default of the method and the base family, changed for other kinds of adapter
+    (loha: a tenth, oft: a fifth, lokr: three times) and optimizers (muon: three times, lion: a quarter, prodigy: 1)."""
     optimizer: OptimizerName = "adamw"
     """Optimizer. adamw, muon and adafactor are built in. muon learns more in as many steps, and forgets more; it is
     for matrices, such as those of adapters. adafactor keeps almost no state. adamw8bit, prodigy and lion are the extras
@@ -370,10 +370,9 @@ class RunOptions(FolderOptions):
     name: str | None = None
     """Name of what is learned, and of its file. Unset: the name of the output folder."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts for sample images during training, or a file of them: a .txt with one on each line, or a .toml or .json
-    as sd-scripts has them. Repeat the option for several. A prompt may end in settings of its own, written as in
-    sd-scripts: `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`. Unset: some captions, and some prompts that are not
-    trained on."""
+    """Prompts for sample images during training, or a file of them (.txt, or .toml or .json as in sd-scripts); repeat
+    the option for several. A prompt may end in its own settings, as in sd-scripts:
+    `--n blurry --w 512 --h 768 --d 7 --s 20 --l 7`. Unset: some captions, and some prompts that are not trained on."""
     sample_every: int | None = None
     """Steps between sample images, besides those at the start and the end; 0 generates none. Unset: a quarter of the
     run."""
@@ -481,7 +480,7 @@ class FullOptions(TrainerOptions):
     needs a second backward pass, before that one; --clip 0 avoids it. Also turned on if a step does not fit into memory
     without."""
     ema_on_cpu: bool = False
-    """Keep the running mean of --ema in CPU memory."""
+    """Keep the running mean of --ema in CPU memory, which saves GPU memory."""
     drift_limit: float | None = None
     """Stop and save once the base model's prediction for class prompts or unrelated prompts has moved by more than this
     share."""

@@ -31,7 +31,7 @@ NAMED = "{caption}"
 """The template of a style's captions: the things alone, also by the names of their files. The adapter itself brings the
 style, and the base reads its prompts as before."""
 
-_PLAIN: Mapping[str, Any] = MappingProxyType(
+PLAIN: Mapping[str, Any] = MappingProxyType(
     {
         "targets": "cross-attention",
         "flip": False,
@@ -102,12 +102,12 @@ def without_empty(prompts: tuple[str, ...] | None) -> tuple[str, ...] | None:
 def lora_defaults(learned: Learned | None, family: str) -> dict[str, Any]:
     """Option -> value, of what this kind of LoRA takes on a base of the family."""
     recipes = _ON_POCKET if family == "pocket" else _ELSEWHERE
-    return {**_PLAIN, **recipes[learned or "plain"]}
+    return {**PLAIN, **recipes[learned or "plain"]}
 
 
 def is_plain(config: Any, name: str) -> bool:
     """Whether the option has the value of no recipe, which need not be told."""
-    return name in _PLAIN and bool(getattr(config, name) == _PLAIN[name])
+    return name in PLAIN and bool(getattr(config, name) == PLAIN[name])
 
 
 def style_scale(learned: Learned | None, family: str) -> float:

@@ -324,8 +324,8 @@ def base_options(about: Description, *names: str) -> str:
 
 _USUAL: Mapping[str, Any] = MappingProxyType(
     {
-        "optimizer": "adamw", "optimizer_args": [], "accumulate": 1, "dropout": 0.0, "rank_dropout": 0.0,
-        "module_dropout": 0.0, "rank_stabilised": False, "rank_of": [], "rate_of": [],
+        "learn": "plain", "optimizer": "adamw", "optimizer_args": [], "accumulate": 1, "dropout": 0.0,
+        "rank_dropout": 0.0, "module_dropout": 0.0, "rank_stabilised": False, "rank_of": [], "rate_of": [],
         "train_text_encoder": False, "text_learning_rate": None, "noise_offset": 0.0, "pyramid_noise": 0.0,
         "input_perturbation": 0.0, "huber": 0.0, "min_timestep": 0, "max_timestep": None, "crossed_share": 0.0,
         "ema": 0.0, "clip_skip": None, "max_tokens": None, "algo": "lora", "dora": False, "factor": None,
