@@ -54,7 +54,7 @@ class Config:
 @contextmanager
 def two_products() -> Iterator[None]:
     """Within the block a layer and its update are computed apart."""
-    with mock.patch("sfumato.adapters.tuners.lora.folded", return_value=None):
+    with mock.patch("sfumato.adapters.tuners.lora.fused_output", return_value=None):
         yield
 
 

@@ -92,7 +92,7 @@ import signal, sys
 from sfumato.utils import processes as side_by_side
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background leaves it ignored
 sys.executable = {str(shell)!r}
-side_by_side.run({{"a": [{command!r}], "b": [{command!r}]}}, threads=2)
+side_by_side.run_commands({{"a": [{command!r}], "b": [{command!r}]}}, threads=2)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     assert both_say(process) == {"a  begun\n", "b  begun\n"}

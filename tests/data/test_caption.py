@@ -212,7 +212,7 @@ def test_a_caption_is_there_whole_or_not_at_all(bare, monkeypatch):
         assert not (bare / "1.txt").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sfumato.pipelines.caption.sync", cut_off)
+    monkeypatch.setattr("sfumato.pipelines.caption.fsync_path", cut_off)
     with pytest.raises(KeyboardInterrupt):
         write_new(bare / "1.txt", "new")
     assert files(bare) == {"0.txt": "mine"}

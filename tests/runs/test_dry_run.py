@@ -130,7 +130,7 @@ def test_an_error_leaves_nothing_either(number, tmp_path):
 
 def test_an_error_before_the_first_step_leaves_nothing_either(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "tests.runs.small.build", lambda *given, **named: (_ for _ in ()).throw(RunError("no optimizer"))
+        "tests.runs.small.build_optimizer", lambda *given, **named: (_ for _ in ()).throw(RunError("no optimizer"))
     )
     assert problem(lambda: called(dry(tmp_path))) == "no optimizer"
     assert list(tmp_path.iterdir()) == []

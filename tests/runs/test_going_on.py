@@ -107,7 +107,7 @@ def test_the_folders_of_a_checkpoint_are_brought_to_the_disk_before_and_after_th
     seen = []
     real = atomic.fsync_path
     for room in (atomic, checkpoints):
-        monkeypatch.setattr(room, "sync", lambda path: seen.append(path) or real(path))
+        monkeypatch.setattr(room, "fsync_path", lambda path: seen.append(path) or real(path))
     store = Checkpoints(tmp_path / "c")
     store.save(1, {"a": torch.ones(1)})
     *files, folder, parent = seen

@@ -394,7 +394,9 @@ def _crop_notes(items: Sequence[PreparedPicture]) -> Iterator[str]:
     small = [item.name for item in items if item.crop.enlarges]
     cut = [item.name for item in items if item.crop.loses_much]
     if small:
-        yield f"{len(small)} of {len(items)} images are smaller than is learned, so they are enlarged: "
-        f"{format_list(small)}"
+        yield (
+            f"{len(small)} of {len(items)} images are smaller than is learned, so they are enlarged: "
+            f"{format_list(small)}"
+        )
     if cut:
         yield f"{len(cut)} of {len(items)} images lose more than a quarter to the crop: {format_list(cut)}"

@@ -61,8 +61,9 @@ def readers_of(about: Description, file: str) -> str:
         first = "ComfyUI (which counts any weight but 1 twice) and AUTOMATIC1111"
         invoke = ", Forge leaves it out, InvokeAI refuses it"
     base = quote_argument(about.base)
-    baked = f"sfumato convert {quote_argument(file)} --bake lora --keep-energy 0.99 --base {base} "
-    "--output NAME.safetensors"
+    baked = (
+        f"sfumato convert {quote_argument(file)} --bake lora --keep-energy 0.99 --base {base} --output NAME.safetensors"
+    )
     return (
         f"{first} read the file as it is. diffusers {diffusers}{invoke}, and sd-scripts does not know the kind: for "
         f"these `{baked}` writes a LoRA."
