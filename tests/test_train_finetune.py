@@ -273,6 +273,7 @@ def test_two_processes_give_the_result_of_one(train, pocket_folder, pictures, tm
         str(tmp_path / "two"),
         "--caption",
         "{caption}",
+        "--no-flip",
     ]
     words += ["--base", str(pocket_folder), "--steps", str(STEPS), "--batch", "2", "--learning-rate", "1e-3"]
     words += ["--sample-every", "0", "--measure-every", "2", "--precision", "fp32"]

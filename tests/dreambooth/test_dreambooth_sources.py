@@ -182,7 +182,7 @@ def test_without_a_prior_the_class_wants_no_captions(both, tmp_path):
 @pytest.mark.slow
 def test_what_has_no_effect_is_not_filled_in(train, tmp_path):
     """So the config of a run, which runs it again, holds nothing that is refused."""
-    train("--prior", "none", "--steps", "1", "--save", "difference")
+    train("--method", "full", "--prior", "none", "--steps", "1", "--save", "difference")
     config = tmp_path / "run/config.toml"
     text = config.read_text()
     assert not [name for name in ("rank", "alpha", "class_count", "text_learning_rate") if f"\n{name} =" in text]

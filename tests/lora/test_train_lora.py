@@ -165,7 +165,7 @@ def test_two_processes_give_the_result_of_one(further, train, pocket_folder, pic
     """`accelerate launch trainers/lora.py`, two CPU processes: one global batch of 4, to fp32 tolerance."""
     one = train("one", "--batch", "4", "--precision", "fp32", *further)
     words = ["--images", str(pictures), "--output", str(tmp_path / "two"), "--base", str(pocket_folder)]
-    words += ["--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
+    words += ["--learn", "plain", "--steps", "4", "--batch", "2", "--rank", "2", "--learning-rate", "1e-2"]
     words += ["--sample-every", "0", "--measure-every", "0", "--precision", "fp32", *further]
     log = tmp_path / "log"
     if further == DROPPED:
@@ -177,7 +177,7 @@ def test_two_processes_give_the_result_of_one(further, train, pocket_folder, pic
         with log.open("w") as said:
             code = subprocess.run(command, stdout=said, stderr=said, env=environment, timeout=300).returncode
     else:  # the same processes, which load torch once
-        code = run(["train", "lora", "--learn", "plain", *words], log=log, processes=2)
+        code = run(["train", "lora", *words], log=log, processes=2)
     assert code == 0, log.read_text()[-2000:]
     two = read_tensors(tmp_path / "two" / "two.safetensors")
     assert read_header(tmp_path / "two" / "two.safetensors").metadata["ss_total_batch_size"] == "4"
