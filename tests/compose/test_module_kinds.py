@@ -351,11 +351,11 @@ def test_it_draws_by_the_command(run, pocket_folder, tmp_path):
 def test_the_option_s_help_and_choices_come_from_the_table_without_torch():
     code = (
         "import sys\n"
-        "from sfumato.files import kinds\n"
+        "from sfumato.files import keys as kinds\n"
         "row = kinds.module_kind(lambda: None, ('toy_up',), trained=kinds.Trained('toy', 'a toy of the test'))\n"
         "kinds.KIND_KEYS['Toy'] = row\n"
         "from sfumato.cli import main\n"
-        "main(['train', 'lora', '--help'])\n"
+        "main(['train', 'lora', '--help-all'])\n"
         "assert 'torch' not in sys.modules\n"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

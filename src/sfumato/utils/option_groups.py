@@ -84,6 +84,13 @@ GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType(
             COST: _DRAWING_COST,
             RESULTS: ("output",),
         },
+        "teach": {
+            PICTURES: ("photos", "name", "captioner"),
+            LEARNED: ("style", "subject", "word", "base", "prediction_type", "zero_terminal_snr"),
+            HOW_LONG: ("steps", "seed"),
+            COST: ("dry_run", "measure", "precision"),
+            RESULTS: ("output", "sheet", "overwrite"),
+        },
         "merge": {
             "Adapters": ("adapters", "blocks", "base", "into", "family", "partial"),
             "How they are merged": (
@@ -117,12 +124,9 @@ SHORT: Mapping[str, Sequence[str]] = MappingProxyType(
         "train dpo": (*_ALWAYS, "preferred", "rejected", "caption", "targets", "rank", "beta", "sample_prompts"),
         "train pretrain": (
             *(*_ALWAYS, "data", "stage", "init", "vae", "optimizer", "fall_at", "sample_every", "compile"),
-            *("others_share", "precision"),
+            "others_share",
         ),
-        "train style_emphasis": (
-            *(*_ALWAYS, "data", "style_emphasis", "style_together", "fall_at", "sample_every", "device"),
-        ),
-        "train self_play": (*_ALWAYS, "data", "fall_at", "others_share", "guidance", "sharpness", "sample_every"),
+        "teach": ("photos", "name", "base", "style", "subject", "word", "captioner", "output", "steps", "dry_run"),
         "generate": (
             *("prompts", "seed", "count", "size", "negative", "image", "lora", "embedding", "region"),
             *("steps", "guidance", "sampler", "base", "output", "before_after", "overwrite"),
