@@ -260,7 +260,8 @@ def test_a_pipeline_in_half_precision_whose_vae_is_not_begins_with_a_picture(mas
 def test_an_unknown_sampler_gets_a_suggestion_without_torch():
     code = (
         "import sys\nfrom sfumato import schedulers\n"
-        "try:\n    schedulers.find_sampler('dmp++ 2m')\nexcept Exception as e:\n    print(e)\nprint('torch' in sys.modules)"
+        "try:\n    schedulers.find_sampler('dmp++ 2m')\nexcept Exception as e:\n    print(e)\n"
+        "print('torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert said == "--sampler dmp++ 2m: unknown; did you mean 'dpm++ 2m'?\nFalse\n"
