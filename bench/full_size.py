@@ -34,7 +34,7 @@ def build(folder: Path) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from sfumato.models.single_file import packaged_config
-    from sfumato.models.text import clip_tokenizer
+    from sfumato.models.vocabulary import clip_tokenizer
 
     if (folder / "model_index.json").is_file():
         return folder

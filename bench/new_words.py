@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from bench.real import at_least
 from sfumato.adapters.embeddings import embedding
 from sfumato.files.writing.embedding import write_embedding
-from sfumato.models.text import clip_tokenizer
+from sfumato.models.vocabulary import clip_tokenizer
 from sfumato.runs.checkpoints import Checkpoints
 from sfumato.training.optim import optimizers
 

@@ -99,7 +99,7 @@ def _write_difference(config: Config, tuned: StoredBase, base: StoredBase) -> tu
     from sfumato.files.writing.kohya import write_difference
     from sfumato.merging.extract import Deltas
     from sfumato.merging.merge import MergeSource
-    from sfumato.merging.model_weights import weight_replacements
+    from sfumato.merging.whole_model import weight_replacements
     from sfumato.precision import DTYPES
 
     dtype = DTYPES[config.dtype or "fp32"]

@@ -497,7 +497,7 @@ def _mixed(
         unused_word_notes,
     )
     from sfumato.generation.prompt_adapters import choose_apply_mode
-    from sfumato.merging.model_weights import read_adapter_or_model
+    from sfumato.merging.whole_model import read_adapter_or_model
 
     texts, counted = wanted.texts, wanted.counted
     with ExitStack() as stack:

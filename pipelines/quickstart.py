@@ -108,7 +108,7 @@ def learn(config: Config, output: Path, threads: int) -> Sheet:
     threads: number of torch threads, in all. Returns the sheet of both adapters; some rows may be generated already.
     """
     from sfumato.precision import decide
-    from sfumato.precision.offload import release_dropped_models
+    from sfumato.precision.memory import release_dropped_models
     from sfumato.utils import processes
 
     commands = {

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sfumato.files.module_names import clip_name, open_clip_name, unet_name, vae_name
 from sfumato.models.single_file import packaged_config
-from sfumato.models.text import byte_pair_tokenizer, clip_merges, clip_tokenizer
+from sfumato.models.vocabulary import byte_pair_tokenizer, clip_merges, clip_tokenizer
 from sfumato.precision import decide
 
 CPU = decide("fp32", device="cpu")

@@ -23,7 +23,7 @@ from sfumato.models.base import public_config
 from sfumato.models.diffusion import alphas_cumprod
 from sfumato.models.family import FAMILIES, family_of_config
 from sfumato.models.single_file import packaged_config
-from sfumato.models.text import byte_pair_tokenizer, clip_merges
+from sfumato.models.vocabulary import byte_pair_tokenizer, clip_merges
 from sfumato.models.weights import LazyModel, LazyWeights, StoredWeight
 from tests.tiny import CPU, MERGES, few_words, tiny_pipeline, write_folder
 

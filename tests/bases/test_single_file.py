@@ -16,7 +16,7 @@ from sfumato.files.module_names import clip_name, open_clip_name, unet_name, vae
 from sfumato.models import load_base, loading
 from sfumato.models.family import FAMILIES, read_requirements, resolve_prediction_type
 from sfumato.models.single_file import packaged_config, text_config, unet_config, vae_config
-from sfumato.models.text import clip_tokenizer
+from sfumato.models.vocabulary import clip_tokenizer
 from sfumato.models.weights import text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.training.memory import fake_base
 from tests.tiny import CPU, tiny_pipeline, write_single_file

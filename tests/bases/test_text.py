@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sfumato.models.folder import load_tokenizer
-from sfumato.models.text import byte_pair_tokenizer, clip_tokenizer
+from sfumato.models.vocabulary import byte_pair_tokenizer, clip_tokenizer
 
 PROMPTS = ["a red cat", "a photo of an astronaut riding a horse on mars"]
 

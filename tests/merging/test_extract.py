@@ -17,7 +17,7 @@ from sfumato.files.header import read_header
 from sfumato.files.writing.kohya import write_lora
 from sfumato.merging.extract import extract as extract_pairs
 from sfumato.merging.factors import Budget
-from sfumato.merging.model_weights import read_adapter_or_model
+from sfumato.merging.whole_model import read_adapter_or_model
 from tests.bundles import add_words
 from tests.merging.conftest import attention, random_modules
 

@@ -19,10 +19,11 @@ from sfumato.errors import AdapterError, FileError
 from sfumato.files import LoraModule, write_lora
 from sfumato.files.adapter_file import read_adapter
 from sfumato.generation.metadata.png_info import read_picture_info
-from sfumato.merging import model_weights
+from sfumato.merging import whole_model
 from sfumato.merging.methods import DENSE, MethodSettings
-from sfumato.merging.model_weights import files_of_parts, is_whole_model, model_as_adapter, stored_base
+from sfumato.merging.model_weights import stored_base
 from sfumato.merging.sources import adapter_hash
+from sfumato.merging.whole_model import files_of_parts, is_whole_model, model_as_adapter
 from sfumato.utils import randomness
 from tests.merging.conftest import TinyBase
 from tests.tiny import CPU, tiny_pipeline, write_folder, write_single_file
@@ -275,7 +276,7 @@ def test_a_file_is_looked_into_once_and_again_when_it_is_another(models, adapter
     assert not is_whole_model(path)
     shutil.copy(models("sdxl", 1).file, path)
     assert is_whole_model(path)
-    monkeypatch.setattr(model_weights, "read_header", None)
+    monkeypatch.setattr(whole_model, "read_header", None)
     assert is_whole_model(path)
 
 

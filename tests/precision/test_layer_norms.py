@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import load_base
-from sfumato.precision import decide
-from sfumato.precision import layers as layer_norms
+from sfumato.precision import decide, layer_norms
 from tests.tiny import CPU
 
 

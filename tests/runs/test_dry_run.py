@@ -18,7 +18,7 @@ from bench.runs_resume import CASES, command, make_inputs
 from sfumato import cli
 from sfumato.errors import RunError
 from sfumato.models import Base
-from sfumato.precision.offload import peak_process_memory
+from sfumato.precision.memory import peak_process_memory
 from sfumato.runs import dry_run
 from sfumato.runs.dry_run import DryRun, DryRunOver
 from sfumato.runs.run import Run

@@ -124,7 +124,7 @@ def test_the_settings_told_are_those_in_which_runs_of_a_program_differ(tmp_path)
     lacking = replace(seen[1], settings={"keep": 7})
     assert (
         differing_settings([seen[0], lacking])[1].keys()
-        == set(seen[0].settings) - overview.WITHOUT_EFFECT - overview._NAMES
+        == set(seen[0].settings) - overview.IGNORED_OPTIONS - overview._NAMES
     )
     assert set(differing_settings([seen[0], lacking])[1].values()) == {None}
 

@@ -454,7 +454,7 @@ def test_pictures_of_steps_that_the_sheet_leaves_out_are_not_read(tmp_path, monk
         folder = tmp_path / f"samples/{step:06d}"
         folder.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(folder / "0.png")
-    read, real = [], plot.read_drawn
+    read, real = [], plot.read_image_or_none
     monkeypatch.setattr(plot, "read_image_or_none", lambda path: read.append(path) or real(path))
     drawn.draw(100)
     assert len(read) <= sheets.MOST_ROWS

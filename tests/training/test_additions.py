@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from sfumato import cli
-from sfumato.training.additions.interface import Addition, Additions, table
+from sfumato.training.additions import table
+from sfumato.training.additions.interface import Addition, Additions
 from tests.logged import log_in
 
 

@@ -13,7 +13,7 @@ from sfumato.adapters.embeddings.tokens import examine_identifier, is_common_wor
 from sfumato.errors import DataError
 from sfumato.generation.pipeline_call import PipelineCall
 from sfumato.models import load_base
-from sfumato.models.text import clip_tokenizer
+from sfumato.models.vocabulary import clip_tokenizer
 from sfumato.runs.processes import MicroBatch, MicroBatches
 from sfumato.training.loss import prior
 from sfumato.training.loss.class_images import class_folder, draw_class, read_class

@@ -15,7 +15,7 @@ from sfumato.adapters.embeddings.tokens import (
 )
 from sfumato.errors import ConfigError
 from sfumato.files import write_tensors
-from sfumato.models.text import clip_tokenizer
+from sfumato.models.vocabulary import clip_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ from sfumato.errors import AdapterError
 from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.metadata import adapter_guidance_of, negatives_of, over_steps_of
 from sfumato.files.module_names import DENOISERS
-from sfumato.merging.model_weights import read_adapter_or_model
+from sfumato.merging.whole_model import read_adapter_or_model
 from sfumato.precision import quantization
 from sfumato.utils.formatting import format_list
 

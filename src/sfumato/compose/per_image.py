@@ -37,7 +37,7 @@ from sfumato.files.kinds import LoraModule, ModuleAdapter
 from sfumato.files.kinds.ia3 import extract_command
 from sfumato.files.kinds.modules import Call, first_output, with_first
 from sfumato.files.module_names import DENOISERS
-from sfumato.merging.model_weights import read_adapter_or_model
+from sfumato.merging.whole_model import read_adapter_or_model
 from sfumato.models import calls
 from sfumato.precision import quantization
 from sfumato.utils.formatting import pluralize

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import BaseModelError, is_out_of_memory
-from sfumato.precision.offload import release_freed_memory
+from sfumato.precision.memory import release_freed_memory
 
 _TILE = 64
 """Latent pixels of a tile's side, 512 px on SD: the VAEs' own tiles are as large as their families' usual pictures."""

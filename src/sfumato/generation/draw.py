@@ -23,7 +23,7 @@ from sfumato.generation.prompt_adapters import TaggedPrompts
 from sfumato.models import calls
 from sfumato.models.calls import is_inpainting
 from sfumato.models.prompts.syntax import Syntax, check_syntax, negative_for
-from sfumato.precision.offload import release_freed_memory
+from sfumato.precision.memory import release_freed_memory
 from sfumato.utils import schedulers
 from sfumato.utils.limits import checked_area, checked_guidance, checked_seed
 

@@ -19,7 +19,7 @@ from sfumato.adapters.weights import Adapter, Weight, is_zero_weight
 from sfumato.errors import AdapterError, ConfigError
 from sfumato.files.peft import is_adapter_folder
 from sfumato.generation.adapter_files import find_adapter
-from sfumato.merging.model_weights import is_whole_model
+from sfumato.merging.whole_model import is_whole_model
 
 if TYPE_CHECKING:
     from sfumato.compose.match import ApplyMode

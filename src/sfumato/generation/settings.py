@@ -14,8 +14,8 @@ from sfumato.adapters.weights import Adapter, Weight, is_zero_weight, public_nam
 from sfumato.data.checksums import file_digest
 from sfumato.generation.image_options import UPSCALER
 from sfumato.generation.metadata import png_info
-from sfumato.merging.model_weights import is_whole_model
 from sfumato.merging.sources import adapter_hash
+from sfumato.merging.whole_model import is_whole_model
 from sfumato.models.prompts.syntax import escape_emphasis, unescape_emphasis
 from sfumato.precision import NAMES
 from sfumato.utils.formatting import format_number

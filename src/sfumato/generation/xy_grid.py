@@ -279,7 +279,7 @@ def _in_files(
     if mix is not None:
         return mix.metadata, mix.embeddings
     from sfumato.merging.merge import refuse_model
-    from sfumato.merging.model_weights import read_adapter_or_model
+    from sfumato.merging.whole_model import read_adapter_or_model
 
     read = {each.label: read_adapter_or_model(each.path, partial=partial) for each in adapters}
     for label, file in read.items():

@@ -39,7 +39,7 @@ from sfumato.files.module_names import Target
 from sfumato.files.peft import adapter_sources
 from sfumato.files.read import Stamp, stamp
 from sfumato.merging.merge import MergeSource
-from sfumato.merging.model_weights import files_of_parts, is_whole_model, read_adapter_or_model
+from sfumato.merging.whole_model import files_of_parts, is_whole_model, read_adapter_or_model
 
 if TYPE_CHECKING:
     from sfumato.merging.model_weights import StoredBase

@@ -18,10 +18,8 @@ from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any, Literal
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from sfumato.errors import BaseModelError
@@ -201,6 +199,8 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> torch.Tensor:
             "Say --prediction-type v_prediction, or leave --zero-terminal-snr out."
         )
     _check_timesteps(config, name)
+    from diffusers import DDPMScheduler  # not before: mixing adapters needs none of it
+
     settings = {key: config[key] for key in BASE_CONFIG_KEYS if key in config and key != "prediction_type"}
     try:
         values: torch.Tensor = DDPMScheduler(**settings).alphas_cumprod
@@ -220,6 +220,8 @@ def base_scheduler(config: Mapping[str, Any], name: str) -> Any:
 
     name: of the base, for messages. Raises BaseModelError.
     """
+    import diffusers
+
     _check_timesteps(config, name)
     class_name = str(config.get("_class_name", "DDIMScheduler"))
     found = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None

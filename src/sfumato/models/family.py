@@ -299,7 +299,7 @@ class BaseRequirements:
         """The base's own tokenizer; that of CLIP's vocabulary where its files are not here."""
         from transformers import CLIPTokenizer
 
-        from sfumato.models.text import clip_tokenizer, with_readable_pad_token
+        from sfumato.models.vocabulary import clip_tokenizer, with_readable_pad_token
 
         folder = self.folder / "tokenizer"
         if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):

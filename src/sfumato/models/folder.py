@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer
 from sfumato.errors import BaseModelError, package_error
 from sfumato.files.header import read_header
 from sfumato.models.family import Encoder, read_config
-from sfumato.models.text import with_readable_pad_token
+from sfumato.models.vocabulary import with_readable_pad_token
 from sfumato.models.weights import LazyModel, StoredWeight, text_skeleton, unet_skeleton, vae_skeleton
 
 STEMS = ("diffusion_pytorch_model", "model")

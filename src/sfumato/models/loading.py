@@ -26,7 +26,7 @@ from sfumato.models.family import (
     read_config,
 )
 from sfumato.models.folder import HUB_ID, hub_folder, hub_vae
-from sfumato.models.text import clip_tokenizer
+from sfumato.models.vocabulary import clip_tokenizer
 from sfumato.models.weights import LazyModel, LazyWeights, text_skeleton, unet_skeleton, vae_skeleton
 from sfumato.precision import Part, Precision, decide
 from sfumato.precision.quantization import quantize

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sfumato.errors import BaseModelError, FileError, package_error
 from sfumato.files.header import DTYPE_BYTES, Header
 from sfumato.files.read import DTYPES, Stamp, check_stamp, read_copies, stamp
-from sfumato.precision.offload import release_freed_memory
+from sfumato.precision.memory import release_freed_memory
 from sfumato.precision.quantization import drop_weights, set_weight, stored_weights
 
 if TYPE_CHECKING:

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from sfumato.errors import PrecisionError
-from sfumato.precision import choices, cpu_matmul
-from sfumato.precision import layers as layer_norms
+from sfumato.precision import choices, cpu_matmul, layer_norms
 from sfumato.precision.choices import DTYPES, NAMES, Requested
-from sfumato.precision.offload import keep_freed_memory
+from sfumato.precision.memory import keep_freed_memory
 from sfumato.precision.quantization import FORMATS, Quantization
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ _SETTINGS = {
 }
 """Attributes of modules that somebody may set on a loaded one, with the values that are computed here."""
 _OURS = {
-    *(f"sfumato.precision.{name}" for name in ("fast_unet", "layers", "cpu_matmul")),
+    *(f"sfumato.precision.{name}" for name in ("fast_unet", "layers", "layer_norms", "cpu_matmul")),
     "sfumato.compose.hooks",
 }
 """Modules whose functions compute what a layer does, only quicker; and adapter guidance, which calls `computed`."""

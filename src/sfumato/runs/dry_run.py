@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sfumato.errors import BaseModelError, is_out_of_memory
 from sfumato.generation.decoding import to_pil
-from sfumato.precision.offload import peak_process_memory
+from sfumato.precision.memory import peak_process_memory
 from sfumato.utils.atomic import atomic_path
 from sfumato.utils.formatting import format_duration, pluralize
 from sfumato.utils.image_grid import Cell, Label, labelled_sheet

@@ -27,7 +27,7 @@ def training_entry_point(train: Callable[[AnyConfig], Path]) -> Callable[[AnyCon
         import torch
 
         from sfumato.errors import ConfigError, SfumatoError, is_out_of_memory
-        from sfumato.precision.offload import release_dropped_models
+        from sfumato.precision.memory import release_dropped_models
         from sfumato.runs import progress
         from sfumato.runs.dry_run import DryRunOver
         from sfumato.training.optim.fused_backward import reduce_memory

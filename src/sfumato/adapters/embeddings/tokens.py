@@ -221,6 +221,6 @@ def _cut(tokenizer: Any, word: str) -> tuple[str, ...]:
 @cache
 def _clip() -> Any:
     """CLIP's own tokenizer, which takes a moment to build."""
-    from sfumato.models.text import clip_tokenizer
+    from sfumato.models.vocabulary import clip_tokenizer
 
     return clip_tokenizer(positions=77)

@@ -21,7 +21,7 @@ from sfumato.files.adapter_file import AdapterFile
 from sfumato.files.fingerprint import verify as verify_deltas
 from sfumato.files.kinds.ia3 import extract_command
 from sfumato.files.module_names import DENOISERS
-from sfumato.merging.model_weights import read_adapter_or_model
+from sfumato.merging.whole_model import read_adapter_or_model
 from sfumato.models import calls
 from sfumato.precision import quantization
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RunError, SfumatoError, is_out_of_memory, package_error
-from sfumato.precision.offload import release_freed_memory
+from sfumato.precision.memory import release_freed_memory
 from sfumato.runs.options import Request
 from sfumato.runs.reporting import plot
 from sfumato.utils.atomic import write_text
