@@ -35,7 +35,7 @@ class Config:
     """Folder of a VAE to ship in place of the pipeline's own, such as one whose decoder has learned on."""
     data: Path = Path("pocket-data")
     """The folder that bench/pocket_data.py built, for its manifest."""
-    out: Path = Path("src/sfumato/pocket")
+    out: Path = Path("src/sfumato/models/pocket")
     """Folder that receives the base. Files of ours that it holds besides stay."""
     shard: str = "15MB"
     """Largest weight file."""

@@ -24,7 +24,7 @@ PROGRAMS = {
     "pocket": "pretrain",
 }
 """By the first word of a config's name."""
-POCKET = CONFIGS.parents[1] / "src/sfumato/pocket"
+POCKET = CONFIGS.parents[1] / "src/sfumato/models/pocket"
 
 
 def first_word(name):

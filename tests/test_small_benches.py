@@ -273,9 +273,9 @@ def test_a_combination_that_there_is_not_is_one_line(tmp_path):
 def test_a_training_that_fails_is_in_the_report_of_the_forecast(monkeypatch, pocket_folder, tmp_path):
     monkeypatch.setattr(forecast, "build", lambda folder: pocket_folder)
     monkeypatch.setattr(forecast, "run", lambda name, *_: {"name": name, "error": "no room"})
-    report = forecast.measure(forecast.Config(work=tmp_path, only=("lora",), resolution=64))
-    assert report["rows"]["lora"]["error"] == "no room"
-    assert report["rows"]["lora"].keys() == {"told_gib", "error"}
+    report = forecast.measure(forecast.Config(work=tmp_path, only=("lora --targets cross-attention",), resolution=64))
+    assert report["rows"]["lora --targets cross-attention"]["error"] == "no room"
+    assert report["rows"]["lora --targets cross-attention"].keys() == {"told_gib", "error"}
 
 
 @pytest.mark.parametrize("method", vs_diffusers.SCRIPTS)

@@ -148,7 +148,12 @@ def base(toy_folder):
 @pytest.fixture
 def train(toy_folder, pictures, tmp_path):
     def run(*options, name="run"):
-        words = {"--images": str(pictures), "--output": str(tmp_path / name), "--base": str(toy_folder)}
+        words = {
+            "--targets": "cross-attention",
+            "--images": str(pictures),
+            "--output": str(tmp_path / name),
+            "--base": str(toy_folder),
+        }
         words |= {"--caption": "{caption}", "--sample-every": "0", "--checkpoint-every": "0", "--precision": "fp32"}
         words |= dict(zip(options[::2], options[1::2], strict=True))
         assert cli.main(["train", "lora", *(word for pair in words.items() for word in pair)]) == 0
