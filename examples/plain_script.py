@@ -2,7 +2,8 @@
 
     python examples/plain_script.py BASE_FOLDER line.safetensors otter.safetensors crab.png
 
-BASE_FOLDER: a diffusers folder or hub id of SD 1.x or 2.x, or sfumato's pocket base (src/sfumato/models/pocket in a clone).
+BASE_FOLDER: a diffusers folder or hub id of SD 1.x or 2.x, or sfumato's pocket base
+(src/sfumato/models/pocket in a clone).
 """
 
 import sys
