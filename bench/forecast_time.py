@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.real import print_report
 from sfumato import cli
 from sfumato.precision import forecast_precision
+from sfumato.precision.fake_tensors import FakeMode
 from sfumato.training import memory
 from sfumato.training.memory import MemorySetting, StepMemory, TrainingTask
-from sfumato.utils.fake_tensors import FakeMode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The sheet of learned styles in docs/methods.md: some of the pictures of `bench.style_fidelity`, beside the true ones.
+"""The sheet of learned styles in docs/styles.md: some of the pictures of `bench.style_fidelity`, beside the true ones.
 
     python -m bench.style_sheet --data EMOJI --styles high-contrast --styles fxemoji --work WORK --out docs/styles.png
 

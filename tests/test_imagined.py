@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sfumato.precision import forecast_precision
+from sfumato.precision.fake_tensors import FakeMode, FakeTensor, storage_of
 from sfumato.training import memory
 from sfumato.training.memory import TRAININGS, MemorySetting, fake_base, step_memory
-from sfumato.utils.fake_tensors import FakeMode, FakeTensor, storage_of
 
 
 def results():

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -83,6 +84,23 @@ def test_the_packages_of_the_library_stand_on_each_other():
     TopologicalSorter(needs).prepare()
 
 
+def test_no_files_of_the_library_import_each_other_in_a_circle():
+    """Also inside functions and for types alone: what lies below is read without what lies above."""
+    files = {
+        ".".join(p.relative_to(ROOT / "src").with_suffix("").parts): p
+        for p in (ROOT / "src/sfumato").rglob("*.py")
+        if p.stem != "__init__"
+    }
+    assert len(files) > 100
+    TopologicalSorter({name: imported(path) & files.keys() - {name} for name, path in files.items()}).prepare()
+
+
+def test_no_room_is_too_full_to_be_taken_in():
+    rooms = {p.parent for p in (ROOT / "src/sfumato").rglob("*.py")}
+    assert len([room for room in rooms if room.parent == ROOT / "src/sfumato"]) <= 12
+    assert {room.name: len(list(room.glob("*.py"))) for room in rooms if len(list(room.glob("*.py"))) > 12} == {}
+
+
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.stem)
 def test_no_program_imports_another(path):
     found = {name for name in imported(path) if name.startswith(("sfumato.trainers", "sfumato.pipelines", "trainers"))}
@@ -145,3 +163,21 @@ def test_what_a_bench_imports_of_the_library_is_there(path):
             module = importlib.import_module(node.module)
             for name in (alias.name for alias in node.names):
                 assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}")
+
+
+def test_old_names_of_modules_lead_to_the_new_ones_and_say_so():
+    from sfumato.utils.old_names import NEW_NAMES
+
+    for new in set(NEW_NAMES.values()):
+        assert importlib.util.find_spec(f"sfumato.{new}"), new
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from sfumato.bases.family import FAMILIES\n"
+        "from sfumato.models.family import FAMILIES as new\n"
+        "assert FAMILIES is new\n"
+        "print([str(each.message) for each in said if each.category is FutureWarning][-1])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "sfumato.models.family" in said

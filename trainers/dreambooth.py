@@ -119,7 +119,7 @@ class Config(KindOptions, FullOptions):
     """With --method lora: if a prompt contains the subject's words and more, use these words as its negative prompt.
     Sample images use it, and the file asks for it (see sfumato generate --negative). Guidance then amplifies what the
     prompt says besides the subject, such as a style that no training image shows. The subject itself looks less like
-    its images: on pocket, with existing words such as "sks otter", this costs more than it brings (docs/methods.md)."""
+    its images: on pocket, with existing words such as "sks otter", this costs more than it brings (docs/words.md)."""
     save_every: int = 0
     """With --method lora: steps between adapters that are kept besides the last, to choose from, as
     OUTPUT/adapters/NAME-step00000500.safetensors; 0 keeps none."""

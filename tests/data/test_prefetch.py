@@ -9,9 +9,9 @@ from made_up import FakeBase, noise_picture
 
 from sfumato.data import Example, Options, prepare
 from sfumato.data.checks import survey
+from sfumato.data.preparation import prefetch
 from sfumato.data.preparation import prepare as gathering
-from sfumato.utils import prefetch
-from sfumato.utils.prefetch import prefetch as read_ahead
+from sfumato.data.preparation.prefetch import prefetch as read_ahead
 
 
 class Counted:

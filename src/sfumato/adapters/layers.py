@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from sfumato.files.kinds import Change
 from sfumato.precision import cpu_matmul
 from sfumato.precision.cpu_matmul import Geometry
-from sfumato.utils.fake_tensors import FakeTensor
+from sfumato.precision.fake_tensors import FakeTensor
 
 aten = torch.ops.aten
 

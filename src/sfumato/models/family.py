@@ -29,8 +29,6 @@ from sfumato.files.metadata import LABELS
 from sfumato.utils.formatting import pluralize
 
 if TYPE_CHECKING:
-    from sfumato.models.base import Base
-    from sfumato.models.loading import BaseParts
     from sfumato.precision import Precision
 
 
@@ -85,10 +83,10 @@ class Family:
     targets: Mapping[str, str] | None = None
     """What `--targets` calls sets of the denoiser's layers, as regular expressions over their paths; None for those of
     a U-Net (`sfumato.adapters.TARGETS`). A first of them is called cross-attention, as the default is."""
-    load: Callable[[Path, Precision], BaseParts] | None = None
+    load: Callable[[Path, Precision], Any] | None = None
     """Finds the parts of a diffusers folder of this family, whose weights are read later. None for the families that
     `sfumato.models.loading` knows."""
-    base: Callable[[], type[Base]] | None = None
+    base: Callable[[], type[Any]] | None = None
     """Returns the subclass of Base that says how the denoiser is called and the pipeline made; None for Base itself."""
 
     @property

@@ -5,7 +5,7 @@ What a folder needs beside what transformers writes today, so that earlier versi
 Since 5.6 transformers saves a CLIPTextModel without the level `text_model`. Earlier versions then draw with a random
 text encoder, and only warn. Since 5.0 it saves a tokenizer as `tokenizer.json` alone, which versions before 5.0 cannot
 load. InvokeAI, OneTrainer, ai-toolkit and sd-scripts take earlier versions; ComfyUI and diffusers' scripts that make
-single files look for the level, too. Current versions read both (and `bases.folder` does by itself).
+single files look for the level, too. Current versions read both (and `models.folder` does by itself).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ steps is as long as AdamW's longest."""
 MUON_RATE_FACTOR = 3
 """How many times higher a rate is for Muon than for AdamW: the root mean square of its steps is a fifth of the rate,
 that of AdamW's first steps the whole. Chosen by styles on pocket: at four times, one lost more of its things than it
-gained (docs/methods.md)."""
+gained (docs/subjects.md)."""
 LARGEST_CHECKPOINT_INTERVAL = 1000
 """In steps, where none is given: what a power cut may cost, and no quarter of a run of days."""
 AnyTrainer = TypeVar("AnyTrainer", bound=TrainingOptions)

@@ -29,10 +29,10 @@ from sfumato.generation.decoding import decode_batch_size
 from sfumato.generation.draw import drawn_at_once
 from sfumato.models.loading import base_skeleton, family_skeleton
 from sfumato.precision import cpu_matmul, decide
+from sfumato.precision.fake_tensors import FakeMode, storage_of
 from sfumato.precision.layers import save_activation_memory
 from sfumato.training.optim.optimizers import state_bytes
 from sfumato.training.optim.settings import OptimizerName
-from sfumato.utils.fake_tensors import FakeMode, storage_of
 
 if TYPE_CHECKING:
     from sfumato.models import Base

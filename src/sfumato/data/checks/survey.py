@@ -23,9 +23,9 @@ from sfumato.data.buckets import Crop, Size, Sizes, crop_example, sizes_of_resol
 from sfumato.data.checksums import check_files
 from sfumato.data.folder import Example
 from sfumato.data.images import pixels_of
+from sfumato.data.preparation.prefetch import prefetch
 from sfumato.errors import DataError
 from sfumato.utils.image_grid import Cell, Label, labelled_sheet
-from sfumato.utils.prefetch import prefetch
 
 DARK, FLAT, SOFT = 6.0, 3.0, 0.006
 """Mean brightness and deviation, of 255, of a black picture and of one of one colour; sharpness of a blurred one."""

@@ -16,9 +16,9 @@ from sfumato.data.folder import Example
 from sfumato.data.images import upright_size
 from sfumato.data.preparation.cache import Cache, cache_key, decoder_versions, weights_digest
 from sfumato.data.preparation.dataset import BatchOrder
+from sfumato.data.preparation.prefetch import prefetch
 from sfumato.errors import DataError
 from sfumato.utils.formatting import pluralize
-from sfumato.utils.prefetch import prefetch
 
 if TYPE_CHECKING:
     from sfumato.models import Base

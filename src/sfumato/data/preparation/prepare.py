@@ -46,12 +46,12 @@ from sfumato.data.preparation.planning import (
     require_cache_space,
     sizes_of,
 )
+from sfumato.data.preparation.prefetch import prefetch
 from sfumato.data.preparation.texts import CaptionEmbeddings
 from sfumato.data.tags import caption_forms, count_forms, longest_caption
 from sfumato.errors import DataError
 from sfumato.files.read import stamp
 from sfumato.utils.formatting import format_list
-from sfumato.utils.prefetch import prefetch
 
 if TYPE_CHECKING:
     from sfumato.models import Base

@@ -203,7 +203,7 @@ def phrase_pattern(phrase: str, *, plural: bool = False) -> str:
 
 
 def has_phrase(phrase: str, text: str, *, plural: bool = False) -> bool:
-    """Whether the text holds the phrase, in small letters or capitals; plural: as of `whole`."""
+    """Whether the text holds the phrase, in small letters or capitals; plural: as of `phrase_pattern`."""
     # macOS writes accents in names of files apart from their letters, and the tokenizer joins them.
     phrase, text = (unicodedata.normalize("NFC", each) for each in (phrase, text))
     return re.search(phrase_pattern(phrase, plural=plural), text, re.IGNORECASE) is not None

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sfumato.runs.processes import MicroBatch, MicroBatches, Processes
     from sfumato.runs.run import Run
     from sfumato.training.loss.objective import NoisedBatch
-    from sfumato.training.loss.prior import BasePrediction, ClassPictures
 
 
 class Addition:
@@ -195,7 +194,7 @@ class Training:
     class_captions: Sequence[str] = ()
     held_out: Dataset | None = None
     words: Words | None = None
-    priors: list[ClassPictures | BasePrediction] = field(default_factory=list)
+    priors: list[Any] = field(default_factory=list)
     prior_name: str = "prior_loss"
     added: Additions = field(default_factory=Additions)
 
