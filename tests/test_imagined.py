@@ -81,7 +81,7 @@ def test_outside_of_the_block_there_is_nothing_to_compute_with():
 @pytest.mark.parametrize(("family", "options"), [
     ("sd1", "lora --targets everything"),
     ("sd2", "dreambooth --method full"),
-    ("sdxl", "lora"),
+    ("sdxl", "lora --targets cross-attention"),
 ])  # fmt: skip
 def test_a_step_takes_as_much_as_with_fake_tensors_of_torch(family, options, checkpointing, family_folder, monkeypatch):
     base = fake_base(family_folder(family), "gpu")
